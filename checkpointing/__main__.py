@@ -1,0 +1,185 @@
+"""`python -m checkpointing ls|inspect|verify DIR [--json]`: look at checkpoints from the command line.
+
+DIR is a run directory, a directory of generations, or one generation. Exit status: 0 sound, 1 damage found, 2 DIR
+cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from checkpointing.errors import CheckpointError, NotFoundError
+from checkpointing.format import shard_name
+from checkpointing.generations import Generation, scan
+from checkpointing.reader import GenerationReader
+from checkpointing.storage import FileStorage
+from checkpointing.tree import human_bytes, render_tree
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m checkpointing", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in (
+        ("ls", "list the generations, newest first"),
+        ("inspect", "show what one generation holds (the newest, or a generation's own directory)"),
+        ("verify", "read everything and check every checksum"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("dir", type=Path, metavar="DIR")
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    arguments = parser.parse_args(argv)
+    try:
+        storage, found = find(arguments.dir)
+        return {"ls": ls, "inspect": inspect, "verify": verify}[arguments.command](storage, found, arguments.json)
+    except (CheckpointError, OSError) as error:
+        print(f"checkpointing: {error}", file=sys.stderr)
+        return 2
+
+
+def find(directory: Path) -> tuple[FileStorage, list[Generation]]:
+    """The generations that DIR means, newest first."""
+    if not directory.is_dir():
+        raise NotFoundError(f"{directory} is not a directory; give a run, a checkpoint directory or a generation")
+    if (directory / "checkpoints").is_dir():
+        directory = directory / "checkpoints"
+    directory = directory.resolve()
+    found = scan(FileStorage(directory))
+    if found:
+        return FileStorage(directory), found
+    parent = FileStorage(directory.parent)
+    found = [g for g in scan(parent) if g.name == directory.name]
+    if not found:
+        raise NotFoundError(f"{directory} holds no generation (directories named step-XXXXXXXX-<save id>)")
+    return parent, found
+
+
+def ls(storage: FileStorage, found: list[Generation], as_json: bool) -> int:
+    rows: list[dict[str, Any]] = [
+        {
+            "generation": g.name,
+            "step": g.step,
+            "incarnation": g.manifest.incarnation if g.manifest else None,
+            "ranks": g.manifest.world_size if g.manifest else None,
+            "bytes": g.stored_bytes,
+            "saved": g.manifest.created if g.manifest else None,
+            "state": _state(g),
+        }
+        for g in found
+    ]
+    if as_json:
+        print(json.dumps({"directory": str(storage), "generations": rows}))
+        return 0
+    print(f"{'generation':24} {'step':>8} {'incarnation':>11} {'ranks':>5} {'size':>9}  {'saved':19}  state")
+    for row in rows:
+        print(
+            f"{row['generation']:24} {row['step']:>8} {row['incarnation'] or '-':>11} {row['ranks'] or '-':>5} "
+            f"{human_bytes(row['bytes']):>9}  {_when(row['saved']):19}  {row['state']}"
+        )
+    return 0
+
+
+def inspect(storage: FileStorage, found: list[Generation], as_json: bool) -> int:
+    generation = next((g for g in found if g.manifest and not g.abandoned), None) or next(
+        (g for g in found if g.manifest), None
+    )
+    if generation is None or generation.manifest is None:
+        why = "; ".join(f"{g.name}: {_state(g)}" for g in found)
+        raise NotFoundError(f"nothing in {storage} can be inspected ({why})")
+    reader = GenerationReader(storage, generation.manifest)
+    manifest = generation.manifest
+    writers: dict[str, list[int]] = {name: [] for name in manifest.tensors}
+    for writer, index in zip(manifest.writers, reader.indexes, strict=True):
+        for name in {b.name for b in index.boxes} | index.scalars.keys():
+            writers[name].append(writer.rank)
+    if as_json:
+        tensors = {n: {**asdict(t), "bytes": t.nbytes, "written_by": writers[n]} for n, t in manifest.tensors.items()}
+        print(json.dumps({**asdict(manifest), "tensors": tensors, "objects": reader.objects}))
+        return 0
+    parameters = sum(t.nbytes // t.itemsize for n, t in manifest.tensors.items() if n.startswith("model/"))
+    print(f"{manifest.generation}  ({storage})")
+    print(f"  step {manifest.step}, incarnation {manifest.incarnation}, saved {_when(manifest.created)}")
+    print(f"  by {manifest.world_size} ranks, {len(manifest.writers)} of them writing; state: {_state(generation)}")
+    print(f"  {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}")
+    print(f"  {len(manifest.tensors)} tensors, {human_bytes(manifest.nbytes)}; model {parameters:,} elements")
+    print("\ntensors")
+    print("\n".join(render_tree(manifest.tensors, writers)))
+    print("\nobjects")
+    print("\n".join(_object_lines(reader.objects)))
+    return 0
+
+
+def verify(storage: FileStorage, found: list[Generation], as_json: bool) -> int:
+    """Check every committed generation found; with one named, that one."""
+    report = [_verify_one(storage, g) for g in found if g.committed]
+    skipped = [g.name for g in found if not g.committed]
+    damaged = any(r["damage"] for r in report)
+    if as_json:
+        print(json.dumps({"directory": str(storage), "generations": report, "not_committed": skipped}))
+        return int(damaged)
+    for row in report:
+        print(f"{row['generation']}: {'DAMAGED' if row['damage'] else 'sound'}, {human_bytes(row['bytes'])} checked")
+        for line in row["damage"]:
+            print(f"  {line}")
+    for name in skipped:
+        print(f"{name}: not committed, so it is no generation; nothing to verify")
+    if damaged:
+        print("Loading without naming a step passes over damaged generations and takes the next older sound one.")
+    return int(damaged)
+
+
+def _verify_one(storage: FileStorage, generation: Generation) -> dict[str, Any]:
+    damage, checked = [], 0
+    if generation.manifest is None:
+        return {"generation": generation.name, "bytes": 0, "damage": [str(generation.damage)]}
+    expected = {shard_name(w.rank) for w in generation.manifest.writers}
+    try:
+        for shard, nbytes, error in GenerationReader(storage, generation.manifest).verify():
+            checked += nbytes
+            expected.discard(shard)
+            if error is not None and str(error) not in damage:
+                damage.append(str(error))
+            if nbytes and sys.stderr.isatty():
+                print(
+                    f"\r{human_bytes(checked)} of {human_bytes(generation.manifest.nbytes)}", end="\r", file=sys.stderr
+                )
+    except CheckpointError as error:
+        damage.append(str(error))
+    return {"generation": generation.name, "bytes": checked, "damage": damage}
+
+
+def _state(generation: Generation) -> str:
+    if not generation.committed:
+        return "not committed"
+    if generation.manifest is None:
+        return f"damaged: {generation.damage}"
+    return "abandoned" if generation.abandoned else "committed"
+
+
+def _when(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")[:19] + "Z"
+
+
+def _object_lines(value: dict[str, Any], indent: str = "  ") -> list[str]:
+    """Nested objects indented; one whose values are all plain on a single line."""
+    lines = []
+    for key, item in value.items():
+        if isinstance(item, dict) and any(isinstance(v, dict) for v in item.values()):
+            lines += [f"{indent}{key}", *_object_lines(item, indent + "  ")]
+        elif isinstance(item, dict):
+            lines.append(f"{indent}{key}: " + ", ".join(f"{k} {json.dumps(v)}" for k, v in item.items()))
+        else:
+            lines.append(f"{indent}{key}: {json.dumps(item)}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""A team of ranks that does something together: gather small values, and fail together with one rank's reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from checkpointing import errors
+from checkpointing.errors import CheckpointError, PeerError
+
+
+class Team:
+    """The ranks of a process group, or this process alone where there is none."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.alone = not (dist.is_available() and dist.is_initialized())
+        self.rank = 0 if self.alone else dist.get_rank(group)
+        self.size = 1 if self.alone else dist.get_world_size(group)
+
+    def together(self, action: Callable[[], Any]) -> list[Any]:
+        """Run `action` on every rank; return every rank's result, in the order of the ranks.
+
+        Results travel as JSON. If `action` raises anywhere, every rank raises, and all for the same reason, so that
+        they go the same way afterwards: the lowest rank that failed its own exception, the others one of the same
+        type where it is ours, `PeerError` otherwise. No rank is left waiting.
+        """
+        value, failure = None, None
+        try:
+            value = action()
+        except Exception as error:  # whatever it is, the others must hear of it before it goes on
+            failure = error
+        reports = self._gather(
+            {"value": value} if failure is None else {"kind": type(failure).__name__, "why": str(failure)}
+        )
+        for rank, report in enumerate(reports):
+            if "why" not in report:
+                continue
+            if failure is not None and rank == self.rank:
+                raise failure
+            kind = getattr(errors, report["kind"], None)
+            if not (isinstance(kind, type) and issubclass(kind, CheckpointError)):
+                kind = PeerError
+            raise kind(f"rank {rank}: {report['why']}") from failure
+        return [report["value"] for report in reports]
+
+    def _gather(self, value: Any) -> list[Any]:
+        text = json.dumps(value)
+        if self.size == 1:
+            return [json.loads(text)]
+        device = self._device()
+        payload = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
+        size = torch.tensor([payload.numel()], device=device)
+        sizes = [torch.zeros_like(size) for _ in range(self.size)]
+        dist.all_gather(sizes, size, group=self.group)
+        longest = int(max(sizes).item())
+        padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+        padded[: payload.numel()] = payload
+        rows = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(rows, padded, group=self.group)
+        return [json.loads(bytes(row[: int(n.item())].cpu().numpy())) for row, n in zip(rows, sizes, strict=True)]
+
+    def _device(self) -> torch.device:
+        """A device whose tensors this group can gather: the CPU wherever the group has a backend for it."""
+        if "cpu" in dist.get_backend_config(self.group):
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,41 @@
+"""The errors of this library. Each says cause, consequence and what to do; callers tell them apart by type."""
+
+from __future__ import annotations
+
+
+class CheckpointError(Exception):
+    """Base of everything this library raises on purpose."""
+
+
+class LayoutError(CheckpointError):
+    """The pieces do not describe whole tensors: a hole, an overlap, two shapes or dtypes for one name."""
+
+
+class MismatchError(CheckpointError):
+    """The checkpoint and the pieces disagree: a tensor missing, left over, or of another shape or dtype."""
+
+
+class DamagedError(CheckpointError):
+    """Stored bytes are not what was written: a checksum, a size or a structure is wrong."""
+
+
+class VersionError(CheckpointError):
+    """The files are whole but of a format version this library does not read."""
+
+
+class NotFoundError(CheckpointError):
+    """There is no committed generation where one was asked for."""
+
+
+class PeerError(CheckpointError):
+    """Another rank failed; the message carries its rank and its reason."""
+
+
+class LeaseHeldError(CheckpointError):
+    """Another live process holds the directory; the message says who."""
+
+
+def first_few(names: list[str], limit: int = 5) -> str:
+    """`a, b, c and 7 more`: enough to recognise the problem, short enough to read."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

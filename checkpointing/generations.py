@@ -1,0 +1,118 @@
+"""The generations in a directory: which exist, which is newest, and reading what describes them."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+from checkpointing.errors import CheckpointError, DamagedError
+from checkpointing.format import (
+    ABANDONED,
+    COMMIT,
+    MANIFEST,
+    Index,
+    Manifest,
+    decode_index,
+    decode_manifest,
+    digest,
+    index_name,
+)
+from checkpointing.storage import Storage
+
+_NAME = re.compile(r"step-(\d{8,19})-[0-9a-f]{8}")
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One directory of a generation as found: committed or not, sound or with what is wrong, abandoned or not."""
+
+    name: str
+    step: int
+    files: dict[str, int]  # size in bytes by name, without the directory
+    manifest: Manifest | None = None
+    damage: CheckpointError | None = None
+
+    @property
+    def committed(self) -> bool:
+        return COMMIT in self.files
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether it lies on a branch that the run turned away from; never chosen automatically."""
+        return ABANDONED in self.files
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(self.files.values())
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Newer is greater: the incarnation decides before the step, because a resumed run overtakes its past."""
+        return (self.manifest.incarnation if self.manifest else -1, self.step)
+
+
+def scan(storage: Storage) -> list[Generation]:
+    """Every generation of a directory, newest first; unreadable ones last, with their damage."""
+    files: dict[str, dict[str, int]] = defaultdict(dict)
+    for path, size in storage.list().items():
+        directory, _, file = path.rpartition("/")
+        if _NAME.fullmatch(directory):
+            files[directory][file] = size
+    found = []
+    for name, content in files.items():
+        step = int(_NAME.fullmatch(name)[1])  # type: ignore[index]  # it matched above
+        manifest, damage = None, None
+        if COMMIT in content:
+            try:
+                manifest = read_manifest(storage, name)
+            except CheckpointError as error:
+                damage = error
+        found.append(Generation(name, step, content, manifest, damage))
+    return sorted(found, key=lambda g: (g.order, g.name), reverse=True)
+
+
+def candidates(storage: Storage) -> list[Generation]:
+    """The committed generations that may be loaded without being named, best first; damaged ones included."""
+    return [g for g in scan(storage) if g.committed and not g.abandoned]
+
+
+def newest(storage: Storage) -> Generation | None:
+    """The newest committed generation whose manifest can be read."""
+    return next((g for g in candidates(storage) if g.manifest is not None), None)
+
+
+def read_manifest(storage: Storage, name: str) -> Manifest:
+    """The manifest of a committed generation, checked against COMMIT and against the directory's name."""
+    commit = read(storage, f"{name}/{COMMIT}")
+    data = read(storage, f"{name}/{MANIFEST}")
+    if commit.decode("ascii", "replace").strip() != digest(data):
+        raise DamagedError(f"{name}/{MANIFEST} is not the manifest that was committed")
+    manifest = decode_manifest(data, f"{name}/{MANIFEST}")
+    if manifest.generation != name:
+        raise DamagedError(f"{name}/{MANIFEST} belongs to {manifest.generation}")
+    return manifest
+
+
+def read_index(storage: Storage, manifest: Manifest, position: int) -> Index:
+    """The index of the manifest's writer at `position`, checked against its digest."""
+    writer = manifest.writers[position]
+    name = f"{manifest.generation}/{index_name(writer.rank)}"
+    data = read(storage, name)
+    if digest(data) != writer.index:
+        raise DamagedError(f"{name} is not the index that was committed")
+    return decode_index(data, manifest, name)
+
+
+def read(storage: Storage, name: str) -> bytes:
+    """A whole small object."""
+    size = storage.list(name).get(name)
+    if size is None:
+        raise DamagedError(f"{name} is missing")
+    return storage.read_ranges(name, [(0, size)])[0]
+
+
+def abandon(storage: Storage, generations: list[Generation]) -> None:
+    """Mark generations as lying on a branch that the run turned away from."""
+    for generation in generations:
+        storage.create_if_absent(f"{generation.name}/{ABANDONED}", b"")

@@ -1,0 +1,114 @@
+"""Boxes and pieces: where local tensors lie in logical ones. Data and pure functions; no I/O, no processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+
+import torch
+
+from checkpointing.errors import LayoutError
+
+Shape = tuple[int, ...]
+
+# The grid that stored pieces are cut on along their last dimension. Sixteen makes column shards of 2, 4, 8 and 16
+# ways start on a cut, so that a reader of columns does not read its neighbours' columns too.
+COLUMN_GRID = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """An n-dimensional range of a logical tensor, in elements."""
+
+    offset: Shape
+    size: Shape
+
+    @property
+    def numel(self) -> int:
+        return prod(self.size)
+
+    def within(self, shape: Shape) -> bool:
+        return len(self.offset) == len(self.size) == len(shape) and all(
+            o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(self.offset, self.size, shape, strict=True)
+        )
+
+    def slices(self, origin: Shape) -> tuple[slice, ...]:
+        """This box as an index into a tensor whose first element lies at `origin`."""
+        return tuple(slice(o - b, o - b + s) for o, s, b in zip(self.offset, self.size, origin, strict=True))
+
+
+def intersect(a: Box, b: Box) -> Box | None:
+    """The common part of two boxes of one tensor, or None where there is none."""
+    offset = tuple(max(x, y) for x, y in zip(a.offset, b.offset, strict=True))
+    ends = (min(x + s, y + t) for x, s, y, t in zip(a.offset, a.size, b.offset, b.size, strict=True))
+    size = tuple(end - start for start, end in zip(offset, ends, strict=True))
+    return Box(offset, size) if all(s > 0 for s in size) else None
+
+
+def panels(box: Box, shape: Shape) -> list[Box]:
+    """Cut a box along the last dimension on the tensor's global grid of `COLUMN_GRID`, in order of columns.
+
+    Vectors are not cut: a range of a vector is contiguous as it stands.
+    """
+    if len(shape) < 2 or box.numel == 0:
+        return [box]
+    step = -(-shape[-1] // COLUMN_GRID)
+    start, stop = box.offset[-1], box.offset[-1] + box.size[-1]
+    lines = [start, *range((start // step + 1) * step, stop, step), stop]
+    return [Box((*box.offset[:-1], left), (*box.size[:-1], right - left)) for left, right in pairwise(lines)]
+
+
+def check_tiling(name: str, boxes: Sequence[Box], shape: Shape) -> None:
+    """Raise `LayoutError` unless the boxes cover the tensor exactly once.
+
+    Boxes are disjoint and their sizes add up to the whole: together that is exact cover.
+    """
+    for box in boxes:
+        if not box.within(shape):
+            raise LayoutError(f"{name}: box at {box.offset} of size {box.size} leaves the tensor of shape {shape}")
+    # Sorted by first row, only boxes that start before this one ends can meet it.
+    ordered = sorted((b for b in boxes if b.numel), key=lambda b: b.offset)
+    for i, box in enumerate(ordered):
+        for other in ordered[i + 1 :]:
+            if shape and other.offset[0] >= box.offset[0] + box.size[0]:
+                break
+            if (common := intersect(box, other)) is not None:
+                raise LayoutError(
+                    f"{name}: two different boxes both hold the elements at {common.offset} of size {common.size}; "
+                    "only equal boxes may be held twice"
+                )
+    covered = sum(b.numel for b in ordered)
+    if covered != prod(shape):
+        raise LayoutError(f"{name}: {prod(shape) - covered} of {prod(shape)} elements are held by no rank")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a logical tensor and the local tensor (or view) that holds it.
+
+    `offset` and `global_shape` count elements of the logical tensor, without padding; the box has the size of
+    `tensor`. The tensor may live on any device and need not be contiguous.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    offset: Shape
+    global_shape: Shape
+
+    def __post_init__(self) -> None:
+        if type(self.tensor) is not torch.Tensor and not isinstance(self.tensor, torch.nn.Parameter):
+            raise LayoutError(
+                f"{self.name}: a piece holds a plain local tensor, not a {type(self.tensor).__name__}; "
+                "pieces_of(name, tensor) describes DTensors"
+            )
+        if not self.box.within(self.global_shape):
+            raise LayoutError(
+                f"{self.name}: a local tensor of shape {tuple(self.tensor.shape)} at {self.offset} "
+                f"does not lie in a tensor of shape {self.global_shape}"
+            )
+
+    @property
+    def box(self) -> Box:
+        return Box(self.offset, tuple(self.tensor.shape))

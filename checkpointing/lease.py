@@ -1,0 +1,160 @@
+"""One live writer per directory: a lease file with a heartbeat, because locks of the kernel fail on shared filesystems.
+
+Leases are numbered and created exclusively, so of two processes that both take over a dead one only one succeeds,
+and a holder that was only asleep finds out that it was replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from checkpointing.errors import CheckpointError, LeaseHeldError
+from checkpointing.storage import Storage
+
+HEARTBEAT_S = 5.0
+EXPIRY_S = 30.0  # a holder on another machine that has not beaten for this long is dead
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a lease: enough to tell on the same machine, at once, whether it still lives."""
+
+    host: str
+    boot_id: str
+    pid: int
+    started: str  # the kernel's start time of the process, so that a recycled pid is not taken for it
+    token: str
+
+    @staticmethod
+    def this_process() -> Holder:
+        return Holder(socket.gethostname(), _boot_id(), os.getpid(), _start_time(os.getpid()), secrets.token_hex(8))
+
+
+class Lease:
+    """A held lease. `release()` gives it back; `check()` raises if another process took it over meanwhile."""
+
+    def __init__(self, storage: Storage, number: int, holder: Holder) -> None:
+        self._storage, self._number, self._holder = storage, number, holder
+        self._lost = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def acquire(cls, storage: Storage, expiry_s: float = EXPIRY_S) -> Lease:
+        """Take the lease, from a dead holder too. `LeaseHeldError` if its holder lives.
+
+        Whether a holder on this machine lives is seen at once; one elsewhere is watched for up to `expiry_s`.
+        """
+        holder = Holder.this_process()
+        while True:
+            numbers = _numbers(storage)
+            if numbers and (other := _living_holder(storage, numbers[-1], expiry_s)):
+                raise LeaseHeldError(f"{storage} is in use by process {other.pid} on {other.host}")
+            number = numbers[-1] + 1 if numbers else 1
+            if storage.create_if_absent(_name(number), json.dumps(asdict(holder)).encode()):
+                for dead in numbers:
+                    storage.delete([_name(dead), _beat_name(dead)])
+                return cls(storage, number, holder)
+
+    def check(self) -> None:
+        if self._lost:
+            raise LeaseHeldError(f"another process took over {self._storage} while this one did not respond")
+
+    def release(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        if not self._lost:
+            self._storage.delete([_name(self._number), _beat_name(self._number)])
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._stop.wait(HEARTBEAT_S):
+            try:
+                current = _read_holder(self._storage, self._number)
+                if current is None or current.token != self._holder.token or _numbers(self._storage)[-1] > self._number:
+                    self._lost = True
+                    return
+                count += 1
+                self._storage.put(_beat_name(self._number), [str(count).encode()])
+            except (OSError, CheckpointError):
+                continue  # a filesystem that hiccups costs a beat; one that stays away lets the lease expire
+
+
+def _living_holder(storage: Storage, number: int, expiry_s: float) -> Holder | None:
+    """Whoever holds this lease, or None where it is dead or gone."""
+    holder = _read_holder(storage, number)
+    if holder and (holder.host, holder.boot_id) == (socket.gethostname(), _boot_id()):
+        return holder if _start_time(holder.pid) == holder.started else None
+    deadline, first = time.monotonic() + expiry_s, _read(storage, _beat_name(number))
+    while time.monotonic() < deadline:
+        holder = _read_holder(storage, number)
+        if holder is None and _read(storage, _name(number)) is None:
+            return None
+        if holder and _read(storage, _beat_name(number)) != first:
+            return holder
+        time.sleep(min(0.2, expiry_s / 10))
+    return None
+
+
+def _read_holder(storage: Storage, number: int) -> Holder | None:
+    try:
+        return Holder(**json.loads(_read(storage, _name(number)) or b""))
+    except (ValueError, TypeError):
+        return None  # absent, or being written at this moment
+
+
+def _read(storage: Storage, name: str) -> bytes | None:
+    try:
+        return storage.read_ranges(name, [(0, storage.list(name)[name])])[0]
+    except (KeyError, CheckpointError):
+        return None
+
+
+def _numbers(storage: Storage) -> list[int]:
+    names = (name.removeprefix("lease-").removesuffix(".json") for name in storage.list("lease-"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _name(number: int) -> str:
+    return f"lease-{number:06d}.json"
+
+
+def _beat_name(number: int) -> str:
+    return f"lease-{number:06d}.beat"
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def _start_time(pid: int) -> str:
+    """The start time of a living process in clock ticks since boot; empty if it is dead, a zombie included."""
+    if not Path("/proc/self/stat").exists():  # not Linux: whether it lives is all that can be told
+        return _alive(pid)
+    try:
+        # The command in parentheses may hold anything; the fields after it start with the state.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def _alive(pid: int) -> str:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass  # it lives, under another user
+    return "alive"

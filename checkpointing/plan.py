@@ -1,0 +1,147 @@
+"""Who writes what, and who reads what. Pure functions of layouts and indexes, the same on every rank."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from checkpointing.errors import LayoutError, MismatchError, first_few
+from checkpointing.format import DTYPE_NAMES, PACK_BELOW, Index, LogicalTensor, StoredBox
+from checkpointing.geometry import Box, Piece, check_tiling, intersect, panels
+
+Row = tuple[str, str, list[int], list[int], list[int]]  # name, dtype, global shape, offset, size
+
+
+def layout_rows(pieces: Sequence[Piece]) -> list[Row]:
+    """One rank's layout as plain values, for the other ranks. Errors here are about this rank's pieces alone."""
+    rows: list[Row] = []
+    for piece in pieces:
+        if piece.tensor.dtype not in DTYPE_NAMES:
+            raise LayoutError(f"{piece.name}: dtype {piece.tensor.dtype} has no safetensors name")
+        dtype = DTYPE_NAMES[piece.tensor.dtype]
+        rows.append((piece.name, dtype, list(piece.global_shape), list(piece.offset), list(piece.tensor.shape)))
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class SavePlan:
+    """The logical tensors by name, and for every rank the boxes and the scalars that it writes."""
+
+    tensors: dict[str, LogicalTensor]
+    boxes: list[list[tuple[str, Box]]]
+    scalars: list[list[str]]
+
+    def shard_boxes(self, rank: int) -> list[tuple[str, Box, bool]]:
+        """What `rank` stores: small boxes whole and packed, the others cut into panels."""
+        stored = []
+        for name, box in self.boxes[rank]:
+            tensor = self.tensors[name]
+            packed = box.numel * tensor.itemsize < PACK_BELOW
+            cuts = [box] if packed else panels(box, tensor.shape)
+            stored += [(name, cut, packed) for cut in cuts]
+        return stored
+
+
+def plan_save(layouts: Sequence[Sequence[Row]]) -> SavePlan:
+    """Merge every rank's layout and elect one writer for every box, balancing the bytes.
+
+    `LayoutError` if ranks disagree on a tensor, or if their boxes leave a hole or overlap without being equal.
+    """
+    tensors: dict[str, LogicalTensor] = {}
+    holders: dict[str, dict[Box, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for rank, rows in enumerate(layouts):
+        for name, dtype, shape, offset, size in rows:
+            tensor = LogicalTensor(dtype, tuple(shape))
+            if (known := tensors.setdefault(name, tensor)) != tensor:
+                raise LayoutError(
+                    f"{name}: rank {rank} holds {tensor.dtype} {tensor.shape}, another rank {known.dtype} {known.shape}"
+                )
+            ranks = holders[name][Box(tuple(offset), tuple(size))]
+            if rank in ranks:
+                raise LayoutError(f"{name}: rank {rank} describes the box at {tuple(offset)} twice")
+            ranks.append(rank)
+    for name, boxes in holders.items():
+        check_tiling(name, list(boxes), tensors[name].shape)
+    boxes_by_rank, scalars_by_rank = _elect(tensors, holders, len(layouts))
+    return SavePlan(dict(sorted(tensors.items())), boxes_by_rank, scalars_by_rank)
+
+
+def _elect(
+    tensors: dict[str, LogicalTensor], holders: dict[str, dict[Box, list[int]]], num_ranks: int
+) -> tuple[list[list[tuple[str, Box]]], list[list[str]]]:
+    """Largest boxes first, each to its least loaded holder, so that replicas share the writing evenly."""
+    boxes: list[list[tuple[str, Box]]] = [[] for _ in range(num_ranks)]
+    scalars: list[list[str]] = [[] for _ in range(num_ranks)]
+    load = [0] * num_ranks
+    held = [(name, box, ranks) for name, by_box in holders.items() for box, ranks in by_box.items() if box.numel]
+    held.sort(key=lambda item: (-item[1].numel * tensors[item[0]].itemsize, item[0], item[1].offset))
+    for name, box, ranks in held:
+        writer = min(ranks, key=lambda rank: (load[rank], rank))
+        if tensors[name].shape == ():
+            scalars[writer].append(name)
+        else:
+            boxes[writer].append((name, box))
+            load[writer] += box.numel * tensors[name].itemsize
+    return boxes, scalars
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Copy `part` of a logical tensor from a stored box into a piece."""
+
+    writer: int  # position in the manifest's list of writers
+    stored: StoredBox
+    part: Box
+    piece: Piece
+
+
+def plan_load(pieces: Iterable[Piece], indexes: Sequence[Index]) -> list[Read]:
+    """The stored boxes that this rank needs. `MismatchError` if its pieces would not be filled completely."""
+    stored_by_name: dict[str, list[tuple[int, StoredBox]]] = defaultdict(list)
+    for writer, index in enumerate(indexes):
+        for stored in index.boxes:
+            stored_by_name[stored.name].append((writer, stored))
+    reads: list[Read] = []
+    for piece in pieces:
+        if piece.global_shape == ():
+            continue  # scalars lie in the index
+        found = [
+            Read(writer, stored, part, piece)
+            for writer, stored in stored_by_name[piece.name]
+            if (part := intersect(stored.box, piece.box)) is not None
+        ]
+        if (covered := sum(read.part.numel for read in found)) != piece.box.numel:
+            raise MismatchError(
+                f"{piece.name}: the checkpoint holds {covered} of the {piece.box.numel} elements "
+                f"needed at {piece.offset}"
+            )
+        reads += found
+    return reads
+
+
+def check_complete(pieces: Sequence[Piece], stored: dict[str, LogicalTensor]) -> None:
+    """Raise `MismatchError` if this rank asks for a tensor that the checkpoint lacks or has in another form."""
+    missing = sorted({p.name for p in pieces if p.name not in stored})
+    if missing:
+        raise MismatchError(
+            f"the checkpoint does not hold {len(missing)} of the tensors asked for: {first_few(missing)}"
+        )
+    wrong = []
+    for piece in pieces:
+        tensor = stored[piece.name]
+        dtype = DTYPE_NAMES.get(piece.tensor.dtype, str(piece.tensor.dtype))
+        if (tensor.dtype, tensor.shape) != (dtype, piece.global_shape):
+            wrong.append(
+                f"{piece.name} ({tensor.dtype} {list(tensor.shape)} stored, {dtype} {list(piece.global_shape)} here)"
+            )
+    if wrong:
+        raise MismatchError(f"the checkpoint's tensors are of another shape or dtype: {first_few(sorted(set(wrong)))}")
+
+
+def unclaimed(asked_by_rank: Iterable[Iterable[str]], stored: dict[str, LogicalTensor]) -> list[str]:
+    """The stored tensors that no rank asks for."""
+    left = set(stored)
+    for asked in asked_by_rank:
+        left -= set(asked)
+    return sorted(left)

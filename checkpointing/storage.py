@@ -1,0 +1,147 @@
+"""Where generations live: a protocol of five operations, and the filesystem as the first that implements it.
+
+Nothing above this file knows about paths, and nothing needs a rename, so object stores fit the same protocol.
+Names are relative and use `/`, such as `step-00000030-9f3a61c2/manifest.json`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from checkpointing.errors import DamagedError, NotFoundError
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Storage(Protocol):
+    def put(self, name: str, chunks: Iterable[Buffer]) -> None:
+        """Write a whole object; it is durable when this returns. An object of that name is replaced."""
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of each (start, stop). `NotFoundError` without the object, `DamagedError` past its end."""
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        """Every object whose name starts with `prefix`, with its size in bytes."""
+
+    def create_if_absent(self, name: str, data: bytes) -> bool:
+        """Create an object durably unless one of that name exists; False if it does. Atomic among all writers."""
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects, durably when this returns; absent ones are ignored."""
+
+
+class FileStorage:
+    """Objects as files below one directory, local or on a shared filesystem."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def put(self, name: str, chunks: Iterable[Buffer]) -> None:
+        path = self._path(name)
+        _make_directories(path.parent)
+        with open(path, "wb", buffering=0) as file:
+            for chunk in chunks:
+                _write_all(file.fileno(), chunk)
+            os.fsync(file.fileno())
+        _sync_directory(path.parent)
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        try:
+            descriptor = os.open(self._path(name), os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFoundError(f"{self.root / name} does not exist") from None
+        try:
+            return [_read_range(descriptor, start, stop, self.root / name) for start, stop in ranges]
+        finally:
+            os.close(descriptor)
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        found = {}
+        top = self._path(prefix.rpartition("/")[0])  # only the directory that the prefix leads into is walked
+        for directory, _, files in os.walk(top):
+            for file in files:
+                path = Path(directory, file)
+                name = path.relative_to(self.root).as_posix()
+                if name.startswith(prefix):
+                    try:
+                        found[name] = path.stat().st_size
+                    except FileNotFoundError:
+                        continue  # deleted by another process between the listing and the look
+        return dict(sorted(found.items()))
+
+    def create_if_absent(self, name: str, data: bytes) -> bool:
+        path = self._path(name)
+        _make_directories(path.parent)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return False
+        try:
+            _write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        _sync_directory(path.parent)
+        return True
+
+    def delete(self, names: Iterable[str]) -> None:
+        parents = set()
+        for name in names:
+            path = self._path(name)
+            path.unlink(missing_ok=True)
+            parents.add(path.parent)
+        for parent in parents:
+            if not parent.is_dir():
+                continue
+            _sync_directory(parent)
+            if parent != self.root and not any(parent.iterdir()):
+                parent.rmdir()
+                _sync_directory(parent.parent)
+
+    def _path(self, name: str) -> Path:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise DamagedError(f"the name {name!r} leaves the directory {self.root}; nothing was touched")
+        return self.root / name
+
+
+def _write_all(descriptor: int, chunk: Buffer) -> None:
+    rest = memoryview(chunk).cast("B")
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _read_range(descriptor: int, start: int, stop: int, path: Path) -> bytes:
+    parts, position = [], start
+    while position < stop:
+        part = os.pread(descriptor, stop - position, position)
+        if not part:
+            raise DamagedError(f"{path} ends at byte {position}; bytes up to {stop} were expected")
+        parts.append(part)
+        position += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _make_directories(path: Path) -> None:
+    """Create missing directories and sync each parent, so that a directory is as durable as the file in it."""
+    if path.is_dir():
+        return
+    _make_directories(path.parent)
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Evershard's trainer: `python -m trainer [group=choice] [key=value ...]`."""

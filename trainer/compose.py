@@ -1,0 +1,62 @@
+"""From a command line to a checked `Config`, by Hydra; what Hydra refuses becomes one clear paragraph."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from trainer.config import Config, from_hydra, register, unknown_key
+from trainer.errors import Refused
+
+# A path, not a package name: a directory or package called `conf` elsewhere must not be taken for ours.
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """Compose and check without running anything. `Refused` if the overrides do not compose."""
+    register()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return from_hydra(hydra.compose("config", overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise Refused(explain(error)) from None
+
+
+def compose_from_command_line() -> Config | None:
+    """Compose from `sys.argv`, with all of Hydra's flags; None where one of them (`--cfg job`, `--help`) was the job.
+
+    Hydra only composes: training inside its main function would have its errors reworded and its traces cut.
+    """
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        raise Refused("--multirun would train several runs inside one process. Start one command a run.")
+    register()
+    composed: list[DictConfig] = []
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised to us rather than printed, with status 1, by Hydra
+    try:
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(composed.append)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise Refused(explain(error)) from None
+    return from_hydra(composed[0]) if composed else None
+
+
+def explain(error: Exception) -> str:
+    """What Hydra or OmegaConf refused, in one paragraph."""
+    text = str(error)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return unknown_key(match[1])
+    if match := re.search(r"Could not find '(\w+)/([^']+)'\s+Available options in '\w+':((?:\n\t\w+)+)", text):
+        return f"There is no {match[1]}={match[2]}. Choose {match[1]}={'|'.join(match[3].split())}."
+    cause = error.__cause__ or error.__context__
+    why = str(cause).splitlines()[0] if isinstance(cause, OmegaConfBaseException) else ""
+    first = text.splitlines()[0]
+    if match := re.fullmatch(r"Error merging override (.+)", first):
+        return f"The override {match[1]} does not fit: {why or 'wrong type'}. Type another value."
+    return " ".join(line.strip() for line in text.splitlines() if "hydra.cc" not in line) + (f" {why}" if why else "")

@@ -1,0 +1,339 @@
+"""Every option of the trainer: a typed field, its default and its help in one place, and the checks across fields.
+
+Hydra composes these dataclasses from `conf/`; `from_hydra` turns the result into plain objects at the door, and no
+DictConfig travels further.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
+from enum import Enum
+from typing import Any, Optional
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from trainer.errors import Refused
+
+# OmegaConf reads these annotations at run time and knows Optional[int], not int | None.
+
+
+def option(default: Any, low: float, high: float = float("inf")) -> Any:
+    """A number with its default and its bounds, both included."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclass
+class Run:
+    name: str = "main"
+    dir: str = "runs/${run.name}"  # everything a run writes, relative to where it is started
+
+
+@dataclass
+class Train:
+    steps: int = option(800, low=1)  # optimizer steps of the whole run
+    global_batch: int = option(8, low=1)  # samples a step, on any number of processes
+    micro_batch: int = option(2, low=1)  # samples computed at a time: the unit that never changes with the layout
+    seq_len: int = option(128, low=1)  # target tokens a sample at most
+    seed: int = option(0, low=0)  # weights, order of samples and dropout all follow from it
+    deterministic: bool = False  # refuse kernels whose result varies from run to run (slower on GPUs)
+
+
+@dataclass
+class Eval:
+    every: int = option(100, low=0)  # steps; 0: never. The last step is always evaluated
+    samples: int = option(128, low=0)  # held-out samples, spread evenly; 0: all of them
+    generate_tokens: int = option(160, low=0)  # length of the text sampled at the end; 0: none
+
+
+@dataclass
+class Model:
+    lr: float = MISSING  # the learning rate that suits this model, where optimizer.lr is not given
+
+
+@dataclass
+class TinyLlama(Model):
+    """A Llama of about three million parameters with random weights and one token a byte."""
+
+    lr: float = option(1e-3, low=0)
+    hidden_size: int = option(256, low=1)
+    intermediate_size: int = option(688, low=1)
+    num_layers: int = option(4, low=1)
+    num_heads: int = option(8, low=1)
+    num_kv_heads: int = option(4, low=1)
+    vocab_size: int = option(256, low=256)  # at least one token a byte
+    dropout: float = option(0.0, low=0, high=1)  # on attention weights
+
+
+@dataclass
+class HuggingFace(Model):
+    """Any causal language model of the Hugging Face hub or a local directory, with its tokenizer."""
+
+    lr: float = option(2e-5, low=0)
+    path: str = MISSING  # a local directory or a hub id such as meta-llama/Llama-3.2-1B
+    revision: Optional[str] = None  # of a hub id: a branch, tag or commit
+    trust_remote_code: bool = False  # run code that comes with the model
+
+
+@dataclass
+class Data:
+    log_ids: bool = False  # write the ids of the samples that each step consumed into metrics.jsonl
+
+
+@dataclass
+class Stdlib(Data):
+    """The source of the running Python's standard library."""
+
+
+@dataclass
+class Text(Data):
+    path: str = MISSING  # a UTF-8 file, or a directory whose files match `pattern`
+    pattern: str = "**/*.txt"
+    eval_path: Optional[str] = None  # held-out text, like `path`; without it the tail of `path` is held out
+    eval_fraction: float = option(0.02, low=0, high=0.9)  # how much of the tail
+
+
+@dataclass
+class Jsonl(Data):
+    path: str = MISSING  # one JSON object a line: a text, or a prompt and its completion
+    eval_path: Optional[str] = None  # held-out records; without it records are held out by a hash of their line
+    eval_fraction: float = option(0.02, low=0, high=0.9)  # how many of them
+    text_field: str = "text"
+    prompt_field: str = "prompt"  # conditions the completion; no loss on it
+    completion_field: str = "completion"
+
+
+@dataclass
+class Method:
+    pass
+
+
+@dataclass
+class Full(Method):
+    """Train every parameter."""
+
+
+@dataclass
+class Lora(Method):
+    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685), by peft."""
+
+    r: int = option(8, low=1)
+    alpha: float = option(8.0, low=0)
+    dropout: float = option(0.0, low=0, high=1)
+    target_modules: str = "all-linear"  # a peft name, or names of modules separated by commas
+
+
+@dataclass
+class Optimizer:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
+
+    lr: float = option("${model.lr}", low=0)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = option(1e-8, low=0)
+    weight_decay: float = option(0.1, low=0)  # on matrices only, not on norms and biases
+    clip: float = option(1.0, low=0)  # largest norm of the whole gradient; 0: no clipping
+
+
+class Curve(Enum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+@dataclass
+class Schedule:
+    curve: Curve = Curve.cosine
+    warmup_steps: int = option(50, low=0)  # linear from zero
+    final: float = option(0.1, low=0, high=1)  # of optimizer.lr, at the last step
+
+
+class Engine(Enum):
+    torch = "torch"
+
+
+@dataclass
+class Parallel:
+    """Degrees multiply to the number of processes; -1 in at most one place fills the world."""
+
+    engine: Engine = Engine.torch
+    dp_replicate: Optional[int] = None  # whole copies (DDP); unset: -1, or 1 where dp_shard is -1
+    dp_shard: int = 1  # ways to shard parameters, gradients and optimizer (FSDP2)
+    local_batch: Optional[int] = None  # samples in memory at a time; splits a micro-batch, not its result
+
+
+class Compute(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass
+class Precision:
+    compute: Compute = Compute.fp32  # of matrix products; parameters and optimizer stay fp32 masters
+
+
+@dataclass
+class Checkpoint:
+    dir: str = "${run.dir}/checkpoints"
+    every: int = option(100, low=0)  # steps; 0: only after the last
+    keep: int = option(2, low=1)  # newest generations that stay
+
+
+class Tracker(Enum):
+    wandb = "wandb"
+    none = "none"
+
+
+@dataclass
+class Tracking:
+    tracker: Tracker = Tracker.wandb
+    project: str = "evershard"
+    print_every: int = option(20, low=1)  # steps between lines, where the output is not a terminal
+
+
+@dataclass
+class Config:
+    run: Run = field(default_factory=Run)
+    train: Train = field(default_factory=Train)
+    eval: Eval = field(default_factory=Eval)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    method: Method = field(default_factory=Method)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    parallel: Parallel = field(default_factory=Parallel)
+    precision: Precision = field(default_factory=Precision)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    tracking: Tracking = field(default_factory=Tracking)
+    resume: str = "auto"  # auto: go on with run.dir if it holds something; none: start over; or a path to go on from
+    resume_allow: list[str] = field(default_factory=list)  # keys that may differ although they alter the result
+    dry_run: bool = False  # print the plan and stop
+
+
+# Choices of a group whose options differ: each has a YAML of the same name in conf/, which brings in its schema.
+CHOICES: dict[str, dict[str, type]] = {
+    "model": {"tiny_llama": TinyLlama, "hf": HuggingFace},
+    "data": {"stdlib": Stdlib, "text": Text, "jsonl": Jsonl},
+    "method": {"full": Full, "lora": Lora},
+}
+
+
+def register() -> None:
+    """Make the schemas known to Hydra, so that unknown keys and wrong types are refused when it composes."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, choices in CHOICES.items():
+        for name, schema in choices.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+
+
+def from_hydra(composed: DictConfig) -> Config:
+    """The composed configuration as dataclasses, checked. `Refused` names the override to type."""
+    try:
+        config = OmegaConf.to_object(composed)
+    except MissingMandatoryValue as error:
+        key = getattr(error, "full_key", None) or "an option"
+        raise Refused(f"{key} has no value and no default. Add {key}=... to the command.") from None
+    assert isinstance(config, Config)
+    # `+key=value` adds to a Hydra configuration even where the schema knows no such key, and `~key` takes away.
+    given, known = set(flatten(OmegaConf.to_container(composed))), option_keys(config)
+    if unknown := sorted(given - known):
+        raise Refused(unknown_key(unknown[0]))
+    if removed := sorted(known - given):
+        raise Refused(f"{removed[0]} was removed from the configuration. Leave out the override that starts with ~.")
+    check(config)
+    return config
+
+
+def option_keys(config: Config) -> set[str]:
+    """The dotted names of all options under the choices that were made."""
+    return set(flatten({key: value for key, value in as_json(config).items() if key != "choices"}))
+
+
+def unknown_key(key: str) -> str:
+    """Why an option is refused, and what may have been meant."""
+    group, _, name = key.partition(".")
+    owners = [
+        f"{group}={c}" for c, schema in CHOICES.get(group, {}).items() if name in {f.name for f in fields(schema)}
+    ]
+    if owners:
+        return f"{key} is an option of {' and '.join(owners)} only. Choose {' or '.join(owners)}, or leave it out."
+    known = set().union(*(option_keys(config) for config in _one_of_each_choice()))
+    close = get_close_matches(key, sorted(known), n=3, cutoff=0.6)
+    hint = f"Did you mean {' or '.join(close)}?" if close else "`python -m trainer --cfg job` prints every option."
+    return f"There is no option {key}. {hint}"
+
+
+def _one_of_each_choice() -> list[Config]:
+    default = Config(model=TinyLlama(), data=Stdlib(), method=Full())
+    return [replace(default, **{group: schema()}) for group, choices in CHOICES.items() for schema in choices.values()]
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"train": {"steps": 3}}` as `{"train.steps": 3}`."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def check(config: Config) -> None:
+    """The bounds of every number, and the rules across fields. Sizes of the world are checked in plan.py."""
+    _check_bounds(config, "")
+    betas, model = config.optimizer.betas, config.model
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise Refused(f"optimizer.betas={betas} must be two numbers in [0, 1), such as optimizer.betas=[0.9,0.95].")
+    if isinstance(model, TinyLlama):
+        _check_heads(model)
+
+
+def _check_bounds(options: Any, prefix: str) -> None:
+    for f in fields(options):
+        value, key = getattr(options, f.name), f"{prefix}{f.name}"
+        if is_dataclass(value):
+            _check_bounds(value, f"{key}.")
+        elif "low" in f.metadata and not f.metadata["low"] <= value <= f.metadata["high"]:
+            low, high = f.metadata["low"], f.metadata["high"]
+            wanted = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+            raise Refused(f"{key}={value} must be {wanted}. Type {key}={low} or more.")
+
+
+def _check_heads(model: TinyLlama) -> None:
+    if model.hidden_size % (2 * model.num_heads):
+        fitting = 2 * model.num_heads * max(1, model.hidden_size // (2 * model.num_heads))
+        raise Refused(
+            f"model.hidden_size={model.hidden_size} does not split into model.num_heads={model.num_heads} heads of an "
+            f"even size. Type model.hidden_size={fitting}."
+        )
+    if model.num_heads % model.num_kv_heads:
+        raise Refused(
+            f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={model.num_kv_heads}. "
+            f"Type model.num_kv_heads={model.num_heads} or another divisor."
+        )
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    """The configuration as plain JSON values, enumerations by name."""
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        if isinstance(value, Enum):
+            return value.name
+        return list(value) if isinstance(value, list | tuple) else value
+
+    return {**plain(config), "choices": {group: choice_of(config, group) for group in CHOICES}}
+
+
+def as_yaml(config: Config) -> str:
+    """The resolved configuration, for a person."""
+    return OmegaConf.to_yaml(OmegaConf.create(as_json(config)))
+
+
+def choice_of(config: Config, group: str) -> str:
+    """Which choice of a group was composed, such as `lora` for method."""
+    chosen = type(getattr(config, group))
+    return next(name for name, schema in CHOICES[group].items() if schema is chosen)

@@ -1,0 +1,223 @@
+"""Where text comes from: the standard library, text files, JSON lines; each a training and a held-out set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from trainer.config import Data, Jsonl, Stdlib, Text
+from trainer.data.dataset import Dataset, Records, Windows
+from trainer.data.tokenizer import Tokenizer, Tokens
+from trainer.errors import Refused
+
+STDLIB_HELD_OUT_BYTES = 256 * 1024
+# Data tables, test suites and installed packages: not the kind of source text this corpus is for, and not the same
+# on every machine.
+STDLIB_LEFT_OUT = {
+    "encodings",
+    "pydoc_data",
+    "idlelib",
+    "test",
+    "tests",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A training and a held-out dataset, and what to say about them in the plan."""
+
+    train: Dataset
+    held_out: Dataset
+    name: str
+    notes: list[str] = field(default_factory=list)
+
+
+def load_corpus(config: Data, tokenizer: Tokenizer, seq_len: int) -> Corpus:
+    """Read and tokenize the configured data. `Refused` if it is missing, malformed or empty."""
+    if isinstance(config, Stdlib):
+        corpus = _stdlib(tokenizer, seq_len)
+    elif isinstance(config, Text):
+        corpus = _text(config, tokenizer, seq_len)
+    else:
+        assert isinstance(config, Jsonl)
+        corpus = _jsonl(config, tokenizer, seq_len)
+    if len(corpus.train) == 0:
+        raise Refused(f"{corpus.name} holds nothing to train on. Give more data, or a smaller data.eval_fraction.")
+    if len(corpus.held_out) == 0:
+        corpus.notes.append("nothing is held out, so there is no evaluation")
+    return corpus
+
+
+def _stdlib(tokenizer: Tokenizer, seq_len: int) -> Corpus:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = {
+        path.relative_to(root).as_posix(): path
+        for path in sorted(root.rglob("*.py"))
+        if not STDLIB_LEFT_OUT & set(path.relative_to(root).parts)
+    }
+    held_out = held_out_files({name: path.stat().st_size for name, path in files.items()})
+    if len(held_out) == len(files):
+        raise Refused(f"The standard library in {root} holds no source text. Choose data=text data.path=FILE.")
+    train = _join(tokenizer, (_read_text(path) for name, path in files.items() if name not in held_out))
+    test = _join(tokenizer, (_read_text(path) for name, path in files.items() if name in held_out))
+    name = f"the standard library's source, {len(files) - len(held_out)} files and {len(held_out)} held out"
+    return Corpus(Windows(train, seq_len), Windows(test, seq_len), name)
+
+
+def held_out_files(sizes: dict[str, int]) -> set[str]:
+    """At least `STDLIB_HELD_OUT_BYTES` of files, chosen by a hash of their relative path alone."""
+    chosen: set[str] = set()
+    for name in sorted(sizes, key=lambda n: hashlib.sha256(n.encode()).digest()):
+        if sum(sizes[n] for n in chosen) >= STDLIB_HELD_OUT_BYTES:
+            break
+        chosen.add(name)
+    return chosen
+
+
+def _text(config: Text, tokenizer: Tokenizer, seq_len: int) -> Corpus:
+    tokens = _join(tokenizer, map(_read_text, _files(config.path, config.pattern, "data.path")))
+    if config.eval_path is not None:
+        test = _join(tokenizer, map(_read_text, _files(config.eval_path, config.pattern, "data.eval_path")))
+    else:
+        cut = len(tokens) - int(len(tokens) * config.eval_fraction)
+        tokens, test = tokens[:cut], tokens[cut:]
+    return Corpus(Windows(tokens, seq_len), Windows(test, seq_len), config.path)
+
+
+def _jsonl(config: Jsonl, tokenizer: Tokenizer, seq_len: int) -> Corpus:
+    reader = _RecordReader(config, tokenizer, seq_len)
+    train: list[tuple[Tokens, int]] = []
+    test: list[tuple[Tokens, int]] = []
+    for line in _lines(config.path, "data.path"):
+        # By content, so that a line that stands in the file twice does not land on both sides.
+        share = xxhash.xxh3_64_intdigest(line[1]) / 2**64
+        held_out = config.eval_path is None and share < config.eval_fraction
+        (test if held_out else train).extend(reader.samples(config.path, *line))
+    if config.eval_path is not None:
+        for line in _lines(config.eval_path, "data.eval_path"):
+            test.extend(reader.samples(config.eval_path, *line))
+    return Corpus(Records(train, seq_len), Records(test, seq_len), config.path, reader.notes())
+
+
+class _RecordReader:
+    """Lines of JSON to samples, counting what had to be cut or left out."""
+
+    def __init__(self, config: Jsonl, tokenizer: Tokenizer, seq_len: int) -> None:
+        self.config, self.tokenizer, self.seq_len = config, tokenizer, seq_len
+        self.truncated = self.empty = 0
+
+    def notes(self) -> list[str]:
+        found = []
+        if self.truncated:
+            found.append(
+                f"{self.truncated} records are longer than train.seq_len={self.seq_len} and are cut, "
+                "prompts first and from the left"
+            )
+        if self.empty:
+            found.append(f"{self.empty} empty records are left out")
+        return found
+
+    def samples(self, path: str, number: int, line: bytes) -> list[tuple[Tokens, int]]:
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise Refused(f"{where} is not JSON: {error}. Mend or remove the line; nothing was started.") from None
+        config = self.config
+        if not isinstance(record, dict):
+            raise Refused(f'{where} is a JSON {type(record).__name__}, not an object such as {{"text": ...}}.')
+        if config.prompt_field in record and config.completion_field in record:
+            prompt, completion = (
+                self._string(record, key, where) for key in (config.prompt_field, config.completion_field)
+            )
+            return self._pair(prompt, completion)
+        if config.text_field in record:
+            return self._document(self._string(record, config.text_field, where))
+        raise Refused(
+            f"{where} has the fields {sorted(record)}, but neither {config.text_field} nor {config.prompt_field} and "
+            f"{config.completion_field}. Name them: data.text_field=..., or data.prompt_field=... and "
+            "data.completion_field=..."
+        )
+
+    def _string(self, record: dict[str, object], key: str, where: str) -> str:
+        value = record[key]
+        if not isinstance(value, str):
+            raise Refused(f"{where}: the field {key} is a {type(value).__name__}, not a text. Mend or remove the line.")
+        return value
+
+    def _document(self, text: str) -> list[tuple[Tokens, int]]:
+        """A document and its end; longer ones in consecutive samples, so that nothing is lost."""
+        if not text:
+            self.empty += 1
+            return []
+        tokens = _append(self.tokenizer.encode(text), self.tokenizer.eos)
+        starts = range(0, len(tokens) - 1, self.seq_len)
+        return [(tokens[start : start + self.seq_len + 1], 1) for start in starts]
+
+    def _pair(self, prompt: str, completion: str) -> list[tuple[Tokens, int]]:
+        """A prompt, without loss, and its completion with its end. The completion has the first claim to the room."""
+        if not completion:
+            self.empty += 1
+            return []
+        given = self.tokenizer.encode(prompt)
+        wanted = _append(self.tokenizer.encode(completion, start=len(given) == 0), self.tokenizer.eos)
+        if len(given) + len(wanted) > self.seq_len + 1:
+            self.truncated += 1
+        wanted = wanted[: self.seq_len]
+        given = given[max(0, len(given) - (self.seq_len + 1 - len(wanted))) :]
+        if len(given) == 0 and len(wanted) < 2:  # seq_len is 1: nothing precedes the only token
+            self.empty += 1
+            return []
+        return [(np.concatenate([given, wanted]), max(1, len(given)))]
+
+
+def _lines(path: str, key: str) -> Iterable[tuple[int, bytes]]:
+    """The lines of a file with their numbers, blank ones left out."""
+    (file,) = _files(path, "", key)
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, line.strip()
+
+
+def _files(path: str, pattern: str, key: str) -> Sequence[Path]:
+    top = Path(path).expanduser()
+    if top.is_file():
+        return [top]
+    if not top.exists():
+        raise Refused(f"{key}={path} does not exist (looked in {Path.cwd()}). Type {key}=FILE.")
+    if not pattern:
+        raise Refused(f"{key}={path} is not a file. Type {key}=FILE.")
+    files = sorted(p for p in top.glob(pattern) if p.is_file())
+    if not files:
+        raise Refused(
+            f"No file in {key}={path} matches data.pattern={pattern}. Type data.pattern='**/*' for all files."
+        )
+    return files
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8", "replace")
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}. Give another file, or the right to read it.") from None
+
+
+def _join(tokenizer: Tokenizer, documents: Iterable[str]) -> Tokens:
+    """Documents one after the other, each with its end."""
+    parts = [_append(tokenizer.encode(text), tokenizer.eos) for text in documents if text]
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint8)
+
+
+def _append(tokens: Tokens, token: int) -> Tokens:
+    return np.append(tokens, np.asarray([token], dtype=tokens.dtype))

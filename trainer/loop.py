@@ -1,0 +1,112 @@
+"""The training loop and what happens between steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from checkpointing.collective import Team
+from trainer.config import Config
+from trainer.data.dataset import Dataset
+from trainer.data.feed import Feed, Share
+from trainer.elastic.randomness import derive
+from trainer.errors import TrainingFailed
+from trainer.parallel.engine import TrainingEngine
+from trainer.saving import Saver
+from trainer.schedule import learning_rate
+from trainer.track.tracker import RunTracker
+
+
+@dataclass
+class Progress:
+    """How far a run is. The step is the cursor of the data as well."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+def train(
+    config: Config,
+    engine: TrainingEngine,
+    feed: Feed,
+    held_out: Dataset,
+    tracker: RunTracker,
+    saver: Saver,
+    done: Progress,
+) -> None:
+    """Train from where `done` stands to the last step, reporting and saving on the way."""
+    blocked_s = 0.0
+    for step in range(done.step + 1, config.train.steps + 1):
+        began = time.perf_counter()
+        lr = learning_rate(step, config.train.steps, config.optimizer.lr, config.schedule)
+        share = feed.step(step)
+        loss, grad_norm = optimize(engine, share, lr, derive(config.train.seed, "step", step))
+        step_s = time.perf_counter() - began
+        check_finite(step, loss, grad_norm)
+        done.step, done.tokens = step, done.tokens + share.num_tokens
+        row: dict[str, Any] = {
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens": done.tokens,
+            "samples": step * config.train.global_batch,
+            "tokens_per_s": share.num_tokens / step_s,
+            "step_s": step_s,
+            "blocked_s": blocked_s,  # by what was saved since the line before
+            "world_size": engine.data_size,
+        }
+        if len(held_out) and due(step, config.eval.every, config.train.steps):
+            row["eval_loss"] = evaluate(engine, feed.evenly(held_out, config.eval.samples))
+        if config.data.log_ids:
+            row["sample_ids"] = consumed_ids(share)
+        tracker.step(row)
+        blocked_s = 0.0
+        if due(step, config.checkpoint.every, config.train.steps):
+            blocked_s = saver.save(done.step, done.tokens)
+
+
+def optimize(engine: TrainingEngine, share: Share, lr: float, key: int) -> tuple[float, float]:
+    """One optimizer step: the mean loss over the global batch's targets, and the gradient's norm before clipping."""
+    loss_sum = torch.zeros(1, dtype=torch.float64, device=engine.device)
+    for turn, (number, batch) in enumerate(share.micro_batches, start=1):
+        last = turn == len(share.micro_batches)
+        loss_sum += engine.forward_backward(batch, 1 / share.num_targets, last=last, key=derive(key, number))
+    norm = engine.step(lr)
+    # Both leave the device together: the only wait for it in a step.
+    loss, grad_norm = torch.cat([engine.reduce(loss_sum) / share.num_targets, norm.double().reshape(1)]).tolist()
+    return loss, grad_norm
+
+
+def check_finite(step: int, loss: float, grad_norm: float) -> None:
+    """All ranks see the same two numbers, so they stop together."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise TrainingFailed(
+            f"Step {step} gave a loss of {loss} and a gradient norm of {grad_norm}, and its weights are of no use. "
+            "What was saved before stays as it is. Lower optimizer.lr, or look at this step's samples "
+            "(data.log_ids=true)."
+        )
+
+
+def evaluate(engine: TrainingEngine, share: Share) -> float:
+    """The mean loss over the targets of a share's samples, on all ranks."""
+    total = torch.zeros(1, dtype=torch.float64, device=engine.device)
+    for _, batch in share.micro_batches:
+        total += engine.loss(batch)
+    return float(engine.reduce(total).item()) / share.num_targets
+
+
+def consumed_ids(share: Share) -> list[int]:
+    """The samples that the ranks really computed, gathered from them, in the order of the logical micro-batches."""
+    mine = [(number, batch.ids.tolist()) for number, batch in share.micro_batches if len(batch.ids)]
+    everyone = [part for parts in Team().together(lambda: mine) for part in parts]
+    return [sample for _, ids in sorted(everyone) for sample in ids]
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Every so many steps, and after the last; never but for the last where `every` is 0."""
+    return step == last or (every > 0 and step % every == 0)

@@ -1,0 +1,37 @@
+"""Models and their tokenizers: the built-in tiny Llama, and anything of Hugging Face."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from trainer.config import HuggingFace, Model, TinyLlama
+from trainer.data.tokenizer import Tokenizer
+from trainer.models import huggingface, tiny_llama
+
+
+def load_tokenizer(config: Model) -> Tokenizer:
+    if isinstance(config, HuggingFace):
+        return huggingface.load_tokenizer(config)
+    assert isinstance(config, TinyLlama)
+    return tiny_llama.load_tokenizer(config)
+
+
+def build_model(config: Model, *, seq_len: int, seed: int, device: str = "cpu") -> nn.Module:
+    """A causal language model with fp32 parameters: `model(input_ids=...)` returns an object with `.logits`.
+
+    On the device `meta` it has shapes and no values, which is enough to plan.
+    """
+    with torch.device(device):
+        if isinstance(config, HuggingFace):
+            return huggingface.build(config, seq_len)
+        assert isinstance(config, TinyLlama)
+        return tiny_llama.build(config, seq_len, seed)
+
+
+def draws_randomness(model: nn.Module) -> bool:
+    """Whether a training forward draws random numbers, as far as modules and the model's configuration tell."""
+    settings: dict[str, object] = getattr(getattr(model, "config", None), "to_dict", dict)()
+    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or any(
+        isinstance(value, float) and value > 0 for key, value in settings.items() if "drop" in key
+    )

@@ -1,0 +1,69 @@
+"""This process among the others: its place, its device, and the process group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from trainer.errors import Refused
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of a process, as the launcher gave it in the environment."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @staticmethod
+    def from_environment(environment: Mapping[str, str] = os.environ) -> World:
+        """What torchrun and its kin set; one process alone without it."""
+        if "RANK" not in environment:
+            return World()
+        keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        try:
+            return World(*(int(environment[key]) for key in keys))
+        except (KeyError, ValueError):
+            given = {key: environment.get(key) for key in keys}
+            raise Refused(
+                f"The environment places this process only in part: {given}. "
+                "Start with `python -m launch local --nproc N -- ...` or torchrun, or unset these variables."
+            ) from None
+
+
+def pick_device(world: World) -> torch.device:
+    """The accelerator of this process where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if world.local_size > torch.cuda.device_count():
+        raise Refused(
+            f"{world.local_size} processes on this machine share {torch.cuda.device_count()} GPUs. "
+            f"Start {torch.cuda.device_count()} here, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU."
+        )
+    return torch.device("cuda", world.local_rank)
+
+
+@contextmanager
+def process_group(world: World, device: torch.device) -> Iterator[None]:
+    """The processes joined for the time of the context; nothing to join for one alone."""
+    if world.size == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # gloo beside nccl carries what lies on the CPU, such as a checkpoint's plans.
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=10), device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timedelta(minutes=10))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,172 @@
+"""What a run will do, worked out before anything starts: degrees, batch arithmetic, memory. Pure functions.
+
+The plan is printed at the start; `dry_run=true` stops after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from trainer.config import Config, Parallel, choice_of
+from trainer.errors import Refused
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The parallel degrees; their product is the number of processes."""
+
+    dp_replicate: int
+    dp_shard: int
+
+    @property
+    def data_size(self) -> int:
+        """How many shares the global batch is dealt into."""
+        return self.dp_replicate * self.dp_shard
+
+    def __str__(self) -> str:
+        if self.data_size == 1:
+            return "one process"
+        kind = "DDP" if self.dp_shard == 1 else "FSDP2" if self.dp_replicate == 1 else "FSDP2 with replicas"
+        return f"{kind}, dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard}"
+
+
+def resolve_topology(parallel: Parallel, world_size: int) -> Topology:
+    """The degrees for this many processes. `Refused` if they cannot fill the world exactly."""
+    shard = parallel.dp_shard
+    replicate = parallel.dp_replicate if parallel.dp_replicate is not None else (1 if shard == -1 else -1)
+    given = {"parallel.dp_replicate": replicate, "parallel.dp_shard": shard}
+    for key, degree in given.items():
+        if degree < 1 and degree != -1:
+            raise Refused(f"{key}={degree} must be at least 1, or -1 to fill the world. Type {key}=1.")
+    if replicate == shard == -1:
+        raise Refused("Only one degree can fill the world. Type parallel.dp_replicate=1 or parallel.dp_shard=1.")
+    filled = -1 in (replicate, shard)
+    known = max(replicate, shard) if filled else replicate * shard
+    if world_size % known if filled else world_size != known:
+        raise Refused(
+            f"{' x '.join(f'{key}={degree}' for key, degree in given.items())} does not make up the {world_size} "
+            f"processes of this run. Type {_fitting(world_size, shard)}, or start "
+            f"{'a multiple of ' if filled else ''}{known} processes."
+        )
+    if replicate == -1:
+        replicate = world_size // shard
+    elif shard == -1:
+        shard = world_size // replicate
+    return Topology(replicate, shard)
+
+
+def _fitting(world_size: int, shard: int) -> str:
+    shard = next(n for n in range(min(max(shard, 1), world_size), 0, -1) if world_size % n == 0)
+    return f"parallel.dp_replicate={world_size // shard} parallel.dp_shard={shard}"
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The global batch as logical micro-batches, and how many rounds a process needs for its share of them."""
+
+    global_batch: int
+    micro_batch: int
+    data_size: int
+
+    @property
+    def num_micro_batches(self) -> int:
+        return self.global_batch // self.micro_batch
+
+    @property
+    def rounds(self) -> int:
+        return -(-self.num_micro_batches // self.data_size)
+
+    @property
+    def idle(self) -> int:
+        """Turns a step in which a process has nothing to compute."""
+        return self.rounds * self.data_size - self.num_micro_batches
+
+
+def plan_batch(config: Config, data_size: int) -> BatchPlan:
+    """`Refused` only where the global batch is not a whole number of micro-batches."""
+    total, micro = config.train.global_batch, config.train.micro_batch
+    if total % micro:
+        below, above = total // micro * micro, -(-total // micro) * micro
+        nearest = " or ".join(f"train.global_batch={n}" for n in (below, above) if n > 0)
+        divisor = next(n for n in range(micro, 0, -1) if total % n == 0)
+        raise Refused(
+            f"train.global_batch={total} is not a multiple of train.micro_batch={micro}. "
+            f"Type {nearest}, or train.micro_batch={divisor}."
+        )
+    local = config.parallel.local_batch
+    if local is not None and not 1 <= local <= micro:
+        raise Refused(
+            f"parallel.local_batch={local} must lie between 1 and train.micro_batch={micro}. "
+            "Type parallel.local_batch=1."
+        )
+    return BatchPlan(total, micro, data_size)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on each process while it trains. The first three are exact up to rounding, the others estimates."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int  # the parameters and gradients of the layers that FSDP2 holds whole at a time
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.gathered + self.activations
+
+
+def plan_memory(config: Config, model: nn.Module, topology: Topology, largest_block: int) -> MemoryPlan:
+    """`model` may be on the device meta; `largest_block` is the size in parameters of its largest repeated layer."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    shards = topology.dp_shard
+    return MemoryPlan(
+        parameters=-(-4 * total // shards),
+        gradients=-(-4 * trained // shards),
+        optimizer=-(-8 * trained // shards),  # AdamW's two moments
+        # Two layers at a time (the next is gathered while one computes), with their gradients.
+        gathered=0 if shards == 1 else 4 * 4 * largest_block,
+        activations=_activations(config, model),
+    )
+
+
+def _activations(config: Config, model: nn.Module) -> int:
+    """What one forward keeps for its backward, roughly: 24 hidden and 5 intermediate vectors a layer, and the logits
+    four times (themselves, their soft-max, their gradient, the loss's copy)."""
+    settings = getattr(model, "config", None)
+    hidden, layers, vocab = (
+        int(getattr(settings, key, 0) or 0) for key in ("hidden_size", "num_hidden_layers", "vocab_size")
+    )
+    inner = int(getattr(settings, "intermediate_size", 0) or 4 * hidden)
+    tokens = (config.parallel.local_batch or config.train.micro_batch) * config.train.seq_len
+    return 4 * tokens * (layers * (24 * hidden + 5 * inner) + 4 * vocab)
+
+
+def describe_run(
+    config: Config, model: nn.Module, topology: Topology, batch: BatchPlan, memory: MemoryPlan, device: str
+) -> list[tuple[str, str]]:
+    """What is printed about the model, the processes, the batch, the steps and the memory: (label, text)."""
+    train, schedule = config.train, config.schedule
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    idle = f", {batch.idle} of {batch.rounds * batch.data_size} turns idle" if batch.idle else ""
+    parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in asdict(memory).items() if size)
+    method = f"method={choice_of(config, 'method')} trains {trained:,} ({trained / total:.2%})"
+    split = f"{batch.num_micro_batches} micro-batches of {batch.micro_batch}, {batch.rounds} rounds a process{idle}"
+    tokens = f"up to {batch.global_batch * train.seq_len:,} target tokens a step"
+    rate = f"lr {config.optimizer.lr:g} after {schedule.warmup_steps} steps of warm-up, then {schedule.curve.name}"
+    return [
+        ("model", f"{choice_of(config, 'model')}, {total:,} parameters; {method}"),
+        ("processes", f"{topology.data_size} on {device}: {topology}; precision={config.precision.compute.name}"),
+        ("batch", f"{batch.global_batch} samples = {split}; {tokens}"),
+        ("steps", f"{train.steps}; AdamW, {rate}"),
+        ("memory", f"about {_megabytes(memory.total)} a process: {parts}"),
+    ]
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

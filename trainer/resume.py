@@ -1,0 +1,175 @@
+"""Where a run starts: from scratch or from a generation, and whether this configuration may go on from there.
+
+Nothing here writes, until `turn_away_from` marks what a run has left behind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from checkpointing import CheckpointError, describe
+from checkpointing.format import Manifest
+from checkpointing.generations import Generation, abandon, candidates, read_index, scan
+from checkpointing.storage import FileStorage
+from trainer.config import CHOICES, Config, as_json, flatten
+from trainer.errors import Refused
+from trainer.models import draws_randomness
+
+# Where something lies, how fast it is computed and what is watched: free to change. What `data.path` and `model.path`
+# hold is checked by content.
+FREE = (
+    "run.",
+    "resume",
+    "dry_run",
+    "parallel.",
+    "checkpoint.",
+    "tracking.",
+    "eval.",
+    "data.path",
+    "data.log_ids",
+    "model.path",
+    "model.lr",
+    "train.deterministic",
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The decision: which step is already done, where its state lies, and as which incarnation the run goes on."""
+
+    step: int = 0
+    directory: str | None = None  # of generations; None from scratch
+    generation: str | None = None  # a name where the user named one; None for the newest sound one
+    incarnation: int = 1
+    state: dict[str, Any] = field(default_factory=dict)  # the trainer's objects in that generation
+    lines: list[str] = field(default_factory=list)  # for the plan
+
+
+def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
+    """Find where to start and check that this configuration may. `Refused` says which override to type.
+
+    `fingerprint` is the training data's; `model` may be on the device meta.
+    """
+    own = FileStorage(Path(config.checkpoint.dir))
+    incarnation = 1 + max((g.manifest.incarnation for g in scan(own) if g.manifest), default=0)
+    if config.resume == "none":
+        return Start(incarnation=incarnation, lines=["from scratch (resume=none)"])
+    if config.resume == "auto":
+        storage, found, named = own, candidates(own), None
+        if not found:
+            return Start(incarnation=incarnation, lines=["from scratch"])
+    else:
+        storage, found, named = _find(Path(config.resume))
+    generation = next((g for g in found if g.manifest is not None), None)
+    if generation is None or generation.manifest is None:
+        raise Refused(
+            f"Every generation in {storage} is damaged, the newest so: {found[0].damage}. "
+            f"`python -m checkpointing verify {storage}` says more. Type resume=none to start over; nothing is deleted."
+        )
+    state = _trainer_state(storage, generation)
+    changes = _changes(state["config"], as_json(config))
+    _check_changes(changes, state, config, fingerprint, draws_randomness(model))
+    _check_model(f"{storage}/{generation.name}", generation.manifest, model)
+    lines = [
+        f"{storage}/{generation.name}: step {generation.step} of {config.train.steps} is done, "
+        f"saved by {generation.manifest.world_size} processes"
+    ]
+    lines += [f"passing over {g.name}: {g.damage}" for g in found[: found.index(generation)]]
+    lines += [f"changed since: {key} was {was}, is {now}" for key, (was, now) in changes.items()]
+    if "train.steps" in changes:
+        lines.append("the learning rate follows the new train.steps from here on")
+    incarnation = max(incarnation, generation.manifest.incarnation + 1)
+    return Start(generation.step, str(storage), named, incarnation, state, lines)
+
+
+def turn_away_from(config: Config, start: Start, loaded_step: int) -> None:
+    """Mark the run's own generations that are newer than where it goes on, so that they are never chosen again."""
+    own = FileStorage(Path(config.checkpoint.dir))
+    from_own = start.directory is not None and Path(start.directory).resolve() == own.root.resolve()
+    newer = [g for g in candidates(own) if not from_own or g.step > loaded_step]
+    abandon(own, newer)
+
+
+def _find(path: Path) -> tuple[FileStorage, list[Generation], str | None]:
+    """What resume=<path> means: a run directory, a directory of generations, or one generation, which is then named."""
+    if not path.is_dir():
+        raise Refused(
+            f"resume={path} is not a directory. Give a run, its checkpoints, or one generation; or resume=auto."
+        )
+    top = (path / "checkpoints" if (path / "checkpoints").is_dir() else path).resolve()
+    storage = FileStorage(top)
+    if found := candidates(storage):
+        return storage, found, None
+    parent = FileStorage(top.parent)
+    found = [g for g in scan(parent) if g.name == top.name and g.committed]
+    if not found:
+        raise Refused(
+            f"resume={path} holds no committed generation. `python -m checkpointing ls {path}` shows what is there."
+        )
+    return parent, found, top.name
+
+
+def _trainer_state(storage: FileStorage, generation: Generation) -> dict[str, Any]:
+    assert generation.manifest is not None
+    try:
+        state = read_index(storage, generation.manifest, 0).objects.get("trainer")
+    except CheckpointError as error:
+        raise Refused(
+            f"The checkpoint {storage}/{generation.name} cannot be read: {error}. Type resume=none to start over."
+        ) from None
+    if not isinstance(state, dict) or not {"config", "fingerprint", "step"} <= state.keys():
+        raise Refused(
+            f"The checkpoint {storage}/{generation.name} was not written by this trainer, so it cannot go on from it."
+        )
+    return state
+
+
+def _changes(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The options that differ, with their old and new values. Of a group with another choice only the choice."""
+    old, new = ({key.removeprefix("choices."): v for key, v in flatten(config).items()} for config in (was, now))
+    different = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    rechosen = tuple(f"{group}." for group in CHOICES if group in different)
+    return {key: (old.get(key), new.get(key)) for key in different if not key.startswith(rechosen)}
+
+
+def _check_changes(
+    changes: dict[str, tuple[Any, Any]], state: dict[str, Any], config: Config, fingerprint: str, draws: bool
+) -> None:
+    refused = {key: f"{key} (was {was}, is {now})" for key, (was, now) in changes.items() if not key.startswith(FREE)}
+    if "train.steps" in refused and config.train.steps > changes["train.steps"][0]:
+        del refused["train.steps"]
+    if "parallel.local_batch" in changes and draws:  # dropout is drawn a part at a time
+        refused["parallel.local_batch"] = "parallel.local_batch (the model has dropout, drawn for each part)"
+    if fingerprint != state["fingerprint"] and "data" not in refused:
+        refused["data"] = "data (what it holds has changed)"
+    allowed = config.resume_allow
+    refused = {k: v for k, v in refused.items() if not any(k == a or k.startswith(f"{a}.") for a in allowed)}
+    if refused:
+        raise Refused(
+            "This run was saved with other settings, and going on would not give its result: "
+            f"{', '.join(refused.values())}. Put them back, choose another run.name, or type "
+            f"resume_allow=[{','.join([*allowed, *refused])}] to go on all the same."
+        )
+
+
+def _check_model(name: str, manifest: Manifest, model: nn.Module) -> None:
+    """Refuse a checkpoint of another model before any process group starts."""
+    here = {piece.name: piece.global_shape for piece in describe(model)}
+    there = {name: t.shape for name, t in manifest.tensors.items() if not name.startswith("optim/")}
+    wrong = []
+    if missing := sorted(here.keys() - there.keys()):
+        wrong.append(f"it lacks {len(missing)} of this model's tensors, such as {missing[0]}")
+    if left_over := sorted(there.keys() - here.keys()):
+        wrong.append(f"it holds {len(left_over)} that this model lacks, such as {left_over[0]}")
+    if reshaped := [n for n in sorted(here.keys() & there.keys()) if here[n] != there[n]]:
+        first = reshaped[0]
+        wrong.append(f"{len(reshaped)} differ in shape, such as {first}: {there[first]} there, {here[first]} here")
+    if wrong:
+        raise Refused(
+            f"The checkpoint {name} is of another model: {'; '.join(wrong)}. "
+            "Give the model and method it was saved with, another run.name, or resume=none."
+        )

@@ -1,0 +1,59 @@
+"""The run's checkpoints: what goes in beside the tensors, when the metrics become durable, and what is kept."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpointing import save
+from checkpointing.lease import Lease
+from checkpointing.retention import prune
+from checkpointing.storage import FileStorage
+from trainer.config import Config, as_json
+from trainer.parallel.engine import TrainingEngine
+from trainer.track.tracker import RunTracker
+
+
+@dataclass(frozen=True)
+class Saver:
+    """Saves one run. `lease` is held by rank 0 and None elsewhere."""
+
+    config: Config
+    engine: TrainingEngine
+    tracker: RunTracker
+    run_id: str
+    incarnation: int
+    fingerprint: str
+    lease: Lease | None
+
+    def save(self, step: int, tokens: int) -> float:
+        """Save and commit step `step`; returns the seconds that training waited for it. Collective."""
+        began = time.perf_counter()
+        if self.lease is not None:
+            self.lease.check()
+        self.tracker.sync()
+        generation = save(
+            Path(self.config.checkpoint.dir),
+            step,
+            self.engine.pieces(),
+            {"trainer": self._state(step, tokens)},
+            run_id=self.run_id,
+            incarnation=self.incarnation,
+        )
+        seconds = time.perf_counter() - began
+        self.tracker.emit("commit", step=step, tier="durable", generation=generation, seconds=seconds)
+        if self.lease is not None:
+            prune(FileStorage(self.config.checkpoint.dir), self.config.checkpoint.keep)
+        return seconds
+
+    def _state(self, step: int, tokens: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "tokens": tokens,
+            "run_id": self.run_id,
+            "world_size": self.engine.data_size,
+            "fingerprint": self.fingerprint,
+            "config": as_json(self.config),
+        }

@@ -1,0 +1,55 @@
+"""Progress for a person: one live line on a terminal, one aligned line every n steps elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.text import Text
+
+
+class Console:
+    """Prints the metrics of steps; evaluated steps stay on a terminal as lines of their own."""
+
+    def __init__(self, total_steps: int, print_every: int) -> None:
+        self._total, self._every = total_steps, print_every
+        self._live: Live | None = None
+        self._began: tuple[float, int] | None = None
+        if sys.stdout.isatty():
+            self._live = Live(console=RichConsole(), refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def step(self, row: dict[str, Any]) -> None:
+        line = self._line(row)
+        if self._live is not None:
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+            if "eval_loss" in row:
+                self._live.console.print(line, highlight=False, soft_wrap=True)
+        elif row["step"] % self._every == 0 or row["step"] == self._total or "eval_loss" in row:
+            print(line, flush=True)
+
+    def close(self, exit_code: int) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _line(self, row: dict[str, Any]) -> str:
+        now, step = time.monotonic(), row["step"]
+        began_at, began_step = self._began = self._began or (now, step)
+        pace = (now - began_at) / (step - began_step) if step > began_step else row["step_s"]
+        width = len(str(self._total))
+        evaluated = f"  eval loss {row['eval_loss']:.4f}" if "eval_loss" in row else ""
+        return (
+            f"step {step:>{width}}/{self._total}  loss {row['loss']:8.4f}  lr {row['lr']:.2e}  "
+            f"grad {row['grad_norm']:7.3f}  "
+            f"{row['tokens_per_s']:8,.0f} tok/s  {_clock(pace * (self._total - step))} left{evaluated}"
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"

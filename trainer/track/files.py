@@ -1,0 +1,77 @@
+"""metrics.jsonl and events.jsonl: one JSON object a line, without gaps or duplicates across resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """A file of JSON objects, appended a line at a time. The torn last line of a killed process is removed first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.exists():
+            _drop_torn_end(path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make everything written durable."""
+        os.fsync(self._file.fileno())
+
+    def close(self, exit_code: int) -> None:
+        self._file.close()
+
+
+class Metrics(JsonLines):
+    """What each optimizer step measured."""
+
+    def step(self, row: dict[str, Any]) -> None:
+        self.write(row)
+
+
+class Events(JsonLines):
+    """What happened to the run: start, resume, commit, resize, failure, finish."""
+
+    def emit(self, event: str, **facts: Any) -> None:
+        self.write({"event": event, **facts, "time": time.time(), "monotonic": time.monotonic()})
+
+
+def roll_back(run_dir: Path, step: int) -> int:
+    """Move the metrics of steps after `step` to metrics.discarded.jsonl; returns how many there were.
+
+    In this order no line is lost: appended and synced there before it is cut off here.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return 0
+    _drop_torn_end(path)
+    kept_bytes = 0
+    discarded: list[bytes] = []
+    with open(path, "rb") as file:
+        for line in file:
+            if not discarded and json.loads(line)["step"] <= step:
+                kept_bytes += len(line)
+            else:
+                discarded.append(line)
+    if discarded:
+        with open(run_dir / "metrics.discarded.jsonl", "ab") as file:
+            file.writelines(discarded)
+            file.flush()
+            os.fsync(file.fileno())
+        os.truncate(path, kept_bytes)
+    return len(discarded)
+
+
+def _drop_torn_end(path: Path) -> None:
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)

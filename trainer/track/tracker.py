@@ -1,0 +1,54 @@
+"""The one place that the loop reports to. Every rank has it; only rank 0's has sinks behind it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from trainer.config import Config, Tracker, as_json
+from trainer.track.console import Console
+from trainer.track.files import Events, Metrics
+from trainer.track.wandb_run import WandbRun
+
+
+class Sink(Protocol):
+    """Takes the metrics of finished steps."""
+
+    def step(self, row: dict[str, Any]) -> None: ...
+
+    def close(self, exit_code: int) -> None: ...
+
+
+class RunTracker:
+    """Metrics and events of a run, to its files, the terminal and wandb."""
+
+    def __init__(self, config: Config, run_id: str, rank: int) -> None:
+        self._sinks: list[Sink] = []
+        self._metrics: Metrics | None = None
+        self._events: Events | None = None
+        if rank != 0:
+            return
+        run_dir = Path(config.run.dir)
+        self._metrics, self._events = Metrics(run_dir / "metrics.jsonl"), Events(run_dir / "events.jsonl")
+        self._sinks = [self._metrics, Console(config.train.steps, config.tracking.print_every)]
+        if config.tracking.tracker is Tracker.wandb:
+            self._sinks.append(WandbRun(config.tracking.project, config.run.name, run_id, run_dir, as_json(config)))
+
+    def step(self, row: dict[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.step(row)
+
+    def emit(self, event: str, **facts: Any) -> None:
+        if self._events is not None:
+            self._events.emit(event, **facts)
+
+    def sync(self) -> None:
+        """Make the metrics durable, before a checkpoint that a resume may start from."""
+        if self._metrics is not None:
+            self._metrics.sync()
+
+    def close(self, exit_code: int) -> None:
+        for sink in self._sinks:
+            sink.close(exit_code)
+        if self._events is not None:
+            self._events.close(exit_code)
