@@ -69,3 +69,7 @@ class Team:
         if "cpu" in dist.get_backend_config(self.group):
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())
+
+
+def as_team(group: dist.ProcessGroup | Team | None) -> Team:
+    return group if isinstance(group, Team) else Team(group)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from checkpointing.collective import Team
+from checkpointing.collective import Team, as_team
 from checkpointing.errors import LayoutError
 from checkpointing.format import COMMIT, MANIFEST, Manifest, Writer, digest, encode_manifest, generation_name
 from checkpointing.generations import newest
@@ -28,7 +28,7 @@ def save(
     step: int,
     pieces: Sequence[Piece],
     objects: dict[str, Any] | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | Team | None = None,
     *,
     run_id: str = "",
     incarnation: int = 0,
@@ -39,7 +39,7 @@ def save(
     all raise with its reason and the previous generation stays the newest. `incarnation` counts the run's resumes:
     the newest generation is the greatest by (incarnation, step).
     """
-    team, storage = Team(group), as_storage(directory)
+    team, storage = as_team(group), as_storage(directory)
     layouts = team.together(lambda: _describe(pieces, objects or {}))
     plan = plan_save(layouts)
     save_id, parent = team.together(lambda: _begin(storage) if team.rank == 0 else None)[0]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from math import prod
-from typing import Any
+from math import isfinite, prod
+from typing import Any, NoReturn
 
 import torch
 import xxhash
@@ -262,11 +262,15 @@ def _dump(value: Any) -> bytes:
 
 
 def _load(data: bytes, source: str) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
+    def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not JSON")
 
+    def finite(text: str) -> float:
+        number = float(text)
+        return number if isfinite(number) else refuse(text)
+
     try:
-        raw = json.loads(data, parse_constant=refuse)
+        raw = json.loads(data, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{source} is not JSON: {error}") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:

@@ -57,7 +57,7 @@ class Lease:
         while True:
             numbers = _numbers(storage)
             if numbers and (other := _living_holder(storage, numbers[-1], expiry_s)):
-                raise LeaseHeldError(f"{storage} is in use by process {other.pid} on {other.host}")
+                raise LeaseHeldError(f"process {other.pid} on {other.host} holds {storage}")
             number = numbers[-1] + 1 if numbers else 1
             if storage.create_if_absent(_name(number), json.dumps(asdict(holder)).encode()):
                 for dead in numbers:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-import xxhash
 
 from checkpointing.errors import CheckpointError, DamagedError
-from checkpointing.format import DTYPES, Index, Manifest, StoredBox, block_size, digest, shard_name
+from checkpointing.format import DTYPES, Index, Manifest, StoredBox, block_size, checksums, digest, shard_name
 from checkpointing.generations import read_index
 from checkpointing.geometry import Box
 from checkpointing.plan import Read
@@ -78,14 +77,15 @@ class GenerationReader:
         name = f"{self.manifest.generation}/{shard_name(writer.rank)}"
         (raw,) = self.storage.read_ranges(name, [(base + first, base + last)])
         data = memoryview(raw)
-        for at in range(first, last, block):
-            number = at // block
-            expected = stored.checksums[16 * number : 16 * number + 16]
-            if xxhash.xxh3_64_hexdigest(data[at - first : min(at - first + block, last - first)]) != expected:
-                raise DamagedError(
-                    f"{name}: the checksum of bytes {base + at} to {base + min(at + block, nbytes)} does not match; "
-                    f"they belong to {stored.name}"
-                )
+        found = checksums(data, block)
+        expected = stored.checksums[16 * (first // block) :][: len(found)]
+        if found != expected:
+            bad = next(i for i in range(0, len(found), 16) if found[i : i + 16] != expected[i : i + 16]) // 16
+            at = first + bad * block
+            raise DamagedError(
+                f"{name}: the checksum of bytes {base + at} to {base + min(at + block, nbytes)} does not match; "
+                f"they belong to {stored.name}"
+            )
         return bytearray(data[start - first : stop - first])
 
     def _data_start(self, position: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpointing.collective import Team
+from checkpointing.collective import Team, as_team
 from checkpointing.commit import as_storage
 from checkpointing.errors import DamagedError, MismatchError, NotFoundError, first_few
 from checkpointing.format import scalar_from_hex
@@ -27,7 +27,7 @@ def load(
     directory: str | os.PathLike[str] | Storage,
     pieces: Sequence[Piece],
     step: int | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | Team | None = None,
     *,
     only: Sequence[str] | None = None,
     generation: str | None = None,
@@ -39,7 +39,7 @@ def load(
     `MismatchError` if a piece is not in the generation, or a stored tensor is in no rank's pieces; `only` (prefixes
     of names) loads less: other pieces stay as they are. After an error the pieces' tensors must not be used.
     """
-    team, storage = Team(group), as_storage(directory)
+    team, storage = as_team(group), as_storage(directory)
     wanted = [p for p in pieces if only is None or p.name.startswith(tuple(only))]
     names = team.together(lambda: _choices(storage, step, generation) if team.rank == 0 else [])[0]
     named = step is not None or generation is not None
@@ -71,6 +71,8 @@ def _choices(storage: Storage, step: int | None, generation: str | None) -> list
             f"generation {generation}" if generation else "generation" if step is None else f"generation of step {step}"
         )
         raise NotFoundError(f"there is no committed {what} in {storage}")
+    for damaged in (g for g in found if g.damage and len(found) > 1):
+        logger.warning("generation %s is damaged and is passed over: %s", damaged.name, damaged.damage)
     return [g.name for g in found]
 
 

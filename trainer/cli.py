@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -10,28 +11,34 @@ from trainer.errors import Refused, TrainingFailed
 
 
 def main() -> int:
+    """Run what `sys.argv` says; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
-        from trainer.compose import compose_from_command_line
-
-        config = compose_from_command_line()
-        if config is None:
-            return 0
-        from trainer.run import run  # seconds of imports, which a refused command does not wait for
-
-        return run(config)
+        return _compose_and_run()
     except Refused as error:
-        say(f"trainer: {error}")
-        return 2
+        status = say(error, 2)
     except TrainingFailed as error:
-        say(f"trainer: {error}")
-        return 1
+        status = say(error, 1)
     except KeyboardInterrupt:
-        say("trainer: interrupted; the same command goes on from the last checkpoint")
-        return 130
+        status = say("interrupted; the same command goes on from the last checkpoint", 130)
+    # What the trace of the error kept alive ends here and not with the interpreter: see process_group.
+    gc.collect()
+    return status
 
 
-def say(text: str) -> None:
+def _compose_and_run() -> int:
+    from trainer.compose import compose_from_command_line
+
+    config = compose_from_command_line()
+    if config is None:
+        return 0
+    from trainer.run import run  # seconds of imports, which a refused command does not wait for
+
+    return run(config)
+
+
+def say(what: object, status: int) -> int:
     """To stderr, once a machine: what is refused on one process is refused on its neighbours for the same reason."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        print(f"trainer: {what}", file=sys.stderr, flush=True)
+    return status

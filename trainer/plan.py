@@ -45,10 +45,10 @@ def resolve_topology(parallel: Parallel, world_size: int) -> Topology:
     filled = -1 in (replicate, shard)
     known = max(replicate, shard) if filled else replicate * shard
     if world_size % known if filled else world_size != known:
+        product = " x ".join(f"{key}={degree}" for key, degree in given.items() if degree != -1)
         raise Refused(
-            f"{' x '.join(f'{key}={degree}' for key, degree in given.items())} does not make up the {world_size} "
-            f"processes of this run. Type {_fitting(world_size, shard)}, or start "
-            f"{'a multiple of ' if filled else ''}{known} processes."
+            f"{product} does not {'divide' if filled else 'make up'} the {world_size} process(es) of this run. "
+            f"Type {_fitting(world_size, shard)}, or start {'a multiple of ' if filled else ''}{known} processes."
         )
     if replicate == -1:
         replicate = world_size // shard

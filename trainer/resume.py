@@ -78,7 +78,7 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
         f"{storage}/{generation.name}: step {generation.step} of {config.train.steps} is done, "
         f"saved by {generation.manifest.world_size} processes"
     ]
-    lines += [f"passing over {g.name}: {g.damage}" for g in found[: found.index(generation)]]
+    lines += [f"passing over {g.name}: {g.damage}" for g in found if g.damage]
     lines += [f"changed since: {key} was {was}, is {now}" for key, (was, now) in changes.items()]
     if "train.steps" in changes:
         lines.append("the learning rate follows the new train.steps from here on")

@@ -71,11 +71,16 @@ def run(config: Config) -> int:
         if config.dry_run:
             return 0
         with process_group(world, device):
-            start = agree(prepared)
-            engine = make_engine(config, build(config), topology, world, device)
-            state = restore(engine, start)
-            train_and_finish(config, world, prepared, start, engine, state, lease)
+            train_together(config, world, device, prepared, lease)
     return 0
+
+
+def train_together(config: Config, world: World, device: torch.device, prepared: Prepared, lease: Lease | None) -> None:
+    """What happens while the processes are joined. Nothing of it outlives the process group."""
+    start = agree(prepared)
+    engine = make_engine(config, build(config), prepared.topology, world, device)
+    state = restore(engine, start)
+    train_and_finish(config, world, prepared, start, engine, state, lease)
 
 
 def prepare(config: Config, world: World, device: torch.device, topology: Topology, batch: BatchPlan) -> Prepared:
@@ -207,7 +212,9 @@ def run_lease(config: Config, world: World) -> Iterator[Lease | None]:
     try:
         lease = Lease.acquire(FileStorage(Path(config.run.dir) / ".lease"))
     except LeaseHeldError as error:
-        raise Refused(f"{error}. Wait until that run has ended or stop it, or type another run.name.") from None
+        raise Refused(
+            f"Another run uses {config.run.dir}: {error}. Wait until it has ended or stop it, or type another run.name."
+        ) from None
     try:
         yield lease
     finally:

@@ -132,7 +132,9 @@ class _RecordReader:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise Refused(f"{where} is not JSON: {error}. Mend or remove the line; nothing was started.") from None
+            # Of a syntax error the column alone: its own "line 1" is not the file's.
+            why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise Refused(f"{where} is not JSON: {why}. Mend or remove the line; nothing was started.") from None
         config = self.config
         if not isinstance(record, dict):
             raise Refused(f'{where} is a JSON {type(record).__name__}, not an object such as {{"text": ...}}.')

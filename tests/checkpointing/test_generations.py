@@ -1,0 +1,57 @@
+"""Finding generations: order, state, and what does not belong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from checkpointing import Piece, save
+from checkpointing.generations import abandon, candidates, newest, scan
+from checkpointing.storage import FileStorage
+
+PIECES = [Piece("model/w", torch.ones(4), (0,), (4,))]
+
+
+def test_newest_first_by_incarnation_then_step(tmp_path: Path) -> None:
+    for step, incarnation in ((5, 1), (9, 1), (7, 2), (3, 0)):
+        save(tmp_path, step, PIECES, incarnation=incarnation)
+    assert [g.step for g in scan(FileStorage(tmp_path))] == [7, 9, 5, 3]
+
+
+def test_other_files_and_directories_are_ignored(tmp_path: Path) -> None:
+    save(tmp_path, 1, PIECES)
+    for name in ("step-1-abc/x", "notes.txt", "step-00000002-zzzzzzzz/COMMIT", "deep/step-00000003-00000000/COMMIT"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("")
+    assert [g.step for g in scan(FileStorage(tmp_path))] == [1]
+
+
+def test_uncommitted_damaged_and_abandoned_are_told_apart(tmp_path: Path) -> None:
+    storage = FileStorage(tmp_path)
+    names = {step: save(tmp_path, step, PIECES) for step in (1, 2, 3, 4)}
+    (tmp_path / names[2] / "COMMIT").unlink()
+    (tmp_path / names[3] / "manifest.json").write_text("{}")
+    abandon(storage, [g for g in scan(storage) if g.step == 4])
+    states = {g.step: (g.committed, g.damage is not None, g.abandoned) for g in scan(storage)}
+    assert states == {
+        1: (True, False, False),
+        2: (False, False, False),
+        3: (True, True, False),
+        4: (True, False, True),
+    }
+    assert [g.step for g in candidates(storage)] == [1, 3]
+    found = newest(storage)
+    assert found is not None and found.step == 1
+
+
+def test_a_generation_under_another_name_is_damaged(tmp_path: Path) -> None:
+    name = save(tmp_path, 1, PIECES)
+    (tmp_path / name).rename(tmp_path / "step-00000009-00000000")
+    (found,) = scan(FileStorage(tmp_path))
+    assert "belongs to step-00000001" in str(found.damage)
+
+
+def test_an_empty_or_absent_directory_holds_nothing(tmp_path: Path) -> None:
+    assert scan(FileStorage(tmp_path)) == scan(FileStorage(tmp_path / "absent")) == []
+    assert newest(FileStorage(tmp_path)) is None

@@ -1,0 +1,96 @@
+"""Boxes: intersection, cutting into panels, exact cover."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from checkpointing import LayoutError
+from checkpointing.geometry import COLUMN_GRID, Box, Piece, check_tiling, intersect, panels
+
+shapes = st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple)
+
+
+@st.composite
+def box_in(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
+    starts = [draw(st.integers(0, n)) for n in shape]
+    stops = [draw(st.integers(a, n)) for a, n in zip(starts, shape, strict=True)]
+    return Box(tuple(starts), tuple(b - a for a, b in zip(starts, stops, strict=True)))
+
+
+def marked(box: Box, shape: tuple[int, ...]) -> np.ndarray:
+    mask = np.zeros(shape, dtype=bool)
+    mask[box.slices((0,) * len(shape))] = True
+    return mask
+
+
+@given(st.data(), shapes)
+def test_intersect_is_the_set_of_common_elements(data: st.DataObject, shape: tuple[int, ...]) -> None:
+    a, b = data.draw(box_in(shape)), data.draw(box_in(shape))
+    common = intersect(a, b)
+    both = marked(a, shape) & marked(b, shape)
+    assert common is None if not both.any() else (marked(common, shape) == both).all()
+
+
+@given(st.data(), shapes)
+def test_panels_tile_their_box_on_the_global_grid(data: st.DataObject, shape: tuple[int, ...]) -> None:
+    box = data.draw(box_in(shape))
+    cuts = panels(box, shape)
+    count = sum(marked(cut, shape).astype(int) for cut in cuts)
+    assert (count == marked(box, shape)).all()
+    if len(shape) > 1:
+        step = -(-shape[-1] // COLUMN_GRID)
+        inner = [cut.offset[-1] for cut in cuts[1:]]
+        assert all(offset % step == 0 for offset in inner)
+
+
+def test_vectors_are_not_cut() -> None:
+    assert panels(Box((3,), (1000,)), (2000,)) == [Box((3,), (1000,))]
+
+
+@pytest.mark.parametrize("ways", [2, 4, 8, 16])
+def test_column_shards_start_on_a_cut(ways: int) -> None:
+    lines = {cut.offset[-1] for cut in panels(Box((0, 0), (8, 4096)), (8, 4096))}
+    assert {4096 // ways * k for k in range(ways)} <= lines
+
+
+def test_tiling_accepts_exact_cover_and_empty_boxes() -> None:
+    check_tiling("w", [Box((0, 0), (2, 5)), Box((2, 0), (1, 3)), Box((2, 3), (1, 2)), Box((3, 0), (0, 5))], (3, 5))
+    check_tiling("scalar", [Box((), ())], ())
+    check_tiling("empty", [], (0, 4))
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([Box((0, 0), (2, 5))], "5 of 15 elements are held by no rank"),
+        ([Box((0, 0), (2, 5)), Box((1, 0), (2, 5))], "two different boxes both hold"),
+        ([Box((0, 0), (4, 5))], "leaves the tensor"),
+        ([], "15 of 15 elements"),
+    ],
+)
+def test_tiling_names_holes_overlaps_and_excess(boxes: list[Box], message: str) -> None:
+    with pytest.raises(LayoutError, match=f"w: .*{message}"):
+        check_tiling("w", boxes, (3, 5))
+
+
+@given(st.data(), shapes)
+def test_tiling_agrees_with_counting(data: st.DataObject, shape: tuple[int, ...]) -> None:
+    boxes = data.draw(st.lists(box_in(shape), max_size=4))
+    count = sum((marked(b, shape).astype(int) for b in boxes), np.zeros(shape, int))
+    try:
+        check_tiling("w", boxes, shape)
+        tiled = True
+    except LayoutError:
+        tiled = False
+    assert tiled == bool((count == 1).all())
+
+
+def test_a_piece_must_lie_in_its_tensor() -> None:
+    with pytest.raises(LayoutError, match="does not lie in a tensor of shape"):
+        Piece("w", torch.zeros(2, 3), (3, 0), (4, 3))
+    with pytest.raises(LayoutError, match="does not lie in"):
+        Piece("w", torch.zeros(2, 3), (0,), (4, 3))

@@ -1,0 +1,120 @@
+"""One live writer a directory; a dead one is replaced, by one process only."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from checkpointing import LeaseHeldError, lease
+from checkpointing.lease import Holder, Lease
+from checkpointing.storage import FileStorage
+
+
+def write_lease(directory: Path, holder: Holder, number: int = 1) -> None:
+    FileStorage(directory).put(f"lease-{number:06d}.json", [json.dumps(asdict(holder)).encode()])
+
+
+def test_a_second_holder_is_told_who_holds_it(tmp_path: Path) -> None:
+    first = Lease.acquire(FileStorage(tmp_path))
+    with pytest.raises(LeaseHeldError, match=f"process {os.getpid()} on .* holds "):
+        Lease.acquire(FileStorage(tmp_path))
+    first.release()
+    Lease.acquire(FileStorage(tmp_path)).release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_holder_on_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from checkpointing.lease import Lease; from checkpointing.storage import FileStorage\n"
+        "Lease.acquire(FileStorage(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout and holder.stdout.readline() == "held\n"
+    with pytest.raises(LeaseHeldError, match=f"process {holder.pid}"):
+        Lease.acquire(FileStorage(tmp_path))
+    holder.kill()  # not yet waited for: a zombie does not hold it either
+    began = time.monotonic()
+    while True:
+        try:
+            Lease.acquire(FileStorage(tmp_path)).release()
+            break
+        except LeaseHeldError:
+            assert time.monotonic() - began < 10
+    holder.wait()
+
+
+def test_a_recycled_pid_is_not_the_holder(tmp_path: Path) -> None:
+    write_lease(tmp_path, replace(Holder.this_process(), started="1"))
+    Lease.acquire(FileStorage(tmp_path)).release()
+
+
+def test_a_holder_elsewhere_is_watched(tmp_path: Path) -> None:
+    elsewhere = replace(Holder.this_process(), host="another", boot_id="other")
+    write_lease(tmp_path, elsewhere)
+    stop = threading.Event()
+
+    def beat() -> None:
+        count = 0
+        while not stop.wait(0.05):
+            count += 1
+            FileStorage(tmp_path).put("lease-000001.beat", [str(count).encode()])
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    with pytest.raises(LeaseHeldError, match="on another holds"):
+        Lease.acquire(FileStorage(tmp_path), expiry_s=20)
+    stop.set()
+    thread.join()
+    Lease.acquire(FileStorage(tmp_path), expiry_s=0.3).release()  # it beats no more
+
+
+def test_of_several_that_replace_a_dead_one_one_wins(tmp_path: Path) -> None:
+    write_lease(tmp_path, replace(Holder.this_process(), started="1"))
+    barrier, won, lost = threading.Barrier(6), [], []
+
+    def take() -> None:
+        barrier.wait()
+        try:
+            won.append(Lease.acquire(FileStorage(tmp_path)))
+        except LeaseHeldError:
+            lost.append(1)
+
+    threads = [threading.Thread(target=take) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert (len(won), len(lost)) == (1, 5)
+    won[0].release()
+
+
+def test_a_replaced_holder_finds_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.02)
+    sleeper = Lease.acquire(FileStorage(tmp_path))
+    sleeper.check()
+    write_lease(tmp_path, Holder.this_process(), number=2)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            sleeper.check()
+        except LeaseHeldError as error:
+            assert "took over" in str(error)
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("the replaced holder never noticed")
+    sleeper.release()
+    assert (tmp_path / "lease-000002.json").exists()  # the new holder's is left alone
+
+
+def test_a_lease_that_is_half_written_is_waited_for(tmp_path: Path) -> None:
+    FileStorage(tmp_path).put("lease-000001.json", [b'{"host": "x'])
+    Lease.acquire(FileStorage(tmp_path), expiry_s=0.2).release()

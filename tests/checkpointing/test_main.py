@@ -1,0 +1,110 @@
+"""The command: what a person sees, what a script reads, and the exit status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from checkpointing import describe, save
+from checkpointing.__main__ import main
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    model = nn.Sequential(nn.Linear(8, 200), nn.Linear(200, 8))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (10, 20):
+        save(
+            tmp_path / "checkpoints", step, describe(model, optimizer), {"trainer": {"step": step, "config": {"a": 1}}}
+        )
+    return tmp_path
+
+
+def generation(run_dir: Path, step: int) -> Path:
+    return next((run_dir / "checkpoints").glob(f"step-{step:08d}-*"))
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
+    status = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def test_ls_lists_the_newest_first(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (generation(run_dir, 10) / "COMMIT").unlink()
+    for directory in (run_dir, run_dir / "checkpoints"):
+        status, text = output(capsys, "ls", directory)
+        rows = text.splitlines()[1:]
+        assert status == 0
+        assert [row.split()[1] for row in rows] == ["20", "10"]
+        assert rows[0].endswith("committed") and rows[1].endswith("not committed")
+    status, text = output(capsys, "ls", run_dir, "--json")
+    assert [g["state"] for g in json.loads(text)["generations"]] == ["committed", "not committed"]
+
+
+def test_inspect_tells_what_is_inside(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = output(capsys, "inspect", run_dir)
+    assert status == 0
+    flat = " ".join(text.split())
+    assert f"{generation(run_dir, 20).name}" in flat
+    assert "step 20, incarnation 0" in flat and "by 1 ranks" in flat
+    assert "0 8.0 kB rank 0" not in flat  # sizes are those of the tensors: 200x8 and 200 floats
+    assert "weight F32 200x8 6.4 kB rank 0" in flat
+    assert "optim/exp_avg F32, tensors as in model" in flat
+    assert "config: a 1" in flat
+    _, text = output(capsys, "inspect", generation(run_dir, 10), "--json")
+    described = json.loads(text)
+    assert described["step"] == 10
+    assert described["tensors"]["model/0.weight"] == {
+        "dtype": "F32",
+        "shape": [200, 8],
+        "bytes": 6400,
+        "written_by": [0],
+    }
+
+
+def test_verify_finds_damage_and_names_it(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = output(capsys, "verify", run_dir)
+    assert status == 0 and text.count("sound") == 2
+    shard = generation(run_dir, 20) / "shard-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[6000] ^= 4
+    shard.write_bytes(data)
+    status, text = output(capsys, "verify", run_dir)
+    assert status == 1
+    assert "DAMAGED" in text and "sound" in text
+    assert "the checksum of bytes" in text and "they belong to" in text
+    status, text = output(capsys, "verify", run_dir, "--json")
+    assert status == 1
+    assert [len(g["damage"]) for g in json.loads(text)["generations"]] == [1, 0]
+    status, _ = output(capsys, "verify", generation(run_dir, 10))
+    assert status == 0
+
+
+def test_verify_finds_a_damaged_manifest_and_a_missing_shard(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (generation(run_dir, 20) / "manifest.json").write_text("{}")
+    (generation(run_dir, 10) / "shard-00000.safetensors").unlink()
+    status, text = output(capsys, "verify", run_dir)
+    assert status == 1 and text.count("DAMAGED") == 2
+    assert "is not the manifest that was committed" in text and "is missing" in text
+
+
+@pytest.mark.parametrize("command", ["ls", "inspect", "verify"])
+def test_a_directory_without_generations_is_refused(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, text = output(capsys, command, tmp_path)
+    assert status == 2 and "holds no generation" in text
+    status, text = output(capsys, command, tmp_path / "absent")
+    assert status == 2 and "is not a directory" in text
+
+
+def test_inspect_of_only_damaged_generations_says_so(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (10, 20):
+        (generation(run_dir, step) / "COMMIT").write_text("x")
+    status, text = output(capsys, "inspect", run_dir)
+    assert status == 2 and "nothing in" in text and "is not the manifest that was committed" in text

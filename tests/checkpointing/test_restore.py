@@ -1,0 +1,174 @@
+"""Loading: completeness, damage, and the decision that all ranks make together."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpointing import DamagedError, MismatchError, NotFoundError, Piece, load, save
+from checkpointing.generations import abandon, scan
+from checkpointing.storage import FileStorage
+from tests.threads import ThreadTeam, all_of, on_ranks
+
+
+def pieces(value: float, *names: str, rows: int = 40) -> list[Piece]:
+    return [
+        Piece(name, torch.full((rows, 500), value), (0, 0), (rows, 500)) for name in names or ("model/a", "optim/a/m")
+    ]
+
+
+def values(loaded: list[Piece]) -> list[float]:
+    assert all(len(p.tensor.unique()) == 1 for p in loaded)
+    return [float(p.tensor.flatten()[0]) for p in loaded]
+
+
+def test_the_newest_is_loaded_and_a_named_step_on_request(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, pieces(float(step)), {"step": step})
+    target = pieces(0.0)
+    assert load(tmp_path, target) == {"step": 2} and values(target) == [2.0, 2.0]
+    assert load(tmp_path, target, step=1) == {"step": 1} and values(target) == [1.0, 1.0]
+    name = next(g.name for g in scan(FileStorage(tmp_path)) if g.step == 2)
+    assert load(tmp_path, target, generation=name) == {"step": 2}
+
+
+def test_a_later_incarnation_overtakes_a_later_step(tmp_path: Path) -> None:
+    save(tmp_path, 30, pieces(1.0), incarnation=1)
+    save(tmp_path, 25, pieces(2.0), incarnation=2)
+    target = pieces(0.0)
+    load(tmp_path, target)
+    assert values(target) == [2.0, 2.0]
+
+
+def test_abandoned_generations_are_only_loaded_by_name(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, pieces(float(step)))
+    storage = FileStorage(tmp_path)
+    abandon(storage, [g for g in scan(storage) if g.step == 2])
+    target = pieces(0.0)
+    load(tmp_path, target)
+    assert values(target) == [1.0, 1.0]
+    load(tmp_path, target, step=2)
+    assert values(target) == [2.0, 2.0]
+
+
+def test_nothing_to_load_is_said(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no committed generation in"):
+        load(tmp_path / "absent", pieces(0.0))
+    save(tmp_path, 1, pieces(1.0))
+    with pytest.raises(NotFoundError, match="generation of step 9"):
+        load(tmp_path, pieces(0.0), step=9)
+
+
+def test_missing_left_over_and_misshapen_tensors(tmp_path: Path) -> None:
+    save(tmp_path, 1, pieces(1.0))
+    with pytest.raises(MismatchError, match="does not hold 1 of the tensors asked for: model/b"):
+        load(tmp_path, pieces(0.0, "model/a", "optim/a/m", "model/b"))
+    with pytest.raises(MismatchError, match="holds 1 tensors that nothing asks for: optim/a/m; pass `only`"):
+        load(tmp_path, pieces(0.0, "model/a"))
+    with pytest.raises(MismatchError, match="another shape or dtype"):
+        load(tmp_path, pieces(0.0, rows=41))
+    target = pieces(0.0, "model/a", "other/x")
+    load(tmp_path, target, only=["model/"])
+    assert values(target) == [1.0, 0.0]
+
+
+def test_a_tensor_that_any_rank_asks_for_is_not_left_over(tmp_path: Path) -> None:
+    save(tmp_path, 1, pieces(1.0))
+    targets = [pieces(0.0, "model/a"), pieces(0.0, "optim/a/m")]
+    all_of(on_ranks(2, lambda team: load(tmp_path, targets[team.rank], group=team)))
+    assert [values(t) for t in targets] == [[1.0], [1.0]]
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a flipped bit in the data": lambda d: flip(d / "shard-00000.safetensors", 5000),
+    "a flipped bit in the header's padding": lambda d: flip(d / "shard-00000.safetensors", 4090),
+    "a truncated shard": lambda d: (d / "shard-00000.safetensors").write_bytes(
+        (d / "shard-00000.safetensors").read_bytes()[:8192]
+    ),
+    "trailing bytes": lambda d: (d / "shard-00000.safetensors").open("ab").write(b"x"),
+    "a missing shard": lambda d: (d / "shard-00000.safetensors").unlink(),
+    "a missing index": lambda d: (d / "index-00000.json").unlink(),
+    "a flipped bit in the index": lambda d: flip(d / "index-00000.json", 100),
+    "a flipped bit in the manifest": lambda d: flip(d / "manifest.json", 50),
+    "a missing manifest": lambda d: (d / "manifest.json").unlink(),
+    "a wrong COMMIT": lambda d: (d / "COMMIT").write_text("0" * 32),
+    "an empty COMMIT": lambda d: (d / "COMMIT").write_text(""),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_detected_and_the_previous_generation_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    save(tmp_path, 1, pieces(1.0), {"step": 1})
+    DAMAGE[what](tmp_path / save(tmp_path, 2, pieces(2.0), {"step": 2}))
+    target = pieces(0.0)
+    with caplog.at_level(logging.WARNING, logger="checkpointing"):
+        assert load(tmp_path, target) == {"step": 1}
+    assert values(target) == [1.0, 1.0]
+    assert "is damaged and is passed over" in caplog.text
+    with pytest.raises(DamagedError):
+        load(tmp_path, target, step=2)
+
+
+def test_a_shard_of_another_save_is_detected(tmp_path: Path) -> None:
+    first = save(tmp_path, 1, pieces(1.0))
+    second = save(tmp_path, 2, pieces(1.0))  # the very same data
+    shutil.copy(tmp_path / first / "shard-00000.safetensors", tmp_path / second / "shard-00000.safetensors")
+    with pytest.raises(DamagedError, match="the header is not the one that was committed"):
+        load(tmp_path, pieces(0.0), step=2)
+
+
+def test_without_a_sound_generation_the_error_says_so(tmp_path: Path) -> None:
+    DAMAGE["a missing shard"](tmp_path / save(tmp_path, 1, pieces(1.0)))
+    with pytest.raises(DamagedError, match=r"No older sound generation is left\. The tensors .* must not be used"):
+        load(tmp_path, pieces(0.0))
+
+
+def test_damage_that_one_rank_sees_sends_all_to_the_previous_generation(tmp_path: Path) -> None:
+    def layout(value: float, rank: int) -> list[Piece]:
+        return [Piece("model/w", torch.full((40, 500), value), (40 * rank, 0), (80, 500))]
+
+    for step in (1, 2):
+        all_of(on_ranks(2, lambda team, s=step: save(tmp_path, s, layout(float(s), team.rank), {"step": s}, team)))
+    newest = next(g.name for g in scan(FileStorage(tmp_path)) if g.step == 2)
+    flip(tmp_path / newest / "shard-00001.safetensors", 6000)  # rank 0 does not read it
+    targets = [layout(0.0, rank) for rank in range(2)]
+
+    def read(team: ThreadTeam) -> dict:
+        return load(tmp_path, targets[team.rank], group=team)
+
+    assert all_of(on_ranks(2, read)) == [{"step": 1}] * 2
+    assert [values(t) for t in targets] == [[1.0], [1.0]]
+
+
+def test_every_flipped_byte_of_a_small_checkpoint_is_detected(tmp_path: Path) -> None:
+    small = [Piece("model/w", torch.randn(5, 7), (0, 0), (5, 7)), Piece("optim/w/step", torch.tensor(3.0), (), ())]
+    directory = tmp_path / save(tmp_path, 1, small, {"step": 1})
+    target = [Piece("model/w", torch.zeros(5, 7), (0, 0), (5, 7)), Piece("optim/w/step", torch.tensor(0.0), (), ())]
+    undetected = []
+    for path in sorted(directory.iterdir()):
+        original = path.read_bytes()
+        stride = 11 if path.suffix == ".safetensors" else 3
+        for position in range(0, len(original), stride):
+            flip(path, position)
+            try:
+                load(tmp_path, target, step=1)
+                undetected.append((path.name, position))
+            except DamagedError:
+                pass
+        path.write_bytes(original)
+    assert undetected == []
+    load(tmp_path, target, step=1)
+    assert torch.equal(target[0].tensor, small[0].tensor) and target[1].tensor.item() == 3.0

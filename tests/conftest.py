@@ -1,0 +1,65 @@
+"""What holds for every test: our own packages, no skips but for missing CUDA, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several processes share two cores
+os.environ["WANDB_MODE"] = "offline"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+from tests.worlds import WORLD
+
+ROOT = Path(__file__).resolve().parents[1]
+ALLOWED_SKIP = "needs CUDA"
+LAST = "tests/test_leftovers.py"
+
+torch.set_num_threads(1)
+_skips: dict[str, str] = {}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.shared_memory_before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()  # type: ignore[attr-defined]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The test of what is left behind runs when everything else has."""
+    items.sort(key=lambda item: item.nodeid.startswith(LAST))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        _skips[report.nodeid] = report.longrepr[2]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.section("skipped or cut down")
+    for nodeid, reason in _skips.items():
+        terminalreporter.write_line(f"{nodeid}: {reason}")
+    terminalreporter.write_line(f"{len(_skips)} skipped; deselected soak tests: pytest -m soak")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    WORLD.stop()
+    if any(ALLOWED_SKIP not in reason for reason in _skips.values()) and exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(autouse=True)
+def _outside_of_any_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests are not ranks, even where pytest itself was started by a launcher."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current directory."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path

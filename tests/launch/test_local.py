@@ -1,0 +1,96 @@
+"""`python -m launch local`: what it would run, what it runs, and the status it exits with."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.__main__ import main
+from launch.local import TRAINER, environment, torchrun_arguments
+from tests.runs import SMALL, descendants, kill_tree, launch, launched, rows, wait_for
+from tests.runs import environment as launch_environment
+
+TINY = [*SMALL, "train.steps=3", "checkpoint.every=0"]
+
+
+def test_the_printed_command_is_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["local", "--nproc", "3", "--dry-run", "--", "train.steps=5", "run.name=a b"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[0].startswith("OMP_NUM_THREADS=")
+    assert words[2:4] == ["-m", "torch.distributed.run"]
+    assert words[4:] == torchrun_arguments(3, ["train.steps=5", "run.name=a b"])
+    assert str(TRAINER) in words and TRAINER.exists()
+
+
+def test_the_printed_command_works_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["local", "--nproc", "2", "--dry-run", "--", *TINY, f"run.dir={tmp_path}"]) == 0
+    command = capsys.readouterr().out
+    done = subprocess.run(command, shell=True, cwd="/", env=launch_environment(), capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [r["world_size"] for r in rows(tmp_path)] == [2, 2, 2]
+
+
+def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert [environment(n)["OMP_NUM_THREADS"] for n in (1, 2, 3, 8, 9)] == ["8", "4", "2", "1", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert environment(2)["OMP_NUM_THREADS"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nproc", "2", "--", "nokey=1"], "There is no option nokey"),
+        (["--nproc", "3", "--", "parallel.dp_shard=2"], "does not divide the 3 process(es)"),
+        (
+            ["--nproc", "3", "--", "train.global_batch=7"],
+            "train.global_batch=7 is not a multiple of train.micro_batch=2",
+        ),
+    ],
+)
+def test_what_does_not_compose_is_refused_before_anything_starts(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.__main__.run_local", lambda *a: pytest.fail("it was started"))
+    assert main(["local", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("launch: ") and message in error and error.count("\n") == 1
+
+
+def test_no_processes_at_all_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["local", "--nproc", "0"])
+    assert exit_.value.code == 2 and "start at least one process" in capsys.readouterr().err
+
+
+def test_it_exits_with_the_trainers_refusal(tmp_path: Path) -> None:
+    done = launch(2, [*TINY, f"run.dir={tmp_path}", "data=jsonl", f"data.path={tmp_path}/absent.jsonl"])
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if "absent.jsonl" in line]
+    assert len(lines) == 1 and lines[0].startswith("trainer: data.path=")
+    assert "Traceback" not in done.stderr
+
+
+def test_it_exits_with_the_trainers_failure(tmp_path: Path) -> None:
+    done = launch(2, [*TINY, f"run.dir={tmp_path}", "optimizer.lr=1e30", "optimizer.clip=0", "schedule.warmup_steps=0"])
+    assert done.returncode == 1
+    assert done.stderr.count("trainer: Step") == 1 and "failed with status 1" in done.stderr
+
+
+def test_a_killed_rank_is_named(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with launched(2, [*SMALL, "train.steps=100000", f"run.dir={tmp_path / 'run'}"], log) as process:
+        wait_for(lambda: len(rows(tmp_path / "run")) > 3)
+        worker = next(
+            p for p in descendants(process.pid) if "trainer/__main__" in Path(f"/proc/{p}/cmdline").read_text()
+        )
+        os.kill(worker, signal.SIGKILL)
+        assert process.wait(60) == 128 + signal.SIGKILL
+        assert "was ended by signal 9; the same command goes on from the last checkpoint" in log.read_text()
+        kill_tree(process.pid)

@@ -1,0 +1,141 @@
+"""Whole runs: starting and killing them, and comparing what they recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT
+
+WAIT_S = 300
+# A model that trains in milliseconds, for what does not depend on the model.
+SMALL = [
+    "model.hidden_size=16",
+    "model.intermediate_size=24",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.num_kv_heads=1",
+    "train.seq_len=16",
+    "tracking=none",
+    "eval.generate_tokens=0",
+    "eval.samples=4",
+]
+
+
+def rows(run_dir: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    path = run_dir / file
+    if not path.exists():
+        return []
+    # A line that is being written at this moment is not there yet.
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def events(run_dir: Path) -> list[tuple[str, int]]:
+    return [(e["event"], e["step"]) for e in rows(run_dir, "events.jsonl")]
+
+
+def assert_same_run(a: list[dict[str, Any]], b: list[dict[str, Any]], last: int, tolerance: float = 1e-5) -> float:
+    """Every step once, with the same samples and the same loss; returns the largest difference of a loss."""
+    for run in (a, b):
+        assert [row["step"] for row in run] == list(range(1, last + 1))
+    assert [row["sample_ids"] for row in a] == [row["sample_ids"] for row in b]
+    differences = [abs(x["loss"] - y["loss"]) for x, y in zip(a, b, strict=True)]
+    worst = max(differences)
+    assert worst <= tolerance, f"the losses of step {differences.index(worst) + 1} differ by {worst}"
+    return worst
+
+
+def trainer(*arguments: str, module: str = "trainer", **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a module of ours to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=options.pop("cwd", ROOT),
+        env=options.pop("env", environment()),
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        **options,
+    )
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Threads as the launcher shares them out, rather than as the tests set them."""
+    return {**{k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}, **more}
+
+
+def launch(num_processes: int, overrides: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return trainer("local", "--nproc", str(num_processes), "--", *overrides, module="launch")
+
+
+@contextlib.contextmanager
+def launched(num_processes: int, overrides: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A launch in the background; whatever is left of it is killed at the end."""
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launch", "local", "--nproc", str(num_processes), "--", *overrides],
+            cwd=ROOT,
+            env=environment(),
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        yield process
+    finally:
+        kill_tree(process.pid)
+        process.wait(30)
+
+
+def kill_when(run_dir: Path, num_processes: int, overrides: Sequence[str], step: int) -> int:
+    """Launch, kill every process with SIGKILL once `step` is in the metrics; returns the last step recorded."""
+    log = run_dir.with_suffix(".log")
+    with launched(num_processes, overrides, log) as process:
+        wait_for(lambda: process.poll() is not None or any(r["step"] >= step for r in rows(run_dir)))
+        assert process.poll() is None, f"it ended before step {step}:\n{log.read_text()}"
+        kill_tree(process.pid)
+    return int(rows(run_dir)[-1]["step"])
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = WAIT_S) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all its descendants, and wait until they are gone."""
+    pids = [pid, *descendants(pid)]
+    for each in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
+    wait_for(lambda: not any(alive(each) for each in pids), 30)
+
+
+def descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found, todo = [], [pid]
+    while todo:
+        found += (below := children.get(todo.pop(), []))
+        todo += below
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie that only waits to be collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -1,0 +1,32 @@
+"""Tokenizers: bytes, and Hugging Face's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.models import save_tiny_model
+from trainer.config import HuggingFace
+from trainer.data.tokenizer import ByteTokenizer
+from trainer.models import load_tokenizer
+
+
+@given(st.text())
+def test_bytes_come_back(text: str) -> None:
+    tokenizer = ByteTokenizer()
+    clean = text.encode("utf-8", "replace").decode()
+    assert tokenizer.decode(tokenizer.encode(text).tolist()) == clean
+
+
+def test_ids_beyond_bytes_are_left_out() -> None:
+    assert ByteTokenizer().decode([72, 300, 105]) == "Hi"
+
+
+def test_a_hugging_face_tokenizer(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    tokenizer = load_tokenizer(HuggingFace(path=str(tmp_path)))
+    ids = tokenizer.encode("def main(): return 1")
+    assert len(ids) > 0 and tokenizer.eos not in ids.tolist()
+    assert tokenizer.decode(ids.tolist()) == "def main(): return 1"

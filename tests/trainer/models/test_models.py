@@ -1,0 +1,74 @@
+"""Models: the tiny Llama from a seed, Hugging Face's from a directory, and what cannot be loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.models import VOCABULARY, save_tiny_model
+from trainer.config import HuggingFace, TinyLlama
+from trainer.errors import Refused
+from trainer.models import build_model, draws_randomness, load_tokenizer
+
+
+def test_the_tiny_llama_follows_from_its_seed() -> None:
+    a, b, other = (build_model(TinyLlama(), seq_len=16, seed=seed) for seed in (1, 1, 2))
+    weights = [next(m.parameters()) for m in (a, b, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert 2e6 < sum(p.numel() for p in a.parameters()) < 5e6
+    assert all(p.dtype == torch.float32 for p in a.parameters())
+
+
+def test_shapes_alone_on_meta() -> None:
+    model = build_model(TinyLlama(), seq_len=16, seed=1, device="meta")
+    real = build_model(TinyLlama(), seq_len=16, seed=1)
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
+    assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hugging_face_model_is_loaded_with_fp32_masters(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    save_tiny_model(tmp_path, kind, dtype)
+    model = build_model(HuggingFace(path=str(tmp_path)), seq_len=32, seed=0)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    for (name, a), (_, b) in zip(model.named_parameters(), saved.named_parameters(), strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b.float()), name
+    assert model.training
+    assert model(input_ids=torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, VOCABULARY)
+    shapes = build_model(HuggingFace(path=str(tmp_path)), seq_len=32, seed=0, device="meta")
+    assert [n for n, _ in shapes.named_parameters()] == [n for n, _ in model.named_parameters()]
+
+
+def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
+    for what in (load_tokenizer, lambda c: build_model(c, seq_len=8, seed=0)):
+        with pytest.raises(Refused, match=r"of model\.path=.*absent cannot be loaded"):
+            what(HuggingFace(path=str(tmp_path / "absent")))
+        with pytest.raises(Refused, match="cannot be loaded"):
+            what(HuggingFace(path="no-such-organisation/no-such-model"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(Refused, match="cannot be loaded"):
+        build_model(HuggingFace(path=str(tmp_path)), seq_len=8, seed=0)
+
+
+def test_a_directory_with_a_model_and_no_weights_is_refused(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(Refused, match="The model of"):
+        build_model(HuggingFace(path=str(tmp_path)), seq_len=8, seed=0)
+
+
+def test_sequences_longer_than_the_model_knows_are_refused(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    with pytest.raises(Refused, match=r"Type train\.seq_len=64"):
+        build_model(HuggingFace(path=str(tmp_path)), seq_len=65, seed=0)
+
+
+def test_randomness_is_seen(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, "gpt2")
+    assert draws_randomness(build_model(HuggingFace(path=str(tmp_path)), seq_len=8, seed=0, device="meta"))
+    assert not draws_randomness(build_model(TinyLlama(), seq_len=8, seed=0, device="meta"))
+    assert draws_randomness(build_model(TinyLlama(dropout=0.1), seq_len=8, seed=0, device="meta"))

@@ -1,0 +1,33 @@
+"""A process's place among the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trainer.errors import Refused
+from trainer.parallel.world import World, pick_device
+
+
+def test_alone_without_a_launcher() -> None:
+    assert World.from_environment({}) == World(0, 1, 0, 1)
+
+
+def test_what_torchrun_says() -> None:
+    given = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert World.from_environment(given) == World(5, 8, 1, 4)
+    for missing in ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        with pytest.raises(Refused, match="only in part"):
+            World.from_environment({k: v for k, v in given.items() if k != missing})
+    with pytest.raises(Refused, match="only in part"):
+        World.from_environment({**given, "WORLD_SIZE": "many"})
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device(World(3, 4, 1, 2)) == torch.device("cuda", 1)
+    with pytest.raises(Refused, match="3 processes on this machine share 2 GPUs"):
+        pick_device(World(2, 3, 2, 3))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device(World(2, 3, 2, 3)) == torch.device("cpu")

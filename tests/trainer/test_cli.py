@@ -1,0 +1,82 @@
+"""`python -m trainer` as a command: statuses, one paragraph on stderr, and always this package."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.runs import SMALL, environment, trainer
+from trainer import cli, run
+from trainer.errors import Refused, TrainingFailed
+
+
+@pytest.fixture
+def decoy(tmp_path: Path) -> Path:
+    """A directory with other packages of the same names, as installed ones may be."""
+    for name in ("trainer", "checkpointing", "conf", "launch"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("")
+        (tmp_path / name / "__main__.py").write_text("print('DECOY')")
+    return tmp_path
+
+
+def test_from_the_project_it_is_ours_whatever_is_installed(decoy: Path) -> None:
+    done = trainer(*SMALL, "dry_run=true", env=environment(PYTHONPATH=str(decoy)))
+    assert done.returncode == 0 and "DECOY" not in done.stdout and "parameters" in done.stdout, done.stderr
+
+
+def test_by_its_path_it_is_ours_from_anywhere(decoy: Path) -> None:
+    import subprocess
+
+    for path in (ROOT / "trainer", ROOT / "trainer" / "__main__.py"):
+        done = subprocess.run(
+            [sys.executable, str(path), *SMALL, "dry_run=true"],
+            cwd=decoy,
+            env=environment(PYTHONPATH=str(decoy)),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0 and "DECOY" not in done.stdout and "parameters" in done.stdout, done.stderr
+
+
+def test_the_launcher_starts_ours_from_anywhere(decoy: Path) -> None:
+    # `launch` is ours by the order of the path, and the packages beside it must be too.
+    (decoy / "launch" / "__init__.py").unlink()
+    (decoy / "launch" / "__main__.py").unlink()
+    (decoy / "launch").rmdir()
+    env = environment(PYTHONPATH=os.pathsep.join([str(decoy), str(ROOT)]))
+    arguments = ["local", "--nproc", "1", "--", *SMALL, "train.steps=1", f"run.dir={decoy / 'run'}"]
+    done = trainer(*arguments, module="launch", cwd=decoy, env=env)
+    assert done.returncode == 0 and "DECOY" not in done.stdout and "parameters" in done.stdout, done.stderr
+
+
+def test_a_refusal_is_one_paragraph_and_status_2() -> None:
+    done = trainer("train.stepz=1")
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        done.stderr
+        == "trainer: There is no option train.stepz. Did you mean train.steps or train.seed or train.seq_len?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(Refused("no"), 2), (TrainingFailed("nan"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_statuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, status: int
+) -> None:
+    def fail(config: object) -> int:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["trainer"])
+    monkeypatch.setattr(run, "run", fail)
+    assert cli.main() == status
+    assert capsys.readouterr().err.startswith("trainer: ")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # its neighbour on the same machine has said it
+    assert cli.main() == status
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,92 @@
+"""The command line to a configuration: what composes, and how refusals read."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from trainer.compose import compose, compose_from_command_line
+from trainer.config import Compute, Curve, HuggingFace, Jsonl, Lora, TinyLlama, Tracker
+from trainer.errors import Refused
+
+
+def test_the_default_is_the_main_job() -> None:
+    config = compose([])
+    assert isinstance(config.model, TinyLlama) and config.tracking.tracker is Tracker.wandb
+    assert config.run.dir == "runs/main" and config.checkpoint.dir == "runs/main/checkpoints"
+    assert config.optimizer.lr == config.model.lr
+
+
+def test_choices_and_values() -> None:
+    config = compose(
+        [
+            "model=hf",
+            "model.path=/some/where",
+            "data=jsonl",
+            "data.path=x.jsonl",
+            "method=lora",
+            "schedule=linear",
+            "precision=bf16",
+            "parallel=fsdp",
+            "optimizer.lr=3e-4",
+            "run.name=mine",
+            "resume_allow=[train.seed,data]",
+        ]
+    )
+    assert isinstance(config.model, HuggingFace) and isinstance(config.data, Jsonl) and isinstance(config.method, Lora)
+    assert config.schedule.curve is Curve.linear and config.precision.compute is Compute.bf16
+    assert (config.parallel.dp_replicate, config.parallel.dp_shard) == (1, -1)
+    assert config.optimizer.lr == 3e-4 and config.checkpoint.dir == "runs/mine/checkpoints"
+    assert config.resume_allow == ["train.seed", "data"]
+
+
+REFUSALS = {
+    "nokey=1": "There is no option nokey",
+    "train.step=3": r"There is no option train\.step\. Did you mean train\.steps",
+    "+train.foo=1": r"There is no option train\.foo",
+    "+foo=1": "There is no option foo",
+    "~train": r"was removed from the configuration",
+    "train.steps=abc": "train.steps=abc does not fit: Value 'abc' of type 'str' could not be converted to Integer",
+    "train.steps=1.5": "could not be converted to Integer",
+    "train.steps=null": "is not Optional",
+    "optimizer.betas=[a,b]": "could not be converted to Float",
+    "optimizer.betas=[0.9]": "must be two numbers",
+    "run=3": "does not fit",
+    "model=nope": r"There is no model=nope\. Choose model=hf\|tiny_llama",
+    "model=hf": r"model\.path has no value and no default\. Add model\.path=\.\.\.",
+    "data=jsonl": r"data\.path has no value",
+    "data.path=x": r"data\.path is an option of data=text and data=jsonl only",
+    "method.r=2": r"method\.r is an option of method=lora only",
+    "parallel.engine=megatron": r"Invalid value 'megatron', expected one of \[torch\]",
+    "run.dir=${nope}": "Interpolation key 'nope' not found",
+    "train.global_batch=[": "viable alternative",
+    "novalue": "missing EQUAL",
+    "train.steps=0": r"train\.steps=0 must be at least 1",
+    "optimizer.lr=-1": r"optimizer\.lr=-1.0 must be at least 0",
+    "optimizer.lr=nan": "must be at least 0",
+    "model.dropout=1.5": r"model\.dropout=1\.5 must be between 0 and 1",
+    "model.vocab_size=255": r"model\.vocab_size=255 must be at least 256",
+    "model.hidden_size=100": r"Type model\.hidden_size=96",
+    "model.num_kv_heads=3": r"is not a multiple of model\.num_kv_heads=3",
+    "checkpoint.keep=0": r"checkpoint\.keep=0 must be at least 1",
+}
+
+
+@pytest.mark.parametrize("override", REFUSALS)
+def test_refusals_are_one_clear_paragraph(override: str) -> None:
+    with pytest.raises(Refused, match=REFUSALS[override]) as refused:
+        compose([override])
+    assert "\n" not in str(refused.value)
+
+
+def test_all_of_hydras_flags_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["trainer", "--cfg", "job", "train.steps=7"])
+    assert compose_from_command_line() is None
+    assert "steps: 7" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["trainer", "train.steps=7"])
+    config = compose_from_command_line()
+    assert config is not None and config.train.steps == 7
+    monkeypatch.setattr(sys, "argv", ["trainer", "--multirun", "train.seed=1,2"])
+    with pytest.raises(Refused, match="--multirun"):
+        compose_from_command_line()

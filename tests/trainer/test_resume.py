@@ -1,0 +1,156 @@
+"""Whether a run may go on: what is free to change, what is refused, and what cannot be resumed from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpointing import Piece, save
+from tests.runs import SMALL
+from trainer.compose import compose
+from trainer.errors import Refused
+from trainer.resume import Start, decide
+from trainer.run import build, run
+
+BASE = [*SMALL, "train.steps=4", "checkpoint.every=2"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("saved")
+    assert run(compose([*BASE, f"run.dir={directory}"])) == 0
+    return directory
+
+
+@pytest.fixture(scope="module")
+def fingerprint(saved: Path) -> str:
+    from checkpointing.generations import newest, read_index
+    from checkpointing.storage import FileStorage
+
+    storage = FileStorage(saved / "checkpoints")
+    found = newest(storage)
+    assert found and found.manifest
+    return str(read_index(storage, found.manifest, 0).objects["trainer"]["fingerprint"])
+
+
+def decision(saved: Path, fingerprint: str, *overrides: str) -> Start:
+    config = compose([*BASE, f"run.dir={saved}", *overrides])
+    return decide(config, fingerprint, build(config, "meta"))
+
+
+def test_unchanged_it_goes_on(saved: Path, fingerprint: str) -> None:
+    start = decision(saved, fingerprint)
+    assert (start.step, start.incarnation) == (4, 2)
+    assert not any("changed" in line for line in start.lines)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "parallel.dp_shard=-1",
+        "parallel.local_batch=1",  # without dropout it changes nothing
+        "train.steps=9",
+        "checkpoint.every=1",
+        "checkpoint.keep=7",
+        "eval.every=2",
+        "tracking=wandb",
+        "run.name=renamed",
+        "data.log_ids=true",
+        "train.deterministic=true",
+    ],
+)
+def test_free_to_change_and_printed(saved: Path, fingerprint: str, override: str) -> None:
+    start = decision(saved, fingerprint, override)
+    assert any("changed since: " in line for line in start.lines)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("train.seed=1", "train.seed"),
+        ("train.global_batch=4", "train.global_batch"),
+        ("train.micro_batch=4", "train.micro_batch"),
+        ("train.seq_len=8", "train.seq_len"),
+        ("train.steps=3", "train.steps"),
+        ("optimizer.lr=0.5", "optimizer.lr"),
+        ("optimizer.betas=[0.9,0.99]", "optimizer.betas"),
+        ("schedule=linear", "schedule.curve"),
+        ("precision=bf16", "precision.compute"),
+        ("model.dropout=0.1", "model.dropout"),
+        ("method=lora", "method"),
+    ],
+)
+def test_what_alters_the_result_is_refused_unless_named(saved: Path, fingerprint: str, override: str, key: str) -> None:
+    with pytest.raises(Refused, match=rf"would not give its result: {key} .*type resume_allow=\[{key}\]"):
+        decision(saved, fingerprint, override)
+    if key != "method":  # that one is another model as well
+        assert decision(saved, fingerprint, override, f"resume_allow=[{key}]").step == 4
+    assert key == "method" or decision(saved, fingerprint, override, f"resume_allow=[{key.split('.')[0]}]").step == 4
+
+
+def test_what_is_to_be_typed_works(saved: Path, fingerprint: str) -> None:
+    changes = ["train.seed=1", "optimizer.lr=0.5"]
+    with pytest.raises(Refused) as refused:
+        decision(saved, fingerprint, *changes)
+    typed = str(refused.value).split("type ")[1].split(" ")[0]
+    assert decision(saved, fingerprint, *changes, typed).step == 4
+
+
+def test_other_data_is_refused_by_content(saved: Path, fingerprint: str) -> None:
+    with pytest.raises(Refused, match=r"data \(what it holds has changed\)"):
+        decision(saved, "another fingerprint")
+    assert decision(saved, "another fingerprint", "resume_allow=[data]").step == 4
+
+
+def test_splitting_a_micro_batch_is_refused_where_there_is_dropout(tmp_path: Path) -> None:
+    overrides = [*BASE, f"run.dir={tmp_path}", "model.dropout=0.1"]
+    assert run(compose(overrides)) == 0
+    with pytest.raises(Refused, match=r"parallel\.local_batch \(the model has dropout"):
+        run(compose([*overrides, "parallel.local_batch=1"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.num_layers=2"], r"it lacks \d+ of this model's tensors, such as model/model\.layers\.1"),
+        (
+            ["model.hidden_size=8"],
+            r"differ in shape, such as model/lm_head\.weight: \(256, 16\) there, \(256, 8\) here",
+        ),
+        (["method=lora"], r"it lacks \d+ of this model's tensors, such as model/base_model"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(
+    saved: Path, fingerprint: str, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(Refused, match=f"is of another model: .*{message}"):
+        decision(saved, fingerprint, *overrides, "resume_allow=[model,method]")
+
+
+def test_paths_that_hold_nothing_are_refused(saved: Path, fingerprint: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="is not a directory"):
+        decision(saved, fingerprint, f"resume={tmp_path / 'absent'}")
+    with pytest.raises(Refused, match="holds no committed generation"):
+        decision(saved, fingerprint, f"resume={tmp_path}")
+
+
+def test_a_directory_where_everything_is_damaged_is_refused(tmp_path: Path, fingerprint: str) -> None:
+    overrides = [*BASE, f"run.dir={tmp_path}"]
+    assert run(compose(overrides)) == 0
+    for manifest in (tmp_path / "checkpoints").glob("*/manifest.json"):
+        manifest.write_text("{}")
+    with pytest.raises(Refused, match=r"Every generation in .* is damaged.*resume=none"):
+        run(compose(overrides))
+    assert run(compose([*overrides, "resume=none"])) == 0
+    for shard in (tmp_path / "checkpoints").glob("*/*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(Refused, match=r"cannot go on from .* is damaged"):
+        run(compose(overrides))
+
+
+def test_a_checkpoint_that_is_not_the_trainers_is_refused(tmp_path: Path, fingerprint: str) -> None:
+    save(tmp_path / "checkpoints", 3, [Piece("model/w", torch.ones(3), (0,), (3,))], {"mine": 1})
+    with pytest.raises(Refused, match="was not written by this trainer"):
+        decision(tmp_path, fingerprint)

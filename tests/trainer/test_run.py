@@ -1,0 +1,255 @@
+"""One run in one process: what it writes, how it goes on, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import trainer.run as run_module
+from checkpointing.generations import scan
+from checkpointing.lease import Lease
+from checkpointing.storage import FileStorage
+from tests.runs import SMALL, assert_same_run, events, rows
+from trainer.compose import compose
+from trainer.errors import Refused, TrainingFailed
+from trainer.loop import Progress
+from trainer.run import run
+
+BASE = [*SMALL, "train.steps=12", "checkpoint.every=4", "eval.every=5", "data.log_ids=true"]
+
+
+def go(run_dir: Path, *overrides: str) -> list[dict]:
+    assert run(compose([*BASE, f"run.dir={run_dir}", *overrides])) == 0
+    return rows(run_dir)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The process dies right after this step's line is written."""
+
+    class Killed(BaseException):
+        pass
+
+    original = Progress.__setattr__
+
+    def setattr_(self: Progress, name: str, value: int) -> None:
+        if name == "step" and value > step:
+            raise Killed
+        original(self, name, value)
+
+    monkeypatch.setattr(Progress, "__setattr__", setattr_)
+    monkeypatch.setattr(run_module, "Killed", Killed, raising=False)
+
+
+def interrupt(run_dir: Path, monkeypatch: pytest.MonkeyPatch, step: int, *overrides: str) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        with pytest.raises(run_module.Killed):  # type: ignore[attr-defined]
+            go(run_dir, *overrides)
+
+
+def test_what_a_run_writes(tmp_path: Path) -> None:
+    metrics = go(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == [
+        "checkpoints",
+        "config.yaml",
+        "events.jsonl",
+        "metrics.jsonl",
+    ]
+    assert [row["step"] for row in metrics] == list(range(1, 13))
+    contract = [
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "samples",
+        "tokens_per_s",
+        "step_s",
+        "blocked_s",
+        "world_size",
+    ]
+    assert all(list(row)[: len(contract)] == contract for row in metrics)
+    assert [row["step"] for row in metrics if "eval_loss" in row] == [5, 10, 12]
+    assert [row["samples"] for row in metrics] == [8 * s for s in range(1, 13)]
+    assert metrics[-1]["tokens"] == 12 * 8 * 16
+    assert all((row["blocked_s"] > 0) == (row["step"] in (5, 9)) for row in metrics)
+    assert events(tmp_path) == [("start", 0), ("commit", 4), ("commit", 8), ("commit", 12), ("finish", 12)]
+    assert [g.step for g in scan(FileStorage(tmp_path / "checkpoints"))] == [12, 8]
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["train"]["steps"] == 12
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = go(tmp_path / "a")
+    interrupt(tmp_path / "b", monkeypatch, 7)
+    assert rows(tmp_path / "b")[-1]["step"] == 7
+    resumed = go(tmp_path / "b")
+    assert assert_same_run(undisturbed, resumed, 12) == 0.0  # the same process count: bit for bit
+    assert [row["tokens"] for row in resumed] == [row["tokens"] for row in undisturbed]
+    assert [r["step"] for r in rows(tmp_path / "b", "metrics.discarded.jsonl")] == [5, 6, 7]
+    assert ("resume", 4) in events(tmp_path / "b")
+
+
+@pytest.mark.parametrize("broken", ["moments", "cursor"])
+def test_the_comparison_fails_when_something_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    undisturbed = go(tmp_path / "a")
+    interrupt(tmp_path / "b", monkeypatch, 7)
+    original = run_module.restore
+
+    def restore(engine: object, start: object) -> dict:
+        state = original(engine, start)  # type: ignore[arg-type]
+        for piece in engine.pieces():  # type: ignore[attr-defined]
+            if broken == "moments" and "/exp_avg" in piece.name:
+                piece.tensor.zero_()
+        return state
+
+    monkeypatch.setattr(run_module, "restore", restore)
+    if broken == "cursor":
+        step = run_module.Feed.step
+        monkeypatch.setattr(run_module.Feed, "step", lambda self, number: step(self, number + 1))
+    resumed = go(tmp_path / "b")
+    with pytest.raises(AssertionError):
+        assert_same_run(undisturbed, resumed, 12)
+
+
+def test_killed_before_the_first_checkpoint_it_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(tmp_path / "b", monkeypatch, 3)
+    assert_same_run(go(tmp_path / "a"), go(tmp_path / "b"), 12)
+    assert [e for e, _ in events(tmp_path / "b")].count("start") == 2
+
+
+def test_a_finished_run_has_nothing_to_do(tmp_path: Path) -> None:
+    before = go(tmp_path)
+    assert go(tmp_path) == before
+    assert events(tmp_path)[-2:] == [("resume", 12), ("finish", 12)]
+
+
+def test_more_steps_go_on_and_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    go(tmp_path)
+    assert [r["step"] for r in go(tmp_path, "train.steps=15")] == list(range(1, 16))
+    output = capsys.readouterr().out
+    assert "changed since: train.steps was 12, is 15" in output and "follows the new train.steps" in output
+
+
+def test_starting_over_discards_nothing_for_good(tmp_path: Path) -> None:
+    first = go(tmp_path)
+    again = go(tmp_path, "resume=none", "train.seed=5", "train.steps=3")
+    assert [r["step"] for r in again] == [1, 2, 3] and again[0]["loss"] != first[0]["loss"]
+    assert len(rows(tmp_path, "metrics.discarded.jsonl")) == 12
+    # The abandoned generations are later by step, and are not chosen.
+    assert go(tmp_path, "train.seed=5", "train.steps=4")[-1]["step"] == 4
+    assert ("resume", 3) in events(tmp_path)
+
+
+def test_going_back_to_a_named_generation(tmp_path: Path) -> None:
+    undisturbed = go(tmp_path)
+    directory = next((tmp_path / "checkpoints").glob("step-00000008-*"))
+    assert_same_run(undisturbed, go(tmp_path, f"resume={directory}"), 12)
+    assert ("resume", 8) in events(tmp_path)
+
+
+def test_going_on_in_another_directory(tmp_path: Path) -> None:
+    undisturbed = go(tmp_path / "a")
+    directory = next((tmp_path / "a" / "checkpoints").glob("step-00000008-*"))
+    branch = go(tmp_path / "b", f"resume={directory}")
+    assert [r["step"] for r in branch] == [9, 10, 11, 12]
+    assert [r["loss"] for r in branch] == [r["loss"] for r in undisturbed[8:]]
+    assert go(tmp_path / "c", f"resume={tmp_path / 'a'}", "train.steps=13")[-1]["step"] == 13
+
+
+def test_damage_is_passed_over_by_rolling_back_further(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    undisturbed = go(tmp_path)
+    shard = next((tmp_path / "checkpoints").glob("step-00000012-*/shard-00000.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 1
+    shard.write_bytes(data)
+    assert_same_run(undisturbed, go(tmp_path), 12)
+    assert ("resume", 8) in events(tmp_path)
+    assert "could not be read: going on from step 8" in capsys.readouterr().out
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(compose([*BASE, "dry_run=true", "train.global_batch=10", "method=lora"])) == 0
+    plan = capsys.readouterr().out
+    assert list(in_tmp.iterdir()) == []
+    for expected in (
+        "method=lora trains",
+        "10 samples = 5 micro-batches of 2",
+        "1 on cpu: one process",
+        "about",
+        "from scratch",
+        "held out",
+        "12; AdamW, lr 0.001",
+    ):
+        assert expected in plan
+
+
+def test_a_dry_run_of_a_resume_says_where_and_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    go(tmp_path)
+    before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
+    assert run(compose([*BASE, f"run.dir={tmp_path}", "dry_run=true", "eval.samples=3"])) == 0
+    output = capsys.readouterr().out
+    assert "step 12 of 12 is done, saved by 1 processes" in output
+    assert "changed since: eval.samples was 4, is 3" in output
+    assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
+
+
+def test_a_second_run_in_the_directory_is_refused(tmp_path: Path) -> None:
+    go(tmp_path)
+    before = rows(tmp_path)
+    held = Lease.acquire(FileStorage(tmp_path / ".lease"))
+    with pytest.raises(Refused, match=r"Another run uses .*: process \d+ on .* holds .*\. Wait until it has ended"):
+        go(tmp_path, "train.steps=20")
+    held.release()
+    assert rows(tmp_path) == before
+
+
+@pytest.mark.parametrize("where", ["/proc/nowhere", "/sys/nowhere"])
+def test_a_directory_that_cannot_be_written_is_refused(where: str) -> None:
+    with pytest.raises(Refused, match=r"cannot be written: .*\. Type run\.dir="):
+        go(Path(where))
+
+
+def test_a_file_where_the_directory_should_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(Refused, match="cannot be written"):
+        go(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tmp_path: Path) -> None:
+    go(tmp_path, "train.steps=4")
+    with pytest.raises(TrainingFailed, match=r"Lower optimizer\.lr"):
+        go(tmp_path, "optimizer.lr=1e30", "optimizer.clip=0", "resume_allow=[optimizer.lr,optimizer.clip]")
+    assert [e["event"] for e in rows(tmp_path, "events.jsonl")][-1] == "failure"
+    assert scan(FileStorage(tmp_path / "checkpoints"))[0].step == 4
+    assert all(json.dumps(row, allow_nan=False) for row in rows(tmp_path))
+
+
+def test_odd_sizes(tmp_path: Path) -> None:
+    odd = ["model.vocab_size=257", "model.hidden_size=2", "model.num_heads=1", "model.intermediate_size=1"]
+    metrics = go(tmp_path, *odd, "train.seq_len=1", "train.global_batch=1", "train.micro_batch=1", "train.steps=3")
+    assert [r["tokens"] for r in metrics] == [1, 2, 3]
+    assert (
+        go(tmp_path, *odd, "train.seq_len=1", "train.global_batch=1", "train.micro_batch=1", "train.steps=5")[-1][
+            "step"
+        ]
+        == 5
+    )
+
+
+def test_a_vocabulary_smaller_than_the_data_needs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = run_module.build
+
+    def smaller(config: object, device: str = "cpu") -> object:
+        model = build(config, device)  # type: ignore[arg-type]
+        model.get_input_embeddings().num_embeddings = 100  # type: ignore[operator]
+        return model
+
+    monkeypatch.setattr(run_module, "build", smaller)
+    with pytest.raises(Refused, match=r"The data holds token \d+, and the model knows 100"):
+        go(tmp_path)

@@ -1,0 +1,54 @@
+"""Progress: aligned lines where nobody watches, one live line on a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from trainer.track.console import Console
+
+ROW = {"loss": 2.5, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_s": 12345.6, "step_s": 0.5}
+
+
+def test_one_aligned_line_every_n_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(total_steps=120, print_every=50)
+    for step in range(1, 121):
+        row = {**ROW, "step": step, "loss": 1000.0 / step}
+        console.step({**row, "eval_loss": 2.25} if step == 70 else row)
+    console.close(0)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["50/120", "70/120", "100/120", "120/120"]
+    assert len({line.index("loss") for line in lines}) == len({line.index("tok/s") for line in lines}) == 1
+    assert "12,346 tok/s" in lines[0] and "eval loss 2.2500" in lines[1] and "00:00 left" in lines[-1]
+
+
+def test_a_live_line_on_a_terminal() -> None:
+    code = (
+        "from trainer.track.console import Console\n"
+        f"row = {ROW!r}\n"
+        "console = Console(3, 1)\n"
+        "for step in (1, 2, 3): console.step({**row, 'step': step, **({'eval_loss': 2.25} if step == 2 else {})})\n"
+        "console.close(0)"
+    )
+    parent, child = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "160"}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=child, stderr=child, env=environment)
+    os.close(child)
+    output = b""
+    while True:
+        try:
+            part = os.read(parent, 65536)
+        except OSError:  # the other side has closed
+            break
+        if not part:
+            break
+        output += part
+    assert process.wait(60) == 0
+    text = output.decode()
+    # Evaluated steps stay as lines; the others only pass through the live line, which is erased at the end.
+    assert text.count("eval loss 2.2500") >= 1 and "step 2/3" in text
+    assert "\x1b[2K" in text

@@ -1,0 +1,113 @@
+"""A world of processes that many tests share: importing torch in every process is what costs, so it is done once.
+
+`WORLD.run(function, size, *arguments)` calls a module-level function on the first `size` processes, inside a fresh
+gloo process group, and returns what each returned. `environment=True` only sets what torchrun would set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+NUM_PROCESSES = 4
+WAIT_S = 180
+
+
+class World:
+    """The processes, started at the first use."""
+
+    def __init__(self) -> None:
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._pipes: list[multiprocessing.connection.Connection] = []
+
+    def run(self, function: Callable[..., Any], size: int, *arguments: Any, environment: bool = False) -> list[Any]:
+        """Every rank's result. An exception on any rank fails the test, with that rank's trace."""
+        self._start()
+        port = _free_port()
+        for rank in range(size):
+            self._pipes[rank].send((function, size, port, arguments, environment))
+        replies: list[tuple[str, Any]] = []
+        for rank in range(size):
+            if not self._pipes[rank].poll(WAIT_S):
+                self.stop()
+                raise AssertionError(f"rank {rank} did not answer within {WAIT_S} s; the others said {replies}")
+            replies.append(self._pipes[rank].recv())
+        failures = [f"rank {rank}:\n{text}" for rank, (kind, text) in enumerate(replies) if kind == "error"]
+        assert not failures, "\n".join(failures)
+        return [value for _, value in replies]
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join(30)
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        if self._processes:
+            return
+        context = multiprocessing.get_context("spawn")
+        for rank in range(NUM_PROCESSES):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, there), daemon=True)
+            process.start()
+            self._processes.append(process)
+            self._pipes.append(here)
+
+
+WORLD = World()
+
+
+def _serve(rank: int, pipe: multiprocessing.connection.Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, size, port, arguments, environment = pipe.recv()
+        except EOFError:
+            return
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(size),
+            LOCAL_RANK=str(rank),
+            LOCAL_WORLD_SIZE=str(size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        try:
+            if not environment:
+                dist.init_process_group("gloo", timeout=timedelta(seconds=WAIT_S / 2))
+            reply: tuple[str, Any] = ("ok", function(*arguments))
+        except BaseException:  # also what would end the process: the test must hear of it
+            reply = ("error", traceback.format_exc())
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        pipe.send(reply)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def train(overrides: list[str]) -> str:
+    """Run the trainer in this process as it is placed; returns what it printed."""
+    from trainer.compose import compose
+    from trainer.run import run
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert run(compose(overrides)) == 0
+    return output.getvalue()
