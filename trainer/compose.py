@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -50,6 +50,10 @@ def compose_from_command_line() -> Config | None:
 def explain(error: Exception) -> str:
     """What Hydra or OmegaConf refused, in one paragraph."""
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        why = text.splitlines()[0]
+        quote = "Quote a value that holds = , [ or {, as in 'key=\"a=b\"'."
+        return f"The override {error.override} cannot be read: {why}. {quote}"
     if match := re.search(r"Could not override '([^']+)'", text):
         return unknown_key(match[1])
     if match := re.search(r"Could not find '(\w+)/([^']+)'\s+Available options in '\w+':((?:\n\t\w+)+)", text):

@@ -39,35 +39,41 @@ def train(
     done: Progress,
 ) -> None:
     """Train from where `done` stands to the last step, reporting and saving on the way."""
-    blocked_s = 0.0
-    for step in range(done.step + 1, config.train.steps + 1):
-        began = time.perf_counter()
-        lr = learning_rate(step, config.train.steps, config.optimizer.lr, config.schedule)
-        share = feed.step(step)
-        loss, grad_norm = optimize(engine, share, lr, derive(config.train.seed, "step", step))
-        step_s = time.perf_counter() - began
-        check_finite(step, loss, grad_norm)
-        done.step, done.tokens = step, done.tokens + share.num_tokens
-        row: dict[str, Any] = {
-            "step": step,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "tokens": done.tokens,
-            "samples": step * config.train.global_batch,
-            "tokens_per_s": share.num_tokens / step_s,
-            "step_s": step_s,
-            "blocked_s": blocked_s,  # by what was saved since the line before
-            "world_size": engine.data_size,
-        }
-        if len(held_out) and due(step, config.eval.every, config.train.steps):
+    last, blocked_s = config.train.steps, 0.0
+    for step in range(done.step + 1, last + 1):
+        row = train_step(config, engine, feed, step)
+        check_finite(row)
+        done.step, done.tokens = step, done.tokens + row["tokens"]
+        row["tokens"] = done.tokens
+        row["blocked_s"] = blocked_s  # by what was saved since the line before
+        if len(held_out) and due(step, config.eval.every, last):
             row["eval_loss"] = evaluate(engine, feed.evenly(held_out, config.eval.samples))
-        if config.data.log_ids:
-            row["sample_ids"] = consumed_ids(share)
         tracker.step(row)
-        blocked_s = 0.0
-        if due(step, config.checkpoint.every, config.train.steps):
-            blocked_s = saver.save(done.step, done.tokens)
+        blocked_s = saver.save(done.step, done.tokens) if due(step, config.checkpoint.every, last) else 0.0
+
+
+def train_step(config: Config, engine: TrainingEngine, feed: Feed, step: int) -> dict[str, Any]:
+    """One optimizer step on all ranks, and its line of metrics; `tokens` are this step's."""
+    began = time.perf_counter()
+    lr = learning_rate(step, config.train.steps, config.optimizer.lr, config.schedule)
+    share = feed.step(step)
+    loss, grad_norm = optimize(engine, share, lr, derive(config.train.seed, "step", step))
+    step_s = time.perf_counter() - began
+    row: dict[str, Any] = {
+        "step": step,
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "tokens": share.num_tokens,
+        "samples": step * config.train.global_batch,
+        "tokens_per_s": share.num_tokens / step_s,
+        "step_s": step_s,
+        "blocked_s": 0.0,
+        "world_size": engine.data_size,
+    }
+    if config.data.log_ids:
+        row["sample_ids"] = consumed_ids(share)
+    return row
 
 
 def optimize(engine: TrainingEngine, share: Share, lr: float, key: int) -> tuple[float, float]:
@@ -82,13 +88,13 @@ def optimize(engine: TrainingEngine, share: Share, lr: float, key: int) -> tuple
     return loss, grad_norm
 
 
-def check_finite(step: int, loss: float, grad_norm: float) -> None:
+def check_finite(row: dict[str, Any]) -> None:
     """All ranks see the same two numbers, so they stop together."""
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
         raise TrainingFailed(
-            f"Step {step} gave a loss of {loss} and a gradient norm of {grad_norm}, and its weights are of no use. "
-            "What was saved before stays as it is. Lower optimizer.lr, or look at this step's samples "
-            "(data.log_ids=true)."
+            f"Step {row['step']} gave a loss of {row['loss']} and a gradient norm of {row['grad_norm']}, and its "
+            "weights are of no use. What was saved before stays as it is. Lower optimizer.lr, or look at this step's "
+            "samples (data.log_ids=true)."
         )
 
 

@@ -103,7 +103,7 @@ def prepare(config: Config, world: World, device: torch.device, topology: Topolo
 def agree(prepared: Prepared) -> Start:
     """Check that all ranks read the same data, and take rank 0's decision where to start."""
     team = Team()
-    fingerprints = team.together(lambda: prepared.corpus.train.fingerprint)
+    fingerprints = team.together(lambda: [prepared.corpus.train.fingerprint, prepared.corpus.held_out.fingerprint])
     if others := [rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]]:
         raise Refused(
             f"Ranks {others} read other data than rank 0. Every machine needs the same files (and for data=stdlib the "

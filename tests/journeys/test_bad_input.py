@@ -42,7 +42,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "impossible batch": (lambda d: ["train.global_batch=9"], "Type train.global_batch=8 or train.global_batch=10"),
     "degree that does not fit": (
         lambda d: ["parallel.dp_shard=2"],
-        "parallel.dp_shard=2 does not divide the 1 process(es) of this run",
+        "does not divide the 1 process(es)",
     ),
     "checkpoint of another model": (lambda d: ["model.num_layers=2", "resume_allow=[model]"], "is of another model"),
     "empty checkpoint directory": (empty, "holds no committed generation"),

@@ -78,7 +78,8 @@ def test_killed_twice_and_resumed_on_one_and_on_three(case: str, tmp_path: Path)
     happened = [event for event in events(b) if event[0] != "commit"]
     assert [event for event, _ in happened] == ["start", "resume", "resize", "resume", "resize", "finish"]
     resumed = [step for event, step in happened if event == "resume"]
-    assert resumed == [step // 10 * 10 for step in killed]
+    # At most one interval is lost: also where the kill came between a step's line and its checkpoint.
+    assert all(r % 10 == 0 and 0 <= k - r <= 10 for r, k in zip(resumed, killed, strict=True))
     lost = [step for r, k in zip(resumed, killed, strict=True) for step in range(r + 1, k + 1)]
     assert [row["step"] for row in rows(b, "metrics.discarded.jsonl")] == lost
 

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from checkpointing import Piece, describe
 from trainer.config import Compute, Config
@@ -130,7 +131,10 @@ def _distribute(model: nn.Module, topology: Topology, device: torch.device) -> n
         mesh = mesh if topology.dp_replicate > 1 else mesh["dp_shard"]
         for block in blocks(model):
             fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        # The root is the model inside peft's wrapper: generating calls that one, past the wrapper's forward.
+        root = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+        assert len(list(root.parameters())) == len(list(model.parameters())), "a wrapper has parameters of its own"
+        fully_shard(root, mesh=mesh)
         return model
     if topology.dp_replicate > 1:
         # Buffers of causal language models are constants. torch 2.13 renamed the option that leaves them alone.

@@ -1,0 +1,16 @@
+"""The overhead benchmark, cut down: both sides end equal, and what it prints keeps its contract."""
+
+from __future__ import annotations
+
+import json
+
+from tests.runs import trainer
+
+
+def test_a_short_run_prints_one_object_that_is_not_judged() -> None:
+    done = trainer("--json", "--steps", "3", module="benchmarks.overhead")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert set(report) == {"benchmark", "machine", "rows"} and report["benchmark"] == "overhead"
+    keys = {"name", "unit", "ours", "peer", "peer_name", "ratio", "better", "bar", "ok"}
+    assert len(report["rows"]) == 2 and all(keys <= set(row) and row["ok"] is None for row in report["rows"])

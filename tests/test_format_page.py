@@ -1,0 +1,36 @@
+"""docs/format.md: its example is a checkpoint that this library reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from checkpointing import Piece, load
+from checkpointing.format import PAGE, decode_index, decode_manifest, digest
+from tests.conftest import ROOT
+
+
+def test_the_example_can_be_loaded(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "format.md").read_text()
+    manifest, index, header = (json.loads(text) for text in re.findall(r"```json\n(.*?)```", page, re.DOTALL))
+    raw = {name: json.dumps(value, separators=(",", ":")).encode() for name, value in (("i", index), ("h", header))}
+    parsed = decode_manifest(json.dumps(manifest).encode(), "the page")
+    decode_index(raw["i"], parsed, "the page")
+    shard = (PAGE - 8).to_bytes(8, "little") + raw["h"].ljust(PAGE - 8)
+    # The digests on the page are those of the very bytes it describes.
+    assert (digest(raw["i"]), digest(shard)) == (parsed.writers[0].index, parsed.writers[0].header)
+    directory = tmp_path / parsed.generation
+    directory.mkdir()
+    data = torch.tensor([1, 1, 0, 1, 2, 3, 4, 5], dtype=torch.float32)
+    (directory / "shard-00000.safetensors").write_bytes(shard + data.numpy().tobytes())
+    (directory / "index-00000.json").write_bytes(raw["i"])
+    text = json.dumps(manifest).encode()
+    (directory / "manifest.json").write_bytes(text)
+    (directory / "COMMIT").write_text(digest(text))
+    w, b, step = torch.zeros(2, 3), torch.zeros(2), torch.tensor(0.0)
+    pieces = [Piece("model/w", w, (0, 0), (2, 3)), Piece("model/b", b, (0,), (2,)), Piece("optim/w/step", step, (), ())]
+    assert load(tmp_path, pieces) == {"cursor": 30}
+    assert w.tolist() == [[0, 1, 2], [3, 4, 5]] and b.tolist() == [1, 1] and step.item() == 30
