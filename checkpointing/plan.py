@@ -137,11 +137,3 @@ def check_complete(pieces: Sequence[Piece], stored: dict[str, LogicalTensor]) ->
             )
     if wrong:
         raise MismatchError(f"the checkpoint's tensors are of another shape or dtype: {first_few(sorted(set(wrong)))}")
-
-
-def unclaimed(asked_by_rank: Iterable[Iterable[str]], stored: dict[str, LogicalTensor]) -> list[str]:
-    """The stored tensors that no rank asks for."""
-    left = set(stored)
-    for asked in asked_by_rank:
-        left -= set(asked)
-    return sorted(left)

@@ -31,4 +31,5 @@ def test_no_process_is_left() -> None:
 def test_no_shared_memory_is_left(request: pytest.FixtureRequest) -> None:
     before = request.config.shared_memory_before  # type: ignore[attr-defined]
     now = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
-    assert now - before == set()
+    # Locks of multiprocessing in this very process, such as tqdm's, go when it does; .ci/run looks once more then.
+    assert {name for name in now - before if not name.startswith("sem.mp-")} == set()

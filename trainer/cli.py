@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import sys
+import warnings
 
 from trainer.errors import Refused, TrainingFailed
 
@@ -13,6 +14,8 @@ from trainer.errors import Refused, TrainingFailed
 def main() -> int:
     """Run what `sys.argv` says; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    # transformers warns of what peft calls in it: nothing that a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         return _compose_and_run()
     except Refused as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from checkpointing.storage import FileStorage
 from trainer.config import Config, as_json
 from trainer.parallel.engine import TrainingEngine
 from trainer.track.tracker import RunTracker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,15 @@ class Saver:
         seconds = time.perf_counter() - began
         self.tracker.emit("commit", step=step, tier="durable", generation=generation, seconds=seconds)
         if self.lease is not None:
-            prune(FileStorage(self.config.checkpoint.dir), self.config.checkpoint.keep)
+            self._prune()
         return seconds
+
+    def _prune(self) -> None:
+        """On rank 0. Space that cannot be freed is worth a warning, not the run."""
+        try:
+            prune(FileStorage(self.config.checkpoint.dir), self.config.checkpoint.keep)
+        except OSError as error:
+            logger.warning("old generations in %s cannot be deleted: %s", self.config.checkpoint.dir, error)
 
     def _state(self, step: int, tokens: int) -> dict[str, Any]:
         return {

@@ -8,7 +8,7 @@ import torch
 from checkpointing import LayoutError, MismatchError, Piece
 from checkpointing.format import Index, LogicalTensor, StoredBox
 from checkpointing.geometry import Box
-from checkpointing.plan import check_complete, layout_rows, plan_load, plan_save, unclaimed
+from checkpointing.plan import check_complete, layout_rows, plan_load, plan_save
 
 
 def rows(*pieces: Piece) -> list:
@@ -78,9 +78,3 @@ def test_missing_and_misshapen_tensors_are_named() -> None:
         check_complete([whole("a", 1), whole("b", 1), whole("w", 4)], stored)
     with pytest.raises(MismatchError, match=r"w \(F32 \[4\] stored, F32 \[5\] here\)"):
         check_complete([whole("w", 5)], stored)
-
-
-def test_unclaimed_is_what_no_rank_asks_for() -> None:
-    stored = {name: LogicalTensor("F32", (1,)) for name in "abc"}
-    assert unclaimed([["a"], ["b"]], stored) == ["c"]
-    assert unclaimed([["a", "c"], ["b"]], stored) == []

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import trainer.run as run_module
@@ -253,3 +254,41 @@ def test_a_vocabulary_smaller_than_the_data_needs_is_refused(tmp_path: Path, mon
     monkeypatch.setattr(run_module, "build", smaller)
     with pytest.raises(Refused, match=r"The data holds token \d+, and the model knows 100"):
         go(tmp_path)
+
+
+def test_a_resumed_run_is_the_same_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[str, str]] = []
+
+    class Recorder:
+        def __init__(self, project: str, name: str, run_id: str, directory: Path, config: dict) -> None:
+            started.append((run_id, config["run"]["name"]))
+
+        def step(self, row: dict) -> None: ...
+
+        def close(self, exit_code: int) -> None: ...
+
+    monkeypatch.setattr("trainer.track.tracker.WandbRun", Recorder)
+    for total in ("train.steps=4", "train.steps=6", "train.steps=8"):
+        go(tmp_path / "a", "tracking=wandb", total)
+    go(tmp_path / "b", "tracking=wandb", "train.steps=2")
+    ids = [run_id for run_id, _ in started]
+    assert len(set(ids[:3])) == 1 and ids[3] != ids[0]
+
+
+def test_deterministic_algorithms_on_request(tmp_path: Path) -> None:
+    try:
+        go(tmp_path, "train.deterministic=true", "train.steps=2")
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_space_that_cannot_be_freed_does_not_stop_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(storage: object, keep: int) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr("trainer.saving.prune", fail)
+    assert go(tmp_path)[-1]["step"] == 12
+    assert "cannot be deleted: not yours" in caplog.text
