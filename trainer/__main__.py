@@ -13,7 +13,7 @@ if not __package__:
     # Started by path: Python put this directory first on the path, where the directory above it belongs.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from trainer.cli import main
+from trainer.cli import run_as_process
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_process()

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
-import gc
+import atexit
 import logging
 import os
 import sys
+import time
 import warnings
+from typing import NoReturn
 
 from trainer.errors import Refused, TrainingFailed
+
+PATIENCE_S = 10  # far more than a launcher takes to end its processes after the first has failed
+
+
+def run_as_process() -> NoReturn:
+    """`main`, and the end of the process with its status, without tearing the interpreter down.
+
+    FSDP2's caches keep process groups alive after they are destroyed. A thread of gloo that lets go of its last tensor
+    while Python tears itself down aborts the process, and a run that succeeded would end with status 134.
+    """
+    status = 1  # of an exception that nobody caught
+
+    def end() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    atexit.register(end)  # the first to register is the last to be called: wandb and the others have left by then
+    try:
+        status = main()
+    except SystemExit as error:  # of `--help` and its kin
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
+    sys.exit(status)
 
 
 def main() -> int:
@@ -19,14 +45,13 @@ def main() -> int:
     try:
         return _compose_and_run()
     except Refused as error:
-        status = say(error, 2)
+        return say(error, 2)
     except TrainingFailed as error:
-        status = say(error, 1)
+        return say(error, 1)
     except KeyboardInterrupt:
-        status = say("interrupted; the same command goes on from the last checkpoint", 130)
-    # What the trace of the error kept alive ends here and not with the interpreter: see process_group.
-    gc.collect()
-    return status
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("trainer: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
 
 
 def _compose_and_run() -> int:
@@ -41,7 +66,13 @@ def _compose_and_run() -> int:
 
 
 def say(what: object, status: int) -> int:
-    """To stderr, once a machine: what is refused on one process is refused on its neighbours for the same reason."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"trainer: {what}", file=sys.stderr, flush=True)
+    """To stderr, once a machine: what is refused on one process is mostly refused on its neighbours as well.
+
+    The others let the first one speak, whose end makes the launcher end them too. Who is still there after that says
+    what it has to say itself.
+    """
+    if (rank := os.environ.get("LOCAL_RANK", "0")) != "0":
+        time.sleep(PATIENCE_S)
+        what = f"local rank {rank}: {what}"
+    print(f"trainer: {what}", file=sys.stderr, flush=True)
     return status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,8 +31,6 @@ def test_from_the_project_it_is_ours_whatever_is_installed(decoy: Path) -> None:
 
 
 def test_by_its_path_it_is_ours_from_anywhere(decoy: Path) -> None:
-    import subprocess
-
     for path in (ROOT / "trainer", ROOT / "trainer" / "__main__.py"):
         done = subprocess.run(
             [sys.executable, str(path), *SMALL, "dry_run=true"],
@@ -77,6 +76,40 @@ def test_statuses(
     monkeypatch.setattr(run, "run", fail)
     assert cli.main() == status
     assert capsys.readouterr().err.startswith("trainer: ")
-    monkeypatch.setenv("LOCAL_RANK", "1")  # its neighbour on the same machine has said it
+    # A neighbour on the same machine waits for the first to say it, and says it in the end itself.
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
     assert cli.main() == status
-    assert capsys.readouterr().err == ""
+    if status == 130:
+        assert not waited and capsys.readouterr().err == ""
+    else:
+        assert waited == [cli.PATIENCE_S] and capsys.readouterr().err == f"trainer: local rank 1: {error}\n"
+
+
+@pytest.mark.parametrize(("ending", "status"), [("lambda: 3", 3), ("lambda: 1 / 0", 1), ("lambda: sys.exit(2)", 2)])
+def test_a_process_ends_with_its_status_after_exit_handlers_and_before_the_teardown(ending: str, status: int) -> None:
+    script = f"""
+import atexit, sys
+from trainer import cli
+
+class Late:
+    def __del__(self):
+        sys.__stdout__.write("torn down")
+
+kept = Late()
+
+def main():
+    atexit.register(print, "handled")
+    return ({ending})()
+
+cli.main = main
+cli.run_as_process()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (status, "handled\n"), done.stderr
+    assert ("ZeroDivisionError" in done.stderr) == ("/ 0" in ending)
+    # The control: an ordinary end would have torn it down.
+    script = script.replace("cli.run_as_process()", "main()")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "torn down" in done.stdout

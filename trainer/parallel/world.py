@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -67,7 +66,4 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        # FSDP2's modules refer to the group in cycles. A group that lives on until the interpreter ends is torn down
-        # too late: a thread of gloo that still releases a tensor then finds no interpreter, and aborts the process.
-        gc.collect()
         dist.destroy_process_group()
