@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpointing import save
+from checkpointing import CheckpointError, save
+from checkpointing.collective import Team
 from checkpointing.lease import Lease
 from checkpointing.retention import prune
 from checkpointing.storage import FileStorage
 from trainer.config import Config, as_json
+from trainer.errors import TrainingFailed
 from trainer.parallel.engine import TrainingEngine
 from trainer.track.tracker import RunTracker
 
@@ -34,22 +36,32 @@ class Saver:
     def save(self, step: int, tokens: int) -> float:
         """Save and commit step `step`; returns the seconds that training waited for it. Collective."""
         began = time.perf_counter()
-        if self.lease is not None:
-            self.lease.check()
-        self.tracker.sync()
-        generation = save(
-            Path(self.config.checkpoint.dir),
-            step,
-            self.engine.pieces(),
-            {"trainer": self._state(step, tokens)},
-            run_id=self.run_id,
-            incarnation=self.incarnation,
-        )
+        try:
+            Team().together(self._make_sure)
+            generation = save(
+                Path(self.config.checkpoint.dir),
+                step,
+                self.engine.pieces(),
+                {"trainer": self._state(step, tokens)},
+                run_id=self.run_id,
+                incarnation=self.incarnation,
+            )
+        except (CheckpointError, OSError) as error:
+            raise TrainingFailed(
+                f"Step {step} could not be saved: {error}. What was saved before stays as it is, and the same command "
+                f"goes on from there as soon as {self.config.checkpoint.dir} can be written."
+            ) from error
         seconds = time.perf_counter() - began
         self.tracker.emit("commit", step=step, tier="durable", generation=generation, seconds=seconds)
         if self.lease is not None:
             self._prune()
         return seconds
+
+    def _make_sure(self) -> None:
+        """That the directory is still this run's, and that the metrics so far will be there on a resume."""
+        if self.lease is not None:
+            self.lease.check()
+        self.tracker.sync()
 
     def _prune(self) -> None:
         """On rank 0. Space that cannot be freed is worth a warning, not the run."""

@@ -43,32 +43,6 @@ def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment(2)["OMP_NUM_THREADS"] == "5"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--nproc", "2", "--", "nokey=1"], "There is no option nokey"),
-        (["--nproc", "3", "--", "parallel.dp_shard=2"], "does not divide the 3 process(es)"),
-        (
-            ["--nproc", "3", "--", "train.global_batch=7"],
-            "train.global_batch=7 is not a multiple of train.micro_batch=2",
-        ),
-    ],
-)
-def test_what_does_not_compose_is_refused_before_anything_starts(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("launch.__main__.run_local", lambda *a: pytest.fail("it was started"))
-    assert main(["local", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("launch: ") and message in error and error.count("\n") == 1
-
-
-def test_no_processes_at_all_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["local", "--nproc", "0"])
-    assert exit_.value.code == 2 and "start at least one process" in capsys.readouterr().err
-
-
 def test_it_exits_with_the_trainers_refusal(tmp_path: Path) -> None:
     done = launch(2, [*TINY, f"run.dir={tmp_path}", "data=jsonl", f"data.path={tmp_path}/absent.jsonl"])
     assert done.returncode == 2

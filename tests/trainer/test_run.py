@@ -292,3 +292,15 @@ def test_space_that_cannot_be_freed_does_not_stop_training(
     monkeypatch.setattr("trainer.saving.prune", fail)
     assert go(tmp_path)[-1]["step"] == 12
     assert "cannot be deleted: not yours" in caplog.text
+
+
+def test_a_model_that_cannot_write_is_worth_a_warning_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise NotImplementedError("no cache")
+
+    monkeypatch.setattr(run_module, "sample_text", fail)
+    go(tmp_path, "eval.generate_tokens=3")
+    assert "no text can be sampled from this model: NotImplementedError: no cache" in caplog.text
+    assert events(tmp_path)[-1] == ("finish", 12)

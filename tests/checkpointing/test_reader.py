@@ -1,0 +1,94 @@
+"""Reading parts of stored boxes: the right elements, and no byte that has not passed its checksum."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpointing import Box, DamagedError, Piece, save
+from checkpointing.format import block_size, shard_name
+from checkpointing.generations import newest
+from checkpointing.plan import plan_load
+from checkpointing.reader import GenerationReader
+from checkpointing.storage import FileStorage
+
+SHAPE = (24, 5, 300)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    directory = tmp_path_factory.mktemp("stored")
+    tensor = torch.arange(24 * 5 * 300, dtype=torch.float32).reshape(SHAPE)
+    save(directory, 1, [Piece("w", tensor, (0, 0, 0), SHAPE), Piece("one", torch.tensor([7.0]), (0,), (1,))])
+    return directory, tensor
+
+
+def open_reader(directory: Path) -> GenerationReader:
+    storage = FileStorage(directory)
+    generation = newest(storage)
+    assert generation is not None and generation.manifest is not None
+    return GenerationReader(storage, generation.manifest)
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> Box:
+    offset = tuple(draw(st.integers(0, n - 1)) for n in SHAPE)
+    return Box(offset, tuple(draw(st.integers(1, n - o)) for n, o in zip(SHAPE, offset, strict=True)))
+
+
+@given(boxes())
+@settings(max_examples=60, deadline=None)
+def test_any_box_is_filled_with_its_elements_and_nothing_else(stored: tuple[Path, torch.Tensor], box: Box) -> None:
+    directory, tensor = stored
+    reader = open_reader(directory)
+    piece = Piece("w", torch.full(box.size, -1.0), box.offset, SHAPE)
+    reader.fill(plan_load([piece], reader.indexes))
+    assert torch.equal(piece.tensor, tensor[box.slices((0, 0, 0))])
+
+
+def test_only_the_blocks_that_are_touched_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = (64, 5, 3000)
+    save(tmp_path, 1, [Piece("w", torch.zeros(large), (0, 0, 0), large)])
+    reader = open_reader(tmp_path)
+    piece = Piece("w", torch.ones(1, 5, 3000), (3, 0, 0), large)
+    reads = plan_load([piece], reader.indexes)
+    reader.fill(reads)  # opens the shard, whose header is read once
+    ranges: list[tuple[int, int]] = []
+    original = FileStorage.read_ranges
+
+    def read_ranges(self: FileStorage, name: str, wanted: list[tuple[int, int]]) -> list[bytes]:
+        ranges.extend(wanted)
+        return original(self, name, wanted)
+
+    monkeypatch.setattr(FileStorage, "read_ranges", read_ranges)
+    reader.fill(reads)
+    block = block_size(reads[0].stored.box.numel * 4)
+    read = sum(stop - start for start, stop in ranges)
+    assert 5 * 3000 * 4 <= read <= 5 * 3000 * 4 + len(reads) * 2 * block < 64 * 5 * 3000 * 4 / 10
+
+
+def test_damage_elsewhere_does_not_matter_and_damage_in_the_way_does(
+    stored: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    save(tmp_path, 1, [Piece("w", stored[1], (0, 0, 0), SHAPE)])
+    reader = open_reader(tmp_path)
+    shard = next(tmp_path.glob(f"*/{shard_name(0)}"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1  # the last element of the last row
+    shard.write_bytes(data)
+    first, last = (Piece("w", torch.zeros(1, 5, 300), (row, 0, 0), SHAPE) for row in (0, 23))
+    reader.fill(plan_load([first], reader.indexes))
+    assert torch.equal(first.tensor[0], stored[1][0])
+    with pytest.raises(DamagedError, match=r"checksum of bytes \d+ to \d+ does not match; they belong to w"):
+        reader.fill(plan_load([last], reader.indexes))
+    assert [name for name, _, error in reader.verify() if error] == [shard_name(0)]
+
+
+def test_verify_touches_every_stored_byte(stored: tuple[Path, torch.Tensor]) -> None:
+    checked = list(open_reader(stored[0]).verify())
+    assert all(error is None for _, _, error in checked)
+    assert sum(nbytes for _, nbytes, _ in checked) == (24 * 5 * 300 + 1) * 4

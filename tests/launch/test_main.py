@@ -1,0 +1,33 @@
+"""`python -m launch` as a command line: what it refuses before anything starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from launch.__main__ import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nproc", "2", "--", "nokey=1"], "There is no option nokey"),
+        (["--nproc", "3", "--", "parallel.dp_shard=2"], "does not divide the 3 process(es)"),
+        (
+            ["--nproc", "3", "--", "train.global_batch=7"],
+            "train.global_batch=7 is not a multiple of train.micro_batch=2",
+        ),
+    ],
+)
+def test_what_does_not_compose_is_refused_before_anything_starts(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.__main__.run_local", lambda *a: pytest.fail("it was started"))
+    assert main(["local", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("launch: ") and message in error and error.count("\n") == 1
+
+
+def test_no_processes_at_all_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["local", "--nproc", "0"])
+    assert exit_.value.code == 2 and "start at least one process" in capsys.readouterr().err

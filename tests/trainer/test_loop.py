@@ -1,0 +1,148 @@
+"""The loop against an engine that only records: what is asked of it, what is reported, and when."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.runs import SMALL
+from trainer.compose import compose
+from trainer.config import Config
+from trainer.data.feed import Feed
+from trainer.data.sources import load_corpus
+from trainer.data.tokenizer import ByteTokenizer
+from trainer.errors import TrainingFailed
+from trainer.loop import Progress, due, evaluate, optimize, train
+from trainer.schedule import learning_rate
+
+
+class Recorder:
+    """An engine whose loss is one nat a target."""
+
+    device = torch.device("cpu")
+    data_rank, data_size = 0, 1
+
+    def __init__(self, norm: float = 0.5) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.rates: list[float] = []
+        self.norm = norm
+
+    def forward_backward(self, batch: Any, weight: float, *, last: bool, key: int) -> torch.Tensor:
+        self.calls.append({"ids": batch.ids.tolist(), "weight": weight, "last": last, "key": key})
+        return self.loss(batch)
+
+    def step(self, lr: float) -> torch.Tensor:
+        self.rates.append(lr)
+        return torch.tensor(self.norm)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return (batch.labels >= 0).sum().float()
+
+    def reduce(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
+class Sinks:
+    """A tracker and a saver that remember in which order they were called."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int]] = []
+        self.rows: list[dict[str, Any]] = []
+
+    def step(self, row: dict[str, Any]) -> None:
+        self.told.append(("row", row["step"]))
+        self.rows.append(row)
+
+    def save(self, step: int, tokens: int) -> float:
+        self.told.append(("save", step))
+        assert tokens == self.rows[-1]["tokens"]
+        return 0.25
+
+
+def configure(*overrides: str) -> tuple[Config, Feed, Any]:
+    config = compose([*SMALL, "train.global_batch=6", "train.micro_batch=2", "train.steps=5", *overrides])
+    corpus = load_corpus(config.data, ByteTokenizer(), config.train.seq_len)
+    feed = Feed(corpus.train, global_batch=6, micro_batch=2, seed=config.train.seed, pad=0, num_ranks=1, rank=0)
+    return config, feed, corpus.held_out
+
+
+def test_what_a_step_asks_of_the_engine() -> None:
+    config, feed, held_out = configure("schedule.warmup_steps=3", "data.log_ids=true")
+    engine, sinks = Recorder(), Sinks()
+    done = Progress()
+    train(config, engine, feed, held_out, sinks, sinks, done)  # type: ignore[arg-type]
+    assert [call["last"] for call in engine.calls] == [False, False, True] * 5
+    for step in range(1, 6):
+        share, calls = feed.step(step), engine.calls[3 * step - 3 : 3 * step]
+        assert all(call["weight"] == 1 / share.num_targets for call in calls)  # by the count of the global batch
+        assert (
+            [i for call in calls for i in call["ids"]]
+            == share.sample_ids.tolist()
+            == sinks.rows[step - 1]["sample_ids"]
+        )
+    assert len({call["key"] for call in engine.calls}) == 15  # random draws of their own for every micro-batch
+    assert engine.rates == [learning_rate(s, 5, config.optimizer.lr, config.schedule) for s in range(1, 6)]
+    assert all(row["loss"] == 1.0 and row["grad_norm"] == 0.5 for row in sinks.rows)
+    assert (done.step, done.tokens) == (5, sinks.rows[-1]["tokens"]) == (5, 5 * 6 * 16)
+
+
+def test_going_on_asks_for_the_same_as_never_stopping() -> None:
+    config, feed, held_out = configure()
+    whole, part = Recorder(), Recorder()
+    train(config, whole, feed, held_out, *[Sinks()] * 2, Progress())  # type: ignore[arg-type]
+    train(config, part, feed, held_out, *[Sinks()] * 2, Progress(3, 100))  # type: ignore[arg-type]
+    assert part.calls == whole.calls[9:] and part.rates == whole.rates[3:]
+    shifted = Recorder()
+    train(config, shifted, feed, held_out, *[Sinks()] * 2, Progress(2, 100))  # type: ignore[arg-type]
+    assert shifted.calls[:6] != part.calls  # the control: a cursor that is off by one is seen
+
+
+def test_lines_come_before_the_checkpoint_that_counts_them_and_say_what_it_cost() -> None:
+    config, feed, held_out = configure("checkpoint.every=2", "eval.every=3")
+    sinks = Sinks()
+    train(config, Recorder(), feed, held_out, sinks, sinks, Progress())  # type: ignore[arg-type]
+    assert sinks.told == [
+        ("row", 1),
+        ("row", 2),
+        ("save", 2),
+        ("row", 3),
+        ("row", 4),
+        ("save", 4),
+        ("row", 5),
+        ("save", 5),
+    ]
+    assert [row["blocked_s"] for row in sinks.rows] == [0, 0, 0.25, 0, 0.25]
+    assert [row.get("eval_loss") for row in sinks.rows] == [None, None, 1.0, None, 1.0]
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_neither_reported_nor_saved(norm: float) -> None:
+    config, feed, held_out = configure("checkpoint.every=1")
+    sinks, done = Sinks(), Progress(2, 7)
+    with pytest.raises(TrainingFailed, match=r"Step 3 gave .* Lower optimizer\.lr"):
+        train(config, Recorder(norm), feed, held_out, sinks, sinks, done)  # type: ignore[arg-type]
+    assert sinks.told == [] and (done.step, done.tokens) == (2, 7)
+
+
+def test_the_held_out_loss_weighs_targets_and_not_samples() -> None:
+    class ByLength(Recorder):
+        def loss(self, batch: Any) -> torch.Tensor:
+            return (batch.labels >= 0).sum().float() * len(batch.ids)
+
+    parts = [SimpleNamespace(ids=[0] * n, labels=torch.zeros(n, 2)) for n in (1, 3)]
+    share = SimpleNamespace(micro_batches=list(enumerate(parts)), num_targets=8)
+    assert evaluate(ByLength(), share) == (1 * 2 + 3 * 6) / 8  # type: ignore[arg-type]
+
+
+def test_the_loss_of_a_step_is_over_all_its_targets() -> None:
+    batch = SimpleNamespace(ids=torch.zeros(1, dtype=torch.long), labels=torch.tensor([[0, -100, 5]]))
+    share = SimpleNamespace(micro_batches=[(0, batch)], num_targets=4)  # two of them on another rank
+    assert optimize(Recorder(), share, 0.1, 3) == (0.5, 0.5)  # type: ignore[arg-type]
+
+
+def test_when_something_is_due() -> None:
+    assert [s for s in range(1, 8) if due(s, 3, 7)] == [3, 6, 7]
+    assert [s for s in range(1, 8) if due(s, 0, 7)] == [7]

@@ -1,0 +1,102 @@
+"""What goes into a run's checkpoints, in which order, and what happens when one cannot be written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpointing import Piece, load
+from checkpointing.errors import LeaseHeldError
+from checkpointing.generations import scan
+from checkpointing.storage import FileStorage
+from trainer.compose import compose
+from trainer.errors import TrainingFailed
+from trainer.saving import Saver
+
+
+class Scene:
+    """An engine, a tracker and a lease in one, which write down what is asked of them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.told: list[str] = []
+        self.directory = directory
+        self.data_size = 3
+        self.taken_over = False
+
+    def pieces(self) -> list[Piece]:
+        self.told.append("pieces")
+        return [Piece("model/w", torch.arange(6.0), (0,), (6,))]
+
+    def sync(self) -> None:
+        self.told.append("sync")
+
+    def check(self) -> None:
+        if self.taken_over:
+            raise LeaseHeldError("another process took it over")
+
+    def emit(self, event: str, **facts: Any) -> None:
+        self.told.append(f"{event} {facts['step']} {facts['tier']}")
+        assert facts["generation"] in [g.name for g in scan(FileStorage(self.directory)) if g.committed]
+
+    def saver(self, *overrides: str, lease: bool = True) -> Saver:
+        config = compose([f"checkpoint.dir={self.directory}", *overrides])
+        return Saver(config, self, self, "r1", 4, "print", self if lease else None)  # type: ignore[arg-type]
+
+
+def test_metrics_are_durable_before_the_checkpoint_and_the_event_comes_after_it(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    assert scene.saver().save(7, 700) > 0
+    assert scene.told == ["sync", "pieces", "commit 7 durable"]
+    target = Piece("model/w", torch.zeros(6), (0,), (6,))
+    state: Any = load(tmp_path, [target])["trainer"]
+    assert target.tensor.tolist() == [0, 1, 2, 3, 4, 5]
+    assert {k: state[k] for k in ("step", "tokens", "run_id", "world_size", "fingerprint")} == {
+        "step": 7,
+        "tokens": 700,
+        "run_id": "r1",
+        "world_size": 3,
+        "fingerprint": "print",
+    }
+    assert state["config"]["checkpoint"]["dir"] == str(tmp_path)
+    assert scan(FileStorage(tmp_path))[0].manifest.incarnation == 4  # type: ignore[union-attr]
+
+
+def test_only_who_holds_the_lease_deletes(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    for step in (1, 2, 3):
+        scene.saver("checkpoint.keep=1", lease=False).save(step, 0)
+    assert len(scan(FileStorage(tmp_path))) == 3
+    scene.saver("checkpoint.keep=1").save(4, 0)
+    assert [g.step for g in scan(FileStorage(tmp_path))] == [4]
+
+
+def test_a_run_that_was_replaced_does_not_write(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    scene.saver().save(1, 0)
+    scene.taken_over, scene.told = True, []
+    with pytest.raises(TrainingFailed, match=r"Step 2 could not be saved: another process took it over\. What was"):
+        scene.saver().save(2, 0)
+    assert scene.told == [] and [g.step for g in scan(FileStorage(tmp_path))] == [1]
+
+
+def test_a_full_disk_is_one_paragraph_and_leaves_the_previous_generation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path)
+    scene.saver().save(1, 0)
+
+    def put(self: FileStorage, name: str, parts: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileStorage, "put", put)
+        with pytest.raises(
+            TrainingFailed, match=r"Step 2 could not be saved: .*No space left.* the same command goes on"
+        ):
+            scene.saver().save(2, 0)
+    assert [g.step for g in scan(FileStorage(tmp_path)) if g.committed] == [1]
+    scene.saver().save(2, 0)  # there is room again
+    assert [g.step for g in scan(FileStorage(tmp_path)) if g.committed] == [2, 1]
