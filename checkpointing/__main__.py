@@ -1,7 +1,7 @@
 """`python -m checkpointing ls|inspect|verify DIR [--json]`: look at checkpoints from the command line.
 
-DIR is a run directory, a directory of generations, or one generation. Exit status: 0 sound, 1 damage found, 2 DIR
-cannot be used.
+DIR is a run directory, a directory of generations, or one generation. Exit status: 0 sound, 1 damage found or nothing
+that is committed, 2 DIR cannot be used. With --json an error is an object too.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from checkpointing.errors import CheckpointError, NotFoundError
-from checkpointing.format import shard_name
+from checkpointing.errors import CheckpointError, DamagedError, NotFoundError, VersionError
 from checkpointing.generations import Generation, scan
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
@@ -39,8 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         storage, found = find(arguments.dir)
         return {"ls": ls, "inspect": inspect, "verify": verify}[arguments.command](storage, found, arguments.json)
     except (CheckpointError, OSError) as error:
+        if arguments.json:
+            print(json.dumps({"error": str(error)}))
         print(f"checkpointing: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, DamagedError | VersionError) else 2
 
 
 def find(directory: Path) -> tuple[FileStorage, list[Generation]]:
@@ -70,28 +71,34 @@ def ls(storage: FileStorage, found: list[Generation], as_json: bool) -> int:
             "bytes": g.stored_bytes,
             "saved": g.manifest.created if g.manifest else None,
             "state": _state(g),
+            "damage": str(g.damage) if g.damage else None,
         }
         for g in found
     ]
+    damaged = int(any(g.damage for g in found))
     if as_json:
         print(json.dumps({"directory": str(storage), "generations": rows}))
-        return 0
+        return damaged
     print(f"{'generation':24} {'step':>8} {'incarnation':>11} {'ranks':>5} {'size':>9}  {'saved':19}  state")
     for row in rows:
         print(
             f"{row['generation']:24} {row['step']:>8} {row['incarnation'] or '-':>11} {row['ranks'] or '-':>5} "
             f"{human_bytes(row['bytes']):>9}  {_when(row['saved']):19}  {row['state']}"
+            + (f": {row['damage']}" if row["damage"] else "")
         )
-    return 0
+    return damaged
 
 
 def inspect(storage: FileStorage, found: list[Generation], as_json: bool) -> int:
-    generation = next((g for g in found if g.manifest and not g.abandoned), None) or next(
-        (g for g in found if g.manifest), None
+    generation = next((g for g in found if g.sound and not g.abandoned), None) or next(
+        (g for g in found if g.sound), None
     )
+    for other in found:
+        if other.damage and (generation is None or other.order >= generation.order or other.manifest is None):
+            print(f"checkpointing: {other.name} is damaged and not shown: {other.damage}", file=sys.stderr)
     if generation is None or generation.manifest is None:
         why = "; ".join(f"{g.name}: {_state(g)}" for g in found)
-        raise NotFoundError(f"nothing in {storage} can be inspected ({why})")
+        raise DamagedError(f"nothing in {storage} can be inspected ({why})")
     reader = GenerationReader(storage, generation.manifest)
     manifest = generation.manifest
     writers: dict[str, list[int]] = {name: [] for name in manifest.tensors}
@@ -120,9 +127,10 @@ def verify(storage: FileStorage, found: list[Generation], as_json: bool) -> int:
     report = [_verify_one(storage, g) for g in found if g.committed]
     skipped = [g.name for g in found if not g.committed]
     damaged = any(r["damage"] for r in report)
+    status = int(damaged or not report)
     if as_json:
         print(json.dumps({"directory": str(storage), "generations": report, "not_committed": skipped}))
-        return int(damaged)
+        return status
     for row in report:
         print(f"{row['generation']}: {'DAMAGED' if row['damage'] else 'sound'}, {human_bytes(row['bytes'])} checked")
         for line in row["damage"]:
@@ -131,18 +139,16 @@ def verify(storage: FileStorage, found: list[Generation], as_json: bool) -> int:
         print(f"{name}: not committed, so it is no generation; nothing to verify")
     if damaged:
         print("Loading without naming a step passes over damaged generations and takes the next older sound one.")
-    return int(damaged)
+    return status
 
 
 def _verify_one(storage: FileStorage, generation: Generation) -> dict[str, Any]:
     damage, checked = [], 0
     if generation.manifest is None:
         return {"generation": generation.name, "bytes": 0, "damage": [str(generation.damage)]}
-    expected = {shard_name(w.rank) for w in generation.manifest.writers}
     try:
-        for shard, nbytes, error in GenerationReader(storage, generation.manifest).verify():
+        for _, nbytes, error in GenerationReader(storage, generation.manifest).verify():
             checked += nbytes
-            expected.discard(shard)
             if error is not None and str(error) not in damage:
                 damage.append(str(error))
             if nbytes and sys.stderr.isatty():
@@ -157,8 +163,8 @@ def _verify_one(storage: FileStorage, generation: Generation) -> dict[str, Any]:
 def _state(generation: Generation) -> str:
     if not generation.committed:
         return "not committed"
-    if generation.manifest is None:
-        return f"damaged: {generation.damage}"
+    if generation.damage:
+        return "damaged"
     return "abandoned" if generation.abandoned else "committed"
 
 

@@ -29,14 +29,13 @@ class Team:
         they go the same way afterwards: the lowest rank that failed its own exception, the others one of the same
         type where it is ours, `PeerError` otherwise. No rank is left waiting.
         """
-        value, failure = None, None
+        failure = None
         try:
-            value = action()
+            mine = json.dumps({"value": action()})
         except Exception as error:  # whatever it is, the others must hear of it before it goes on
             failure = error
-        reports = self._gather(
-            {"value": value} if failure is None else {"kind": type(failure).__name__, "why": str(failure)}
-        )
+            mine = json.dumps({"kind": type(failure).__name__, "why": str(failure)})
+        reports = [json.loads(text) for text in self._gather(mine)]
         for rank, report in enumerate(reports):
             if "why" not in report:
                 continue
@@ -48,10 +47,10 @@ class Team:
             raise kind(f"rank {rank}: {report['why']}") from failure
         return [report["value"] for report in reports]
 
-    def _gather(self, value: Any) -> list[Any]:
-        text = json.dumps(value)
+    def _gather(self, text: str) -> list[str]:
+        """Every rank's text."""
         if self.size == 1:
-            return [json.loads(text)]
+            return [text]
         device = self._device()
         payload = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
         size = torch.tensor([payload.numel()], device=device)
@@ -62,7 +61,7 @@ class Team:
         padded[: payload.numel()] = payload
         rows = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(rows, padded, group=self.group)
-        return [json.loads(bytes(row[: int(n.item())].cpu().numpy())) for row, n in zip(rows, sizes, strict=True)]
+        return [bytes(row[: int(n.item())].cpu().numpy()).decode() for row, n in zip(rows, sizes, strict=True)]
 
     def _device(self) -> torch.device:
         """A device whose tensors this group can gather: the CPU wherever the group has a backend for it."""

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.distributed as dist
 
 from checkpointing.collective import Team, as_team
-from checkpointing.errors import LayoutError
-from checkpointing.format import COMMIT, MANIFEST, Manifest, Writer, digest, encode_manifest, generation_name
-from checkpointing.generations import newest
+from checkpointing.errors import CheckpointError, LayoutError
+from checkpointing.format import (
+    COMMIT,
+    MANIFEST,
+    Manifest,
+    Writer,
+    digest,
+    encode_manifest,
+    generation_name,
+    index_name,
+    shard_name,
+)
+from checkpointing.generations import check_files, newest, scan
 from checkpointing.geometry import Piece
 from checkpointing.plan import layout_rows, plan_save
 from checkpointing.storage import FileStorage, Storage
@@ -31,43 +42,49 @@ def save(
     group: dist.ProcessGroup | Team | None = None,
     *,
     run_id: str = "",
-    incarnation: int = 0,
+    incarnation: int | None = None,
+    guard: Callable[[], None] | None = None,
 ) -> str:
     """Save the pieces of all ranks as a new generation, and return its name. Collective; synchronous.
 
     `objects` are JSON values, rank 0's are kept. The generation is durable when this returns. If any rank fails,
     all raise with its reason and the previous generation stays the newest. `incarnation` counts the run's resumes:
-    the newest generation is the greatest by (incarnation, step).
+    the newest generation is the greatest by (incarnation, step), and of one step the one saved last; by default it is
+    that of the newest generation there. `guard` is called on rank 0 right before the commit, and stops it by raising.
     """
     team, storage = as_team(group), as_storage(directory)
-    layouts = team.together(lambda: _describe(pieces, objects or {}))
-    plan = plan_save(layouts)
-    save_id, parent = team.together(lambda: _begin(storage) if team.rank == 0 else None)[0]
-    name = generation_name(step, save_id)
+    described = team.together(lambda: _describe(step, pieces, objects or {}))
+    if others := [rank for rank, (theirs, _) in enumerate(described) if theirs != described[0][0]]:
+        raise LayoutError(f"rank {others[0]} saves step {described[others[0]][0]}, rank 0 step {described[0][0]}")
+    plan = plan_save([rows for _, rows in described])
+    begun = team.together(lambda: asdict(_begin(storage, incarnation)) if team.rank == 0 else None)[0]
+    start = _Start(**begun)
+    name = generation_name(step, start.save_id)
 
     def prepare() -> dict[str, Any] | None:
-        writer = write_shard(storage, name, plan, pieces, team.rank, save_id, (objects or {}) if team.rank == 0 else {})
+        own = (objects or {}) if team.rank == 0 else {}
+        writer = write_shard(storage, name, plan, pieces, team.rank, start.save_id, own)
         return asdict(writer) if writer else None
 
-    prepared = [Writer(**record) for record in team.together(prepare) if record is not None]
+    def commit(writers: list[Writer]) -> None:
+        manifest = Manifest(
+            step=step,
+            run_id=run_id,
+            created=time.time(),
+            world_size=team.size,
+            versions=_versions(),
+            writers=writers,
+            tensors=plan.tensors,
+            **asdict(start),
+        )
+        _commit(storage, manifest, guard)
 
-    def commit() -> None:
-        if team.rank == 0:
-            manifest = Manifest(
-                step=step,
-                save_id=save_id,
-                parent=parent,
-                run_id=run_id,
-                incarnation=incarnation,
-                created=time.time(),
-                world_size=team.size,
-                versions=_versions(),
-                writers=prepared,
-                tensors=plan.tensors,
-            )
-            _commit(storage, manifest)
-
-    team.together(commit)
+    try:
+        prepared = [Writer(**record) for record in team.together(prepare) if record is not None]
+        team.together(lambda: commit(prepared) if team.rank == 0 else None)
+    except Exception:
+        _discard(storage, name, team.rank)
+        raise
     return name
 
 
@@ -75,26 +92,60 @@ def as_storage(directory: str | os.PathLike[str] | Storage) -> Storage:
     return FileStorage(directory) if isinstance(directory, str | os.PathLike) else directory
 
 
-def _describe(pieces: Sequence[Piece], objects: dict[str, Any]) -> list[Any]:
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What rank 0 decides for all when a save begins."""
+
+    save_id: str
+    parent: str
+    incarnation: int
+    serial: int
+
+
+def _describe(step: int, pieces: Sequence[Piece], objects: dict[str, Any]) -> tuple[int, list[Any]]:
     """This rank's layout for the others; what it cannot store is refused before anything is written."""
+    if step < 0:
+        raise LayoutError(f"step {step} cannot be saved: steps are counted from 0")
     try:
-        json.dumps(objects, allow_nan=False)
+        same = json.loads(json.dumps(objects, allow_nan=False)) == objects
     except (TypeError, ValueError) as error:
         raise LayoutError(f"objects must be plain finite JSON values: {error}") from None
-    return layout_rows(pieces)
+    if not same:
+        raise LayoutError("objects must be plain JSON values: tuples and keys that are no strings come back changed")
+    return step, layout_rows(pieces)
 
 
-def _begin(storage: Storage) -> tuple[str, str]:
+def _begin(storage: Storage, incarnation: int | None) -> _Start:
+    known = [g.manifest for g in scan(storage) if g.manifest]
     last = newest(storage)
-    return secrets.token_hex(16), last.manifest.save_id if last and last.manifest else ""
+    parent = last.manifest if last else None
+    if incarnation is None:
+        incarnation = parent.incarnation if parent else 0
+    serial = 1 + max((manifest.serial for manifest in known), default=0)
+    return _Start(secrets.token_hex(16), parent.save_id if parent else "", incarnation, serial)
 
 
-def _commit(storage: Storage, manifest: Manifest) -> None:
-    """Every shard and index is durable by now. COMMIT comes last, after the manifest that it vouches for."""
+def _commit(storage: Storage, manifest: Manifest, guard: Callable[[], None] | None) -> None:
+    """COMMIT comes last, after the manifest that it vouches for, and vouches only for what is there.
+
+    Every rank's files are durable by now, but a rank may have another directory mounted under the same name.
+    """
+    prefix = f"{manifest.generation}/"
+    check_files(manifest, {name.removeprefix(prefix): size for name, size in storage.list(prefix).items()})
     data = encode_manifest(manifest)
-    storage.put(f"{manifest.generation}/{MANIFEST}", [data])
-    created = storage.create_if_absent(f"{manifest.generation}/{COMMIT}", digest(data).encode())
+    storage.put(f"{prefix}{MANIFEST}", [data])
+    if guard is not None:
+        guard()
+    created = storage.create_if_absent(f"{prefix}{COMMIT}", digest(data).encode())
     assert created, "a fresh save id was committed before"
+
+
+def _discard(storage: Storage, name: str, rank: int) -> None:
+    """Give back the room that a failed save took, unless it was committed; what cannot be deleted is cleared later."""
+    with contextlib.suppress(OSError, CheckpointError):
+        if f"{name}/{COMMIT}" not in storage.list(f"{name}/"):
+            own = [shard_name(rank), index_name(rank), *([MANIFEST] if rank == 0 else [])]
+            storage.delete(f"{name}/{file}" for file in own)
 
 
 def _versions() -> dict[str, str]:

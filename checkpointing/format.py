@@ -109,12 +109,18 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """One writer's files: the shard's size in bytes, the digest of its header, the digest of its index."""
+    """One writer's files: the sizes in bytes of shard and index, the digests of the shard's header and of the index."""
 
     rank: int
     shard_bytes: int
+    index_bytes: int
     header: str
     index: str
+
+    @property
+    def files(self) -> dict[str, int]:
+        """What it wrote: the size in bytes of every file."""
+        return {shard_name(self.rank): self.shard_bytes, index_name(self.rank): self.index_bytes}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +130,7 @@ class Manifest:
     parent: str  # save id of the generation that was newest when this one was saved; empty for the first
     run_id: str
     incarnation: int
+    serial: int  # greater than that of every generation that was there before
     created: float  # seconds since the epoch
     world_size: int
     versions: dict[str, str]
@@ -235,7 +242,7 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
     try:
         tensors = {
             str(name): LogicalTensor(str(t["dtype"]), tuple(int(n) for n in t["shape"]))
-            for name, t in raw["tensors"].items()
+            for name, t in sorted(raw["tensors"].items())  # indexes count the names in ascending order
         }
         if unknown := {t.dtype for t in tensors.values()} - DTYPES.keys():
             raise ValueError(f"unknown dtypes {sorted(unknown)}")
@@ -245,11 +252,13 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
             parent=str(raw["parent"]),
             run_id=str(raw["run_id"]),
             incarnation=int(raw["incarnation"]),
+            serial=int(raw["serial"]),
             created=float(raw["created"]),
             world_size=int(raw["world_size"]),
             versions={str(k): str(v) for k, v in raw["versions"].items()},
             writers=[
-                Writer(int(w["rank"]), int(w["shard_bytes"]), str(w["header"]), str(w["index"])) for w in raw["writers"]
+                Writer(int(w["rank"]), int(w["shard_bytes"]), int(w["index_bytes"]), str(w["header"]), str(w["index"]))
+                for w in raw["writers"]
             ],
             tensors=tensors,
         )
@@ -285,7 +294,7 @@ def _load(data: bytes, source: str) -> dict[str, Any]:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The row-major bytes of a tensor, on the CPU; a copy only where the tensor is elsewhere or not contiguous."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers
 
 

@@ -47,9 +47,14 @@ class Generation:
         return sum(self.files.values())
 
     @property
-    def order(self) -> tuple[int, int]:
+    def sound(self) -> bool:
+        """Committed, with every file there in its size. What lies in the files is checked when it is read."""
+        return self.manifest is not None and self.damage is None
+
+    @property
+    def order(self) -> tuple[int, int, int]:
         """Newer is greater: the incarnation decides before the step, because a resumed run overtakes its past."""
-        return (self.manifest.incarnation if self.manifest else -1, self.step)
+        return (self.manifest.incarnation, self.step, self.manifest.serial) if self.manifest else (-1, self.step, 0)
 
 
 def scan(storage: Storage) -> list[Generation]:
@@ -66,6 +71,7 @@ def scan(storage: Storage) -> list[Generation]:
         if COMMIT in content:
             try:
                 manifest = read_manifest(storage, name)
+                check_files(manifest, content)
             except CheckpointError as error:
                 damage = error
         found.append(Generation(name, step, content, manifest, damage))
@@ -78,8 +84,17 @@ def candidates(storage: Storage) -> list[Generation]:
 
 
 def newest(storage: Storage) -> Generation | None:
-    """The newest committed generation whose manifest can be read."""
-    return next((g for g in candidates(storage) if g.manifest is not None), None)
+    """The newest sound generation."""
+    return next((g for g in candidates(storage) if g.sound), None)
+
+
+def check_files(manifest: Manifest, files: dict[str, int]) -> None:
+    """Raise `DamagedError` unless every file that the manifest counts on is there, in the size it was written."""
+    for writer in manifest.writers:
+        for file, nbytes in writer.files.items():
+            if files.get(file) != nbytes:
+                found = f"has {files[file]} bytes" if file in files else "is missing"
+                raise DamagedError(f"{manifest.generation}/{file} {found}; {nbytes} bytes were committed")
 
 
 def read_manifest(storage: Storage, name: str) -> Manifest:
@@ -113,6 +128,9 @@ def read(storage: Storage, name: str) -> bytes:
 
 
 def abandon(storage: Storage, generations: list[Generation]) -> None:
-    """Mark generations as lying on a branch that the run turned away from."""
-    for generation in generations:
+    """Mark generations as lying on a branch that the run turned away from.
+
+    The oldest first: cut short, the newest is still the one that is chosen, and nothing has changed yet.
+    """
+    for generation in sorted(generations, key=lambda g: g.order):
         storage.create_if_absent(f"{generation.name}/{ABANDONED}", b"")

@@ -68,11 +68,13 @@ def check_tiling(name: str, boxes: Sequence[Box], shape: Shape) -> None:
     for box in boxes:
         if not box.within(shape):
             raise LayoutError(f"{name}: box at {box.offset} of size {box.size} leaves the tensor of shape {shape}")
-    # Sorted by first row, only boxes that start before this one ends can meet it.
-    ordered = sorted((b for b in boxes if b.numel), key=lambda b: b.offset)
+    # Sorted along the dimension that is cut most, only boxes that start before this one ends can meet it.
+    cuts = [len({b.offset[d] for b in boxes}) for d in range(len(shape))]
+    most = cuts.index(max(cuts)) if shape else 0
+    ordered = sorted((b for b in boxes if b.numel), key=lambda b: b.offset[most : most + 1])
     for i, box in enumerate(ordered):
         for other in ordered[i + 1 :]:
-            if shape and other.offset[0] >= box.offset[0] + box.size[0]:
+            if shape and other.offset[most] >= box.offset[most] + box.size[most]:
                 break
             if (common := intersect(box, other)) is not None:
                 raise LayoutError(
@@ -98,7 +100,10 @@ class Piece:
     global_shape: Shape
 
     def __post_init__(self) -> None:
-        if type(self.tensor) is not torch.Tensor and not isinstance(self.tensor, torch.nn.Parameter):
+        for name in ("offset", "global_shape"):  # numpy's integers and lists are welcome
+            object.__setattr__(self, name, tuple(map(int, getattr(self, name))))
+        # By exact type: a DTensor parameter is an instance of Parameter too, and so is FSDP1's flat one.
+        if type(self.tensor) not in (torch.Tensor, torch.nn.Parameter):
             raise LayoutError(
                 f"{self.name}: a piece holds a plain local tensor, not a {type(self.tensor).__name__}; "
                 "pieces_of(name, tensor) describes DTensors"

@@ -28,13 +28,19 @@ class Holder:
 
     host: str
     boot_id: str
+    pid_namespace: str  # of a container: pids of another one mean nothing here
     pid: int
     started: str  # the kernel's start time of the process, so that a recycled pid is not taken for it
     token: str
 
     @staticmethod
     def this_process() -> Holder:
-        return Holder(socket.gethostname(), _boot_id(), os.getpid(), _start_time(os.getpid()), secrets.token_hex(8))
+        pid = os.getpid()
+        return Holder(*_machine(), pid=pid, started=_start_time(pid), token=secrets.token_hex(8))
+
+    @property
+    def machine(self) -> tuple[str, str, str]:
+        return self.host, self.boot_id, self.pid_namespace
 
 
 class Lease:
@@ -43,6 +49,7 @@ class Lease:
     def __init__(self, storage: Storage, number: int, holder: Holder) -> None:
         self._storage, self._number, self._holder = storage, number, holder
         self._lost = False
+        self._beaten = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
         self._thread.start()
@@ -60,30 +67,44 @@ class Lease:
                 raise LeaseHeldError(f"process {other.pid} on {other.host} holds {storage}")
             number = numbers[-1] + 1 if numbers else 1
             if storage.create_if_absent(_name(number), json.dumps(asdict(holder)).encode()):
+                if _numbers(storage)[-1] > number:  # others came between the look and the creation, and are ahead
+                    storage.delete([_name(number)])
+                    continue
                 for dead in numbers:
                     storage.delete([_name(dead), _beat_name(dead)])
                 return cls(storage, number, holder)
 
     def check(self) -> None:
-        if self._lost:
+        """Raise `LeaseHeldError` unless this process still holds the lease. Read anew: call it before writing."""
+        if not self._lost and time.monotonic() - self._beaten > EXPIRY_S:
+            raise LeaseHeldError(
+                f"the lease in {self._storage} could not be renewed for {EXPIRY_S:.0f} s; another process may hold it"
+            )
+        if self._lost or not self._is_ours():
             raise LeaseHeldError(f"another process took over {self._storage} while this one did not respond")
 
     def release(self) -> None:
         self._stop.set()
         self._thread.join()
-        if not self._lost:
+        if self._is_ours():
             self._storage.delete([_name(self._number), _beat_name(self._number)])
+
+    def _is_ours(self) -> bool:
+        # The token as well: numbers start again after a lease was given back.
+        current = _read_holder(self._storage, self._number)
+        ours = current is not None and current.token == self._holder.token
+        return ours and max(_numbers(self._storage), default=0) == self._number
 
     def _beat(self) -> None:
         count = 0
         while not self._stop.wait(HEARTBEAT_S):
             try:
-                current = _read_holder(self._storage, self._number)
-                if current is None or current.token != self._holder.token or _numbers(self._storage)[-1] > self._number:
+                if not self._is_ours():
                     self._lost = True
                     return
                 count += 1
                 self._storage.put(_beat_name(self._number), [str(count).encode()])
+                self._beaten = time.monotonic()
             except (OSError, CheckpointError):
                 continue  # a filesystem that hiccups costs a beat; one that stays away lets the lease expire
 
@@ -91,7 +112,7 @@ class Lease:
 def _living_holder(storage: Storage, number: int, expiry_s: float) -> Holder | None:
     """Whoever holds this lease, or None where it is dead or gone."""
     holder = _read_holder(storage, number)
-    if holder and (holder.host, holder.boot_id) == (socket.gethostname(), _boot_id()):
+    if holder and holder.machine == _machine():
         return holder if _start_time(holder.pid) == holder.started else None
     deadline, first = time.monotonic() + expiry_s, _read(storage, _beat_name(number))
     while time.monotonic() < deadline:
@@ -131,11 +152,13 @@ def _beat_name(number: int) -> str:
     return f"lease-{number:06d}.beat"
 
 
-def _boot_id() -> str:
+def _machine() -> tuple[str, str, str]:
+    """Where a pid names one process: host, boot and pid namespace."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return socket.gethostname(), boot, os.readlink("/proc/self/ns/pid")
     except OSError:
-        return "unknown"
+        return socket.gethostname(), "unknown", ""
 
 
 def _start_time(pid: int) -> str:

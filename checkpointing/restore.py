@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from checkpointing.collective import Team, as_team
 from checkpointing.commit import as_storage
-from checkpointing.errors import DamagedError, MismatchError, NotFoundError, first_few
+from checkpointing.errors import DamagedError, MismatchError, NotFoundError, VersionError, first_few
 from checkpointing.format import scalar_from_hex
 from checkpointing.generations import candidates, read_manifest, scan
 from checkpointing.geometry import Piece
@@ -37,56 +37,76 @@ def load(
     With neither `step` nor `generation` (a name) the newest sound generation is loaded: damage is logged as a
     warning and the next older one taken, by all ranks together. With one of them, damage raises `DamagedError`.
     `MismatchError` if a piece is not in the generation, or a stored tensor is in no rank's pieces; `only` (prefixes
-    of names) loads less: other pieces stay as they are. After an error the pieces' tensors must not be used.
+    of names) loads less: other pieces stay as they are. `VersionError` if a newer release wrote what would be chosen.
+    After an error the pieces' tensors must not be used.
     """
     team, storage = as_team(group), as_storage(directory)
-    wanted = [p for p in pieces if only is None or p.name.startswith(tuple(only))]
-    names = team.together(lambda: _choices(storage, step, generation) if team.rank == 0 else [])[0]
-    named = step is not None or generation is not None
-    for name in names:
+    tried: dict[str, str] = {}  # in vain, and why
+    while True:
+        # Listed anew each time: while it was read, the run may have deleted one and committed another.
+        name = team.together(lambda: _choose(storage, step, generation, tried) if team.rank == 0 else "")[0]
         try:
-            return _load_one(team, storage, name, wanted, only)
+            return _load_one(team, storage, name, pieces, only)
         except (DamagedError, NotFoundError) as error:
-            if named or name == names[-1]:
-                raise DamagedError(
-                    f"generation {name} in {storage} is damaged: {error}. "
-                    + ("" if named else "No older sound generation is left. ")
-                    + "The tensors passed to load must not be used."
-                ) from error
+            if step is not None or generation is not None:
+                raise DamagedError(f"generation {name} in {storage} is damaged: {error}. {_UNUSABLE}") from error
             if team.rank == 0:
                 logger.warning("generation %s is damaged and is passed over: %s", name, error)
-    raise AssertionError("unreachable: _choices never returns an empty list")
+            tried[name] = str(error)
 
 
-def _choices(storage: Storage, step: int | None, generation: str | None) -> list[str]:
-    """The generations to try, best first."""
-    found = [g for g in scan(storage) if g.committed] if step is not None or generation else candidates(storage)
+_UNUSABLE = "The tensors passed to load must not be used."
+
+
+def _choose(storage: Storage, step: int | None, generation: str | None, tried: Mapping[str, str]) -> str:
+    """The generation to load, or to load next after those that were tried in vain."""
     if generation is not None:
-        found = [g for g in found if g.name == generation]
-    elif step is not None:
-        # A step may have been saved again after a rollback: the newest save of it counts.
-        found = sorted((g for g in found if g.step == step), key=lambda g: not g.abandoned, reverse=True)[:1]
+        if not any(g.name == generation and g.committed for g in scan(storage)):
+            raise NotFoundError(f"there is no committed generation {generation} in {storage}")
+        return generation
+    if step is not None:
+        return _choose_of_step(storage, step)
+    found = candidates(storage)
     if not found:
-        what = (
-            f"generation {generation}" if generation else "generation" if step is None else f"generation of step {step}"
+        raise NotFoundError(f"there is no committed generation in {storage}")
+    for other in found:
+        if isinstance(other.damage, VersionError):
+            raise other.damage
+        if other.damage and other.name not in tried:
+            logger.warning("generation %s is damaged and is passed over: %s", other.name, other.damage)
+    if (best := next((g for g in found if g.sound and g.name not in tried), None)) is None:
+        why = first_few([f"{g.name}: {tried.get(g.name, g.damage)}" for g in found], limit=3)
+        raise DamagedError(f"every generation in {storage} is damaged ({why}). {_UNUSABLE}")
+    return best.name
+
+
+def _choose_of_step(storage: Storage, step: int) -> str:
+    """The last save of a step. It may have been saved again after a rollback, which abandons the one before."""
+    found = [g for g in scan(storage) if g.committed and g.step == step]
+    found = [g for g in found if not g.abandoned] or found
+    if not found:
+        raise NotFoundError(f"there is no committed generation of step {step} in {storage}")
+    if unreadable := next((g for g in found if g.manifest is None), None):
+        raise DamagedError(
+            f"generation {unreadable.name} in {storage} is damaged: {unreadable.damage}. "
+            "It may be the last save of that step; name another one with `generation`."
         )
-        raise NotFoundError(f"there is no committed {what} in {storage}")
-    for damaged in (g for g in found if g.damage and len(found) > 1):
-        logger.warning("generation %s is damaged and is passed over: %s", damaged.name, damaged.damage)
-    return [g.name for g in found]
+    return found[0].name
 
 
 def _load_one(
     team: Team, storage: Storage, name: str, pieces: Sequence[Piece], only: Sequence[str] | None
 ) -> dict[str, Any]:
     reader: GenerationReader | None = None
+    pieces = [p for p in pieces if only is None or p.name.startswith(tuple(only))]
 
     def open_and_check() -> list[str]:
         nonlocal reader
         reader = GenerationReader(storage, read_manifest(storage, name))
-        check_complete(pieces, reader.manifest.tensors)
-        asked = {p.name for p in pieces}
         stored = reader.manifest.tensors
+        _check_prefixes(only, [*stored, *(p.name for p in pieces)])
+        check_complete(pieces, stored)
+        asked = {p.name for p in pieces}
         return [n for n in stored if n not in asked and (only is None or n.startswith(tuple(only)))]
 
     unclaimed_by_rank = team.together(open_and_check)
@@ -100,6 +120,14 @@ def _load_one(
     opened = reader
     team.together(lambda: _fill(opened, pieces))
     return dict(opened.objects)
+
+
+def _check_prefixes(only: Sequence[str] | None, names: Sequence[str]) -> None:
+    if isinstance(only, str):
+        raise MismatchError(f"only={only!r} is one string; give a list of prefixes, such as [{only!r}]")
+    for prefix in only or ():
+        if not any(name.startswith(prefix) for name in names):
+            raise MismatchError(f"nothing in the checkpoint has a name that starts with {prefix!r}")
 
 
 def _fill(reader: GenerationReader, pieces: Sequence[Piece]) -> None:

@@ -8,14 +8,14 @@ from checkpointing.storage import Storage
 
 
 def prune(storage: Storage, keep: int) -> list[str]:
-    """Delete committed generations but the newest `keep`; returns the names deleted. For one process at a time.
+    """Delete sound generations but the newest `keep`; returns the names deleted. For one process at a time.
 
-    Abandoned generations go first, whatever their number; damaged ones stay for a person to look at. The newest
-    committed generation is never deleted.
+    Abandoned generations go first, whatever their number; damaged ones do not count, and stay for a person to look at.
+    The newest sound generation is never deleted.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, and {keep} was given: the newest generation always stays")
-    sound = [g for g in scan(storage) if g.committed and g.manifest is not None]
+    sound = [g for g in scan(storage) if g.sound]
     current = [g for g in sound if not g.abandoned]
     doomed = current[keep:] + ([g for g in sound if g.abandoned] if len(current) >= keep else [])
     for generation in doomed:

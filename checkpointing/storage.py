@@ -6,7 +6,9 @@ Names are relative and use `/`, such as `step-00000030-9f3a61c2/manifest.json`.
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -21,10 +23,10 @@ class Storage(Protocol):
         """Write a whole object; it is durable when this returns. An object of that name is replaced."""
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """The bytes of each (start, stop). `NotFoundError` without the object, `DamagedError` past its end."""
+        """The bytes of each (start, stop). `NotFoundError` without the object, `DamagedError` if they cannot be had."""
 
     def list(self, prefix: str = "") -> dict[str, int]:
-        """Every object whose name starts with `prefix`, with its size in bytes."""
+        """Every object whose name starts with `prefix`, with its size in bytes. `OSError` if that cannot be told."""
 
     def create_if_absent(self, name: str, data: bytes) -> bool:
         """Create an object durably unless one of that name exists; False if it does. Atomic among all writers."""
@@ -56,15 +58,19 @@ class FileStorage:
             descriptor = os.open(self._path(name), os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError):
             raise NotFoundError(f"{self.root / name} does not exist") from None
+        except OSError as error:
+            raise DamagedError(f"{self.root / name} cannot be read: {error.strerror}") from error
         try:
             return [_read_range(descriptor, start, stop, self.root / name) for start, stop in ranges]
+        except OSError as error:  # such as EIO of a disk that fails
+            raise DamagedError(f"{self.root / name} cannot be read: {error.strerror}") from error
         finally:
             os.close(descriptor)
 
     def list(self, prefix: str = "") -> dict[str, int]:
         found = {}
         top = self._path(prefix.rpartition("/")[0])  # only the directory that the prefix leads into is walked
-        for directory, _, files in os.walk(top):
+        for directory, _, files in os.walk(top, onerror=_absent_is_empty):
             for file in files:
                 path = Path(directory, file)
                 name = path.relative_to(self.root).as_posix()
@@ -78,17 +84,23 @@ class FileStorage:
     def create_if_absent(self, name: str, data: bytes) -> bool:
         path = self._path(name)
         _make_directories(path.parent)
+        # A link makes the name and the content appear at once; whoever dies before it leaves a draft and no object.
+        draft = path.parent / f".draft-{secrets.token_hex(8)}"
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError:
-            return False
-        try:
-            _write_all(descriptor, data)
-            os.fsync(descriptor)
+            _create(draft, data)
+            created = _link(draft, path)
         finally:
-            os.close(descriptor)
-        _sync_directory(path.parent)
-        return True
+            draft.unlink(missing_ok=True)
+        if created is None:  # a filesystem without hard links: exclusive, but filled after it appears
+            try:
+                _create(path, data)
+            except FileExistsError:
+                created = False
+            else:
+                created = True
+        if created:
+            _sync_directory(path.parent)
+        return created
 
     def delete(self, names: Iterable[str]) -> None:
         parents = set()
@@ -108,6 +120,34 @@ class FileStorage:
         if name.startswith("/") or ".." in name.split("/"):
             raise DamagedError(f"the name {name!r} leaves the directory {self.root}; nothing was touched")
         return self.root / name
+
+
+def _absent_is_empty(error: OSError) -> None:
+    """What cannot be listed must not pass for empty: a run would start over."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+def _create(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        _write_all(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _link(draft: Path, path: Path) -> bool | None:
+    """Whether the draft became `path`; None where the filesystem has no hard links."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return os.stat(draft).st_nlink == 2  # NFS may have done it and lost the answer
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            return None
+        raise
+    return True
 
 
 def _write_all(descriptor: int, chunk: Buffer) -> None:

@@ -66,7 +66,7 @@ def write_shard(
     values = {name: scalar_hex(by_name[name][0].tensor) for name in scalars}
     index = encode_index(Index(save_id, written, values, objects), list(plan.tensors))
     storage.put(f"{directory}/{index_name(rank)}", [index])
-    return Writer(rank, shard_bytes, digest(header), digest(index))
+    return Writer(rank, shard_bytes, len(index), digest(header), digest(index))
 
 
 def box_bytes(pieces: Sequence[Piece], box: Box) -> Iterator[memoryview]:

@@ -20,8 +20,8 @@ class ThreadTeam(Team):
         self.rank, self.size = rank, size
         self._barrier, self._board = barrier, board
 
-    def _gather(self, value: Any) -> list[Any]:
-        self._board[self.rank] = value
+    def _gather(self, text: str) -> list[str]:
+        self._board[self.rank] = text
         self._barrier.wait(WAIT_S)
         gathered = list(self._board)
         self._barrier.wait(WAIT_S)

@@ -10,6 +10,7 @@ import time
 import warnings
 from typing import NoReturn
 
+from checkpointing.errors import CheckpointError
 from trainer.errors import Refused, TrainingFailed
 
 PATIENCE_S = 10  # far more than a launcher takes to end its processes after the first has failed
@@ -46,7 +47,7 @@ def main() -> int:
         return _compose_and_run()
     except Refused as error:
         return say(error, 2)
-    except TrainingFailed as error:
+    except (TrainingFailed, CheckpointError) as error:
         return say(error, 1)
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":

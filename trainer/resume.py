@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from checkpointing import CheckpointError, describe
+from checkpointing import CheckpointError, VersionError, describe
 from checkpointing.format import Manifest
 from checkpointing.generations import Generation, abandon, candidates, read_index, scan
 from checkpointing.storage import FileStorage
@@ -44,6 +44,7 @@ class Start:
     step: int = 0
     directory: str | None = None  # of generations; None from scratch
     generation: str | None = None  # a name where the user named one; None for the newest sound one
+    own: bool = False  # whether that is the run's own directory, and not another run's
     incarnation: int = 1
     state: dict[str, Any] = field(default_factory=dict)  # the trainer's objects in that generation
     lines: list[str] = field(default_factory=list)  # for the plan
@@ -61,36 +62,35 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     if config.resume == "auto":
         storage, found, named = own, candidates(own), None
         if not found:
+            if not scan(own):  # not even one that was abandoned
+                _check_nothing_was_saved(config)
             return Start(incarnation=incarnation, lines=["from scratch"])
     else:
         storage, found, named = _find(Path(config.resume))
-    generation = next((g for g in found if g.manifest is not None), None)
-    if generation is None or generation.manifest is None:
-        raise Refused(
-            f"Every generation in {storage} is damaged, the newest so: {found[0].damage}. "
-            f"`python -m checkpointing verify {storage}` says more. Type resume=none to start over; nothing is deleted."
-        )
-    state = _trainer_state(storage, generation)
+    generation, manifest, state, passed_over = _newest_readable(storage, found)
     changes = _changes(state["config"], as_json(config))
     _check_changes(changes, state, config, fingerprint, draws_randomness(model))
-    _check_model(f"{storage}/{generation.name}", generation.manifest, model)
+    _check_model(f"{storage}/{generation.name}", manifest, model)
     lines = [
         f"{storage}/{generation.name}: step {generation.step} of {config.train.steps} is done, "
-        f"saved by {generation.manifest.world_size} processes"
+        f"saved by {manifest.world_size} processes"
     ]
-    lines += [f"passing over {g.name}: {g.damage}" for g in found if g.damage]
+    lines += passed_over
     lines += [f"changed since: {key} was {was}, is {now}" for key, (was, now) in changes.items()]
     if "train.steps" in changes:
         lines.append("the learning rate follows the new train.steps from here on")
-    incarnation = max(incarnation, generation.manifest.incarnation + 1)
-    return Start(generation.step, str(storage), named, incarnation, state, lines)
+    incarnation = max(incarnation, manifest.incarnation + 1)
+    is_own = storage.root.resolve() == own.root.resolve()
+    return Start(generation.step, str(storage), named, is_own, incarnation, state, lines)
 
 
 def turn_away_from(config: Config, start: Start, loaded_step: int) -> None:
-    """Mark the run's own generations that are newer than where it goes on, so that they are never chosen again."""
+    """Mark the run's own generations that are newer than where it goes on, so that they are never chosen again.
+
+    Not those that cannot be read: whose they are is not known.
+    """
     own = FileStorage(Path(config.checkpoint.dir))
-    from_own = start.directory is not None and Path(start.directory).resolve() == own.root.resolve()
-    newer = [g for g in candidates(own) if not from_own or g.step > loaded_step]
+    newer = [g for g in candidates(own) if g.manifest and (not start.own or g.step > loaded_step)]
     abandon(own, newer)
 
 
@@ -113,14 +113,45 @@ def _find(path: Path) -> tuple[FileStorage, list[Generation], str | None]:
     return parent, found, top.name
 
 
-def _trainer_state(storage: FileStorage, generation: Generation) -> dict[str, Any]:
-    assert generation.manifest is not None
+def _check_nothing_was_saved(config: Config) -> None:
+    """A run that did commit must not start over because its checkpoints are out of sight, as after a failed mount."""
+    events = Path(config.run.dir) / "events.jsonl"
     try:
-        state = read_index(storage, generation.manifest, 0).objects.get("trainer")
-    except CheckpointError as error:
+        committed = '"event": "commit"' in events.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return
+    if committed:
         raise Refused(
-            f"The checkpoint {storage}/{generation.name} cannot be read: {error}. Type resume=none to start over."
-        ) from None
+            f"{config.run.dir} has saved checkpoints before, and {config.checkpoint.dir} holds none. "
+            "Put them back, or type resume=none to start over."
+        )
+
+
+def _newest_readable(
+    storage: FileStorage, found: list[Generation]
+) -> tuple[Generation, Manifest, dict[str, Any], list[str]]:
+    """The first that can be read, the trainer's state in it, and what to say about those before it."""
+    passed_over: list[str] = []
+    for generation in found:
+        if isinstance(generation.damage, VersionError):
+            raise Refused(f"{generation.damage}. Or type resume=GENERATION to take another one.")
+        damage = generation.damage
+        if generation.manifest is not None and damage is None:
+            try:
+                state = _trainer_state(storage, generation, generation.manifest)
+            except CheckpointError as error:
+                damage = error
+            else:
+                return generation, generation.manifest, state, passed_over
+        passed_over.append(f"passing over {generation.name}: {damage}")
+    raise Refused(
+        f"Every generation in {storage} is damaged ({'; '.join(passed_over)}). "
+        f"`python -m checkpointing verify {storage}` says more. Type resume=none to start over; nothing is deleted."
+    )
+
+
+def _trainer_state(storage: FileStorage, generation: Generation, manifest: Manifest) -> dict[str, Any]:
+    state = read_index(storage, manifest, 0).objects.get("trainer")
     if not isinstance(state, dict) or not {"config", "fingerprint", "step"} <= state.keys():
         raise Refused(
             f"The checkpoint {storage}/{generation.name} was not written by this trainer, so it cannot go on from it."

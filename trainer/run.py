@@ -136,8 +136,8 @@ def train_and_finish(
     config, world = job.config, job.world
     done = Progress(state.get("step", 0), state.get("tokens", 0))
     run_id = Team().together(lambda: state.get("run_id") or uuid.uuid4().hex[:8])[0]
-    if world.rank == 0:
-        for line in bring_back(config, start, done.step):
+    for line in Team().together(lambda: bring_back(config, start, done.step) if world.rank == 0 else [])[0]:
+        if world.rank == 0:
             print(f"  {'start':10} {line}", flush=True)
     tracker = RunTracker(config, run_id, world.rank)
     status = 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from checkpointing import LeaseHeldError
@@ -23,21 +24,30 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def hold_run_directory(config: Config, world: World) -> Iterator[Lease | None]:
-    """Rank 0 holds the directory, so that no second run writes into it. A dry run neither holds nor writes."""
+    """Rank 0 holds the run's directory and its checkpoints', so that no second run writes into either.
+
+    The lease of the checkpoints is handed out. A dry run neither holds nor writes.
+    """
     if world.rank != 0 or config.dry_run:
         yield None
         return
     make_directories(config)
+    with ExitStack() as held:
+        for directory in (config.run.dir, config.checkpoint.dir):  # two runs may share only the second
+            lease = acquire(directory)
+            held.callback(lease.release)
+        yield lease
+
+
+def acquire(directory: str) -> Lease:
     try:
-        lease = Lease.acquire(FileStorage(Path(config.run.dir) / ".lease"))
+        return Lease.acquire(FileStorage(Path(directory) / ".lease"))
     except LeaseHeldError as error:
         raise Refused(
-            f"Another run uses {config.run.dir}: {error}. Wait until it has ended or stop it, or type another run.name."
+            f"Another run uses {directory}: {error}. Wait until it has ended or stop it, or type another run.name."
         ) from None
-    try:
-        yield lease
-    finally:
-        lease.release()
+    except OSError as error:
+        raise cannot_write(directory, error) from None
 
 
 def make_directories(config: Config) -> None:
@@ -49,19 +59,34 @@ def make_directories(config: Config) -> None:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            why = error.strerror or str(error)
-            raise Refused(f"{directory} cannot be written: {why}. Type run.dir=DIRECTORY with one that can.") from None
+            raise cannot_write(directory, error) from None
+
+
+def cannot_write(directory: object, error: OSError) -> Refused:
+    why = error.strerror or str(error)
+    remedy = "Make room" if error.errno == errno.ENOSPC else "Make it writable"
+    return Refused(f"{directory} cannot be written: {why}. {remedy}, or type run.dir=DIRECTORY with one that can.")
 
 
 def bring_back(config: Config, start: Start, step: int) -> list[str]:
-    """Undo what lies after `step`, under the lease; returns what to tell the user."""
+    """Undo what lies after `step`, under the leases; returns what to tell the user.
+
+    In this order a crash between any two leaves a run that can be brought back again: first the room that dead saves
+    take, then which generations count, then the metrics of what no longer counts.
+    """
     told = []
     if step != start.step:
         told.append(f"the newest generation could not be read: going on from step {step}")
-    if discarded := roll_back(Path(config.run.dir), step):
+    try:
+        for name in clear_leftovers(FileStorage(config.checkpoint.dir)):
+            logger.info("cleared %s, which a save left behind that never committed", name)
+        turn_away_from(config, start, step)
+        discarded, last = roll_back(Path(config.run.dir), step)
+        (Path(config.run.dir) / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(config.run.dir, error) from error
+    if discarded:
         told.append(f"{discarded} steps after step {step} are rolled back, to metrics.discarded.jsonl")
-    turn_away_from(config, start, step)
-    for name in clear_leftovers(FileStorage(config.checkpoint.dir)):
-        logger.info("cleared %s, which a save left behind that never committed", name)
-    (Path(config.run.dir) / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
+    if last < step and start.own:
+        told.append(f"metrics.jsonl ends at step {last}: the lines up to step {step} are lost, the training is not")
     return told

@@ -45,6 +45,7 @@ class Saver:
                 {"trainer": self._state(step, tokens)},
                 run_id=self.run_id,
                 incarnation=self.incarnation,
+                guard=self.lease.check if self.lease is not None else None,
             )
         except (CheckpointError, OSError) as error:
             raise TrainingFailed(

@@ -22,6 +22,8 @@ def pieces_of(name: str, tensor: torch.Tensor) -> list[Piece]:
     if coordinate is None:  # this rank is not part of the mesh
         return []
     shape = tuple(tensor.shape)
+    if 0 in shape:  # nothing to hold, but a tensor that must be named
+        return [Piece(name, tensor.to_local().detach().new_empty(shape), (0,) * len(shape), shape)]
     held = held_intervals(shape, tuple(tensor.device_mesh.shape), tuple(coordinate), tensor.placements)
     local = tensor.to_local()
     expected = tuple(sum(length for _, length in runs) for runs in held)

@@ -44,3 +44,8 @@ def test_our_own_errors_keep_their_type() -> None:
         team.together(fail)
 
     assert [type(error) for error in on_ranks(2, act)] == [DamagedError, DamagedError]
+
+
+def test_a_result_that_cannot_travel_fails_all_instead_of_leaving_them_waiting() -> None:
+    failed = on_ranks(3, lambda team: team.together(lambda: {1, 2} if team.rank == 1 else [3]))
+    assert [type(e).__name__ for e in failed] == ["PeerError", "TypeError", "PeerError"]

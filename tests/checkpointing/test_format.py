@@ -39,11 +39,12 @@ MANIFEST = Manifest(
     parent="",
     run_id="r",
     incarnation=2,
+    serial=3,
     created=1.5,
     world_size=2,
     versions={"torch": "2"},
-    writers=[Writer(0, 4096, "aa", "bb")],
-    tensors={"w": LogicalTensor("F32", (4, 8)), "s": LogicalTensor("F32", ())},
+    writers=[Writer(0, 4096, 77, "aa", "bb")],
+    tensors={"s": LogicalTensor("F32", ()), "w": LogicalTensor("F32", (4, 8))},
 )
 INDEX = Index(
     MANIFEST.save_id, [StoredBox("w", Box((0, 0), (4, 8)), 0, "0" * 16)], {"s": "00000000"}, {"step": 7, "lr": 0.1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from checkpointing import Piece, save
@@ -55,3 +56,27 @@ def test_a_generation_under_another_name_is_damaged(tmp_path: Path) -> None:
 def test_an_empty_or_absent_directory_holds_nothing(tmp_path: Path) -> None:
     assert scan(FileStorage(tmp_path)) == scan(FileStorage(tmp_path / "absent")) == []
     assert newest(FileStorage(tmp_path)) is None
+
+
+def test_a_generation_with_a_file_missing_or_cut_is_damaged(tmp_path: Path) -> None:
+    names = [save(tmp_path, step, PIECES) for step in (1, 2, 3)]
+    (tmp_path / names[0] / "index-00000.json").unlink()
+    shard = tmp_path / names[1] / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    found = {g.step: str(g.damage or "") for g in scan(FileStorage(tmp_path))}
+    assert "index-00000.json is missing" in found[1] and "has 4111 bytes; 4112 bytes were committed" in found[2]
+    assert found[3] == ""
+
+
+def test_marking_cut_short_leaves_the_newest_chosen(tmp_path: Path) -> None:
+    class Dying(FileStorage):
+        def create_if_absent(self, name: str, data: bytes) -> bool:
+            if len(list(tmp_path.glob("*/ABANDONED"))) == 1:
+                raise KeyboardInterrupt
+            return super().create_if_absent(name, data)
+
+    for step in (1, 2, 3):
+        save(tmp_path, step, PIECES)
+    with pytest.raises(KeyboardInterrupt):
+        abandon(Dying(tmp_path), candidates(FileStorage(tmp_path)))
+    assert [g.step for g in candidates(FileStorage(tmp_path))] == [3, 2]

@@ -94,3 +94,9 @@ def test_a_piece_must_lie_in_its_tensor() -> None:
         Piece("w", torch.zeros(2, 3), (3, 0), (4, 3))
     with pytest.raises(LayoutError, match="does not lie in"):
         Piece("w", torch.zeros(2, 3), (0,), (4, 3))
+
+
+def test_numbers_of_other_libraries_are_plain_afterwards() -> None:
+    piece = Piece("w", torch.ones(2), [np.int64(1)], [np.int64(5)])  # type: ignore[arg-type]
+    assert (piece.offset, piece.global_shape) == ((1,), (5,))
+    assert all(type(n) is int for n in (*piece.offset, *piece.global_shape))

@@ -118,3 +118,48 @@ def test_a_replaced_holder_finds_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_lease_that_is_half_written_is_waited_for(tmp_path: Path) -> None:
     FileStorage(tmp_path).put("lease-000001.json", [b'{"host": "x'])
     Lease.acquire(FileStorage(tmp_path), expiry_s=0.2).release()
+
+
+def test_who_creates_a_number_too_late_backs_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its look and its creation, two others took over one after the other."""
+    write_lease(tmp_path, replace(Holder.this_process(), started="1"))
+    create = FileStorage.create_if_absent
+    ahead: list[Lease] = []
+
+    def slow(self: FileStorage, name: str, data: bytes) -> bool:
+        monkeypatch.setattr(FileStorage, "create_if_absent", create)
+        write_lease(tmp_path, Holder.this_process(), number=3)
+        return create(self, name, data)
+
+    monkeypatch.setattr(FileStorage, "create_if_absent", slow)
+    with pytest.raises(LeaseHeldError):
+        ahead.append(Lease.acquire(FileStorage(tmp_path)))
+    assert ahead == [] and sorted(FileStorage(tmp_path).list()) == ["lease-000001.json", "lease-000003.json"]
+
+
+def test_giving_back_does_not_take_anothers_lease_of_the_same_number(tmp_path: Path) -> None:
+    sleeper = Lease.acquire(FileStorage(tmp_path))
+    (tmp_path / "lease-000001.json").unlink()
+    other = Lease.acquire(FileStorage(tmp_path))
+    with pytest.raises(LeaseHeldError, match="took over"):
+        sleeper.check()  # at once, without waiting for a heartbeat
+    sleeper.release()
+    other.check()
+    other.release()
+    assert FileStorage(tmp_path).list() == {}
+
+
+def test_a_lease_that_cannot_be_renewed_is_not_relied_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Lease.acquire(FileStorage(tmp_path))
+    monkeypatch.setattr(lease, "EXPIRY_S", -1.0)
+    with pytest.raises(LeaseHeldError, match="could not be renewed"):
+        held.check()
+    held.release()
+
+
+def test_a_holder_in_another_container_is_watched_and_not_looked_up(tmp_path: Path) -> None:
+    """The same host name and boot, and a pid that means nothing here."""
+    write_lease(tmp_path, replace(Holder.this_process(), pid_namespace="pid:[1]", pid=2**22 - 1))
+    began = time.monotonic()
+    Lease.acquire(FileStorage(tmp_path), expiry_s=0.3).release()
+    assert time.monotonic() - began >= 0.3

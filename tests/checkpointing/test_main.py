@@ -107,4 +107,32 @@ def test_inspect_of_only_damaged_generations_says_so(run_dir: Path, capsys: pyte
     for step in (10, 20):
         (generation(run_dir, step) / "COMMIT").write_text("x")
     status, text = output(capsys, "inspect", run_dir)
-    assert status == 2 and "nothing in" in text and "is not the manifest that was committed" in text
+    assert status == 1 and "nothing in" in text and "is not the manifest that was committed" in text
+
+
+def test_what_was_never_committed_does_not_verify(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (generation(run_dir, 20) / "COMMIT").unlink()
+    assert output(capsys, "verify", generation(run_dir, 20))[0] == 1
+    assert output(capsys, "verify", run_dir)[0] == 0
+    (generation(run_dir, 10) / "COMMIT").unlink()
+    assert output(capsys, "verify", run_dir)[0] == 1
+
+
+def test_damage_is_said_by_every_command(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (generation(run_dir, 20) / "manifest.json").write_text("{}")
+    status, text = output(capsys, "ls", run_dir)
+    assert status == 1 and "damaged: step-00000020" in text
+    status, text = output(capsys, "ls", run_dir, "--json")
+    rows = {row["step"]: row for row in json.loads(text)["generations"]}
+    assert rows[20]["state"] == "damaged" and "is not the manifest" in rows[20]["damage"] and not rows[10]["damage"]
+    status, text = output(capsys, "inspect", run_dir)
+    assert status == 0 and "step 10, incarnation" in text and "is damaged and not shown" in text
+    index = generation(run_dir, 10) / "index-00000.json"
+    index.write_bytes(index.read_bytes()[:-1] + b" ")
+    status, text = output(capsys, "inspect", run_dir)
+    assert status == 1 and "is not the index that was committed" in text
+
+
+def test_an_error_is_an_object_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", str(tmp_path), "--json"]) == 2
+    assert "holds no generation" in json.loads(capsys.readouterr().out)["error"]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from checkpointing import DamagedError, MismatchError, NotFoundError, Piece, load, save
+from checkpointing import DamagedError, MismatchError, NotFoundError, Piece, VersionError, load, restore, save
+from checkpointing.format import digest
 from checkpointing.generations import abandon, scan
+from checkpointing.retention import prune
 from checkpointing.storage import FileStorage
 from tests.threads import ThreadTeam, all_of, on_ranks
 
@@ -132,7 +135,9 @@ def test_a_shard_of_another_save_is_detected(tmp_path: Path) -> None:
 
 def test_without_a_sound_generation_the_error_says_so(tmp_path: Path) -> None:
     DAMAGE["a missing shard"](tmp_path / save(tmp_path, 1, pieces(1.0)))
-    with pytest.raises(DamagedError, match=r"No older sound generation is left\. The tensors .* must not be used"):
+    with pytest.raises(
+        DamagedError, match=r"every generation in .* is damaged \(.* is missing.*\)\. The tensors .* must not be used"
+    ):
         load(tmp_path, pieces(0.0))
 
 
@@ -172,3 +177,65 @@ def test_every_flipped_byte_of_a_small_checkpoint_is_detected(tmp_path: Path) ->
     assert undetected == []
     load(tmp_path, target, step=1)
     assert torch.equal(target[0].tensor, small[0].tensor) and target[1].tensor.item() == 3.0
+
+
+def test_a_damaged_last_save_of_a_step_is_not_replaced_by_the_one_before(tmp_path: Path) -> None:
+    first = save(tmp_path, 30, pieces(1.0), incarnation=1)
+    DAMAGE["a flipped bit in the manifest"](tmp_path / save(tmp_path, 30, pieces(2.0), incarnation=2))
+    with pytest.raises(DamagedError, match=r"may be the last save of that step; name another one with `generation`"):
+        load(tmp_path, pieces(0.0), step=30)
+    load(tmp_path, pieces(0.0), generation=first)
+
+
+def test_what_a_newer_release_wrote_is_not_passed_over(tmp_path: Path) -> None:
+    first = save(tmp_path, 1, pieces(1.0))
+    directory = tmp_path / save(tmp_path, 2, pieces(2.0))
+    text = (directory / "manifest.json").read_bytes().replace(b'"version":1', b'"version":2')
+    (directory / "manifest.json").write_bytes(text)
+    (directory / "COMMIT").write_text(digest(text))
+    with pytest.raises(VersionError, match="has format version 2, and this library reads version 1"):
+        load(tmp_path, pieces(0.0))
+    load(tmp_path, pieces(0.0), generation=first)
+
+
+def test_a_disk_that_fails_sends_to_the_previous_generation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1, pieces(1.0))
+    bad = tmp_path / save(tmp_path, 2, pieces(2.0)) / "shard-00000.safetensors"
+    pread = os.pread
+
+    def failing(descriptor: int, count: int, position: int) -> bytes:
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(bad):
+            raise OSError(5, "Input/output error")
+        return pread(descriptor, count, position)
+
+    monkeypatch.setattr(os, "pread", failing)
+    target = pieces(0.0)
+    load(tmp_path, target)
+    assert values(target) == [1.0, 1.0]
+
+
+def test_a_run_that_goes_on_while_it_is_read_does_not_look_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the listing and the reading, the run saves twice and deletes what was listed."""
+    save(tmp_path, 1, pieces(1.0))
+    read = restore.read_manifest
+
+    def overtaken(storage: FileStorage, name: str) -> object:
+        monkeypatch.setattr(restore, "read_manifest", read)
+        save(tmp_path, 2, pieces(2.0))
+        prune(FileStorage(tmp_path), 1)
+        return read(storage, name)
+
+    monkeypatch.setattr(restore, "read_manifest", overtaken)
+    target = pieces(0.0)
+    load(tmp_path, target)
+    assert values(target) == [2.0, 2.0]
+
+
+def test_prefixes_that_mean_nothing_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1, pieces(1.0))
+    with pytest.raises(MismatchError, match=r"nothing in the checkpoint has a name that starts with 'modle/'"):
+        load(tmp_path, pieces(0.0), only=["modle/"])
+    with pytest.raises(MismatchError, match="is one string; give a list"):
+        load(tmp_path, pieces(0.0), only="model/")

@@ -72,3 +72,14 @@ def test_a_deletion_cut_short_leaves_no_generation(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         prune(Dying(tmp_path), 1)
     assert [(g.step, g.committed) for g in scan(FileStorage(tmp_path))] == [(2, True), (1, False)]
+
+
+def test_only_what_is_complete_counts(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, PIECES)
+    for step in (2, 3):
+        next(tmp_path.glob(f"step-{step:08d}-*/shard-*")).unlink()
+    assert prune(FileStorage(tmp_path), 2) == prune(FileStorage(tmp_path), 1) == []
+    load(tmp_path, PIECES)
+    save(tmp_path, 4, PIECES)
+    assert [name[:13] for name in prune(FileStorage(tmp_path), 1)] == ["step-00000001"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from pathlib import Path
 
@@ -82,3 +84,60 @@ def test_names_cannot_leave_the_directory(tmp_path: Path, name: str) -> None:
         with pytest.raises(DamagedError, match="leaves the directory"):
             act()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_listed_does_not_pass_for_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FileStorage(tmp_path).put("a/x", [b"1"])
+
+    def stale(path: object) -> object:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "scandir", stale)
+    with pytest.raises(OSError, match="Stale"):
+        FileStorage(tmp_path).list()
+
+
+def test_a_failing_disk_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FileStorage(tmp_path).put("x", [b"12345"])
+
+    def broken(descriptor: int, count: int, position: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", broken)
+    with pytest.raises(DamagedError, match="x cannot be read: Input/output error"):
+        FileStorage(tmp_path).read_ranges("x", [(0, 3)])
+
+
+def test_an_object_that_is_created_appears_with_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, data: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            FileStorage(tmp_path).create_if_absent("COMMIT", b"digest")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
+def test_without_hard_links_creation_is_still_exclusive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def no_links(source: object, target: object) -> None:
+        raise OSError(number, "no hard links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    storage = FileStorage(tmp_path)
+    assert storage.create_if_absent("lock", b"first") and not storage.create_if_absent("lock", b"second")
+    assert storage.list() == {"lock": 5}
+
+
+def test_a_link_whose_answer_was_lost_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def twice(source: str, target: str) -> None:
+        link(source, target)
+        raise FileExistsError  # what a retransmitted request is told
+
+    monkeypatch.setattr(os, "link", twice)
+    assert FileStorage(tmp_path).create_if_absent("lock", b"mine")

@@ -211,7 +211,7 @@ def test_a_second_run_in_the_directory_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["/proc/nowhere", "/sys/nowhere"])
 def test_a_directory_that_cannot_be_written_is_refused(where: str) -> None:
-    with pytest.raises(Refused, match=r"cannot be written: .*\. Type run\.dir="):
+    with pytest.raises(Refused, match=r"cannot be written: .*\. Make it writable, or type run\.dir="):
         go(Path(where))
 
 

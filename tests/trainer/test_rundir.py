@@ -57,7 +57,7 @@ def test_what_lies_after_the_step_is_undone(tmp_path: Path) -> None:
         leftover.mkdir()
         (leftover / "shard-00000.safetensors").write_bytes(b"never committed")
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s}) + "\n" for s in range(1, 10)))
-        told = bring_back(config, Start(8, config.checkpoint.dir), 4)  # 8 was wanted and could not be read
+        told = bring_back(config, Start(8, config.checkpoint.dir, own=True), 4)  # 8 was wanted and could not be read
     assert told == [
         "the newest generation could not be read: going on from step 4",
         "5 steps after step 4 are rolled back, to metrics.discarded.jsonl",
@@ -73,5 +73,7 @@ def test_nothing_is_undone_where_nothing_lies_after(tmp_path: Path) -> None:
     config = configure(tmp_path)
     with hold_run_directory(config, World()):
         name = write_generation(tmp_path, 4)
-        assert bring_back(config, Start(4, config.checkpoint.dir), 4) == []
+        assert bring_back(config, Start(4, config.checkpoint.dir, own=True), 4) == [
+            "metrics.jsonl ends at step 0: the lines up to step 4 are lost, the training is not"
+        ]
     assert [(g.name, g.abandoned) for g in scan(FileStorage(tmp_path / "checkpoints"))] == [(name, False)]

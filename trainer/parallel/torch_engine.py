@@ -85,10 +85,6 @@ class TorchEngine:
         return self._bare
 
     def pieces(self) -> list[Piece]:
-        # After a forward without a backward, as in evaluation, FSDP2 keeps the root's parameters gathered.
-        for module in self._bare.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
         return describe(self._bare, self._optimizer)
 
     def publish(self) -> None:

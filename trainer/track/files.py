@@ -44,21 +44,22 @@ class Events(JsonLines):
         self.write({"event": event, **facts, "time": time.time(), "monotonic": time.monotonic()})
 
 
-def roll_back(run_dir: Path, step: int) -> int:
-    """Move the metrics of steps after `step` to metrics.discarded.jsonl; returns how many there were.
+def roll_back(run_dir: Path, step: int) -> tuple[int, int]:
+    """Move the metrics of steps after `step` to metrics.discarded.jsonl: how many there were, and the last step kept.
 
     In this order no line is lost: appended and synced there before it is cut off here.
     """
     path = run_dir / "metrics.jsonl"
     if not path.exists():
-        return 0
+        return 0, 0
     _drop_torn_end(path)
-    kept_bytes = 0
+    kept_bytes, last = 0, 0
     discarded: list[bytes] = []
     with open(path, "rb") as file:
         for line in file:
-            if not discarded and json.loads(line)["step"] <= step:
-                kept_bytes += len(line)
+            number = _step_of(line)
+            if not discarded and number is not None and number <= step:
+                kept_bytes, last = kept_bytes + len(line), number
             else:
                 discarded.append(line)
     if discarded:
@@ -67,7 +68,15 @@ def roll_back(run_dir: Path, step: int) -> int:
             file.flush()
             os.fsync(file.fileno())
         os.truncate(path, kept_bytes)
-    return len(discarded)
+    return len(discarded), last
+
+
+def _step_of(line: bytes) -> int | None:
+    """None for a line that a crash of the machine has left unreadable."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _drop_torn_end(path: Path) -> None:

@@ -128,3 +128,47 @@ def test_state_that_cannot_be_described_is_refused() -> None:
     stranger = torch.optim.AdamW(nn.Linear(2, 2).parameters())
     with pytest.raises(LayoutError, match="not in the model"):
         describe(model, stranger)
+
+
+class Undescribable(Model):
+    def get_extra_state(self) -> dict:
+        return {"scale": 2}
+
+
+def test_what_is_left_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    describe(Undescribable())
+    assert "the extra state of the model (Undescribable) is not described" in caplog.text
+
+
+NOT_NEUTRAL: dict[str, Callable[[list], torch.optim.Optimizer]] = {
+    "dampening": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.1),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=0.1),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_NEUTRAL)
+def test_an_optimizer_that_describing_would_change_is_refused_before_its_first_step(kind: str) -> None:
+    model = Model()
+    optimizer = NOT_NEUTRAL[kind]([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(LayoutError, match=r"has no state yet .* Take its first step"):
+        describe(model, optimizer)
+    assert not optimizer.state
+    train(model, optimizer, 1)
+    if kind != "asgd" and kind != "rprop":  # these keep plain numbers too
+        describe(model, optimizer)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_describing_before_the_first_step_changes_nothing(kind: str) -> None:
+    results = []
+    for look in (False, True):
+        torch.manual_seed(1)
+        model = Model()
+        optimizer = OPTIMIZERS[kind]([p for p in model.parameters() if p.requires_grad])
+        if look:
+            describe(model, optimizer)
+        train(model, optimizer, 3)
+        results.append(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(results[0].values(), results[1].values(), strict=True))

@@ -35,18 +35,26 @@ def test_a_row_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
 def test_rolled_back_steps_move_to_the_discarded(tmp_path: Path) -> None:
     path, discarded = tmp_path / "metrics.jsonl", tmp_path / "metrics.discarded.jsonl"
     write(path, *range(1, 26), torn='{"step": 26, "lo')
-    assert roll_back(tmp_path, 20) == 5
+    assert roll_back(tmp_path, 20) == (5, 20)
     assert steps(path) == list(range(1, 21)) and steps(discarded) == list(range(21, 26))
     Metrics(path).step({"step": 21})
     assert steps(path) == list(range(1, 22))
-    assert roll_back(tmp_path, 21) == 0
-    assert roll_back(tmp_path, 0) == 21
+    assert roll_back(tmp_path, 21) == (0, 21)
+    assert roll_back(tmp_path, 0) == (21, 0)
     assert steps(path) == [] and len(steps(discarded)) == 26
 
 
 def test_nothing_to_roll_back(tmp_path: Path) -> None:
-    assert roll_back(tmp_path, 3) == 0
+    assert roll_back(tmp_path, 3) == (0, 0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_from_the_first_unreadable_line_on_all_moves_aside(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 1, 2)
+    path.write_bytes(path.read_bytes() + b"\0" * 20 + b'\n{"step": 4}\n')
+    assert roll_back(tmp_path, 5) == (2, 2)
+    assert steps(path) == [1, 2]
 
 
 def test_a_torn_last_line_is_dropped_before_appending(tmp_path: Path) -> None:
