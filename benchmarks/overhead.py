@@ -168,6 +168,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--steps", type=int, default=150, help="timed steps of each side (default 150)")
     arguments = parser.parse_args()
+    if arguments.steps < 2:
+        parser.error(f"--steps {arguments.steps}: quartiles need at least 2")
     os.environ.setdefault("WANDB_MODE", "offline")
     rows = [run(size, arguments.steps, full=arguments.steps >= 150) for size in (1, 2)]
     return finish("overhead", rows, as_json=arguments.json)

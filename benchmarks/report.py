@@ -33,8 +33,11 @@ class Row:
 def compared(
     name: str, unit: str, ours: Sequence[float], peer: Sequence[float], peer_name: str, *, bar: float, full: bool = True
 ) -> Row:
-    """A row for two interleaved series, of which lower is better; `full` is False for a run cut down."""
-    ratio = statistics.median(ours) / statistics.median(peer)
+    """A row for two interleaved series, of which lower is better; `full` is False for a run cut down.
+
+    The ratio is the median over pairs taken one after the other, so that what slows the machine slows both.
+    """
+    ratio = statistics.median(a / b for a, b in zip(ours, peer, strict=True))
     return Row(
         name,
         unit,

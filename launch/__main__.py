@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     options, overrides = parse(argv[:cut]), argv[cut + 1 :]
     try:
-        check(compose([o for o in overrides if not o.startswith("-")]), options.nproc)
+        check(compose([o for o in overrides if is_override(o)]), options.nproc)
     except Refused as error:
         print(f"launch: {error}", file=sys.stderr)
         return 2
@@ -41,6 +41,11 @@ def parse(options: Sequence[str]) -> argparse.Namespace:
     if parsed.nproc < 1:
         parser.error(f"--nproc {parsed.nproc}: start at least one process")
     return parsed
+
+
+def is_override(word: str) -> bool:
+    """Whether a word is an override and not one of Hydra's flags or a flag's value, as in `--cfg job`."""
+    return word.startswith("~") or ("=" in word and not word.startswith("-"))
 
 
 def check(config: Config, num_processes: int) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # By its path rather than by its name: another package called `trainer` can then not be started in its place.
@@ -43,12 +44,12 @@ def run_local(num_processes: int, overrides: Sequence[str]) -> int:
     try:
         run(parse_args(torchrun_arguments(num_processes, overrides)))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-        if failure.exitcode < 0:
+        rank, exitcode = find_cause({rank: failure.exitcode for rank, failure in error.failures.items()})
+        status = exitcode if exitcode > 0 else 128 - exitcode
+        if exitcode < 0:
             print(
-                f"launch: rank {rank} was ended by signal {-failure.exitcode}; "
-                "the same command goes on from the last checkpoint",
+                f"launch: rank {rank} was ended by signal {-exitcode}; "
+                "with resume=auto, the default, the same command goes on from the last checkpoint",
                 file=sys.stderr,
             )
         elif status != 2:  # a refusal has explained itself
@@ -57,3 +58,18 @@ def run_local(num_processes: int, overrides: Sequence[str]) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
+
+
+def find_cause(exitcodes: Mapping[int, int]) -> tuple[int, int]:
+    """The rank whose end explains the others', and its exit code (negative: the signal that ended it).
+
+    A rank that loses another in the middle of a step fails of it, often before the launcher sees who was first. So a
+    signal from outside explains most, then a refusal, then a failure, and last what the launcher itself terminated.
+    """
+
+    def weight(item: tuple[int, int]) -> tuple[int, int]:
+        rank, code = item
+        order = 3 if code == -signal.SIGTERM else 0 if code < 0 else 1 if code == 2 else 2
+        return order, rank
+
+    return min(exitcodes.items(), key=weight)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several processes share two cores
+# Hidden, because a machine may have fewer than the processes that tests start; a test that needs one says so.
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("EVERSHARD_TEST_GPU", "")
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
 

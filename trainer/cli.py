@@ -51,7 +51,11 @@ def main() -> int:
         return say(error, 1)
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("trainer: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            print(
+                "trainer: interrupted; "
+                "with resume=auto, the default, the same command goes on from the last checkpoint",
+                file=sys.stderr,
+            )
         return 130
 
 

@@ -35,7 +35,8 @@ def compose_from_command_line() -> Config | None:
 
     Hydra only composes: training inside its main function would have its errors reworded and its traces cut.
     """
-    if {"-m", "--multirun"} & set(sys.argv[1:]):
+    words = [word.lower().lstrip("+") for word in sys.argv[1:]]
+    if {"-m", "--multirun"} & set(words) or any(re.match(r"hydra\.mode=.*multirun", word) for word in words):
         raise Refused("--multirun would train several runs inside one process. Start one command a run.")
     register()
     composed: list[DictConfig] = []

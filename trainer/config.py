@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
+from math import isfinite
 from typing import Any, Optional
 
 from hydra.core.config_store import ConfigStore
@@ -122,7 +123,9 @@ class Lora(Method):
     r: int = option(8, low=1)
     alpha: float = option(8.0, low=0)
     dropout: float = option(0.0, low=0, high=1)
-    target_modules: str = "all-linear"  # a peft name, or names of modules separated by commas
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"]
+    )  # names of modules, such as [q_proj,v_proj]
 
 
 @dataclass
@@ -283,6 +286,12 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def check(config: Config) -> None:
     """The bounds of every number, and the rules across fields. Sizes of the world are checked in plan.py."""
     _check_bounds(config, "")
+    if not config.run.name.strip() or not config.run.dir.strip():
+        raise Refused("run.name and run.dir must not be empty. Type run.name=NAME.")
+    known = option_keys(config) | set(CHOICES)
+    for key in config.resume_allow:
+        if not any(k == key or k.startswith(f"{key}.") for k in known):
+            raise Refused(f"resume_allow names {key}. {unknown_key(key)}")
     betas, model = config.optimizer.betas, config.model
     if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise Refused(f"optimizer.betas={betas} must be two numbers in [0, 1), such as optimizer.betas=[0.9,0.95].")
@@ -295,9 +304,10 @@ def _check_bounds(options: Any, prefix: str) -> None:
         value, key = getattr(options, f.name), f"{prefix}{f.name}"
         if is_dataclass(value):
             _check_bounds(value, f"{key}.")
-        elif "low" in f.metadata and not f.metadata["low"] <= value <= f.metadata["high"]:
+        elif "low" in f.metadata and not (f.metadata["low"] <= value <= f.metadata["high"] and isfinite(value)):
             low, high = f.metadata["low"], f.metadata["high"]
             wanted = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+            wanted = wanted if isfinite(value) else f"a finite number, {wanted}"
             raise Refused(f"{key}={value} must be {wanted}. Type {key}={low} or more.")
 
 

@@ -94,7 +94,7 @@ def check_finite(row: dict[str, Any]) -> None:
         raise TrainingFailed(
             f"Step {row['step']} gave a loss of {row['loss']} and a gradient norm of {row['grad_norm']}, and its "
             "weights are of no use. What was saved before stays as it is. Lower optimizer.lr, or look at this step's "
-            "samples (data.log_ids=true)."
+            + (f"samples: {row['sample_ids']}." if "sample_ids" in row else "samples: data.log_ids=true names them.")
         )
 
 

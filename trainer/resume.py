@@ -5,6 +5,8 @@ Nothing here writes, until `turn_away_from` marks what a run has left behind.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,9 @@ from checkpointing import CheckpointError, VersionError, describe
 from checkpointing.format import Manifest
 from checkpointing.generations import Generation, abandon, candidates, read_index, scan
 from checkpointing.storage import FileStorage
-from trainer.config import CHOICES, Config, as_json, flatten
+from trainer.config import CHOICES, Config, as_json, choice_of, flatten
 from trainer.errors import Refused
-from trainer.models import draws_randomness
+from trainer.models import architecture, draws_randomness
 
 # Where something lies, how fast it is computed and what is watched: free to change. What `data.path` and `model.path`
 # hold is checked by content.
@@ -30,6 +32,7 @@ FREE = (
     "tracking.",
     "eval.",
     "data.path",
+    "data.eval_path",
     "data.log_ids",
     "model.path",
     "model.lr",
@@ -56,7 +59,7 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     `fingerprint` is the training data's; `model` may be on the device meta.
     """
     own = FileStorage(Path(config.checkpoint.dir))
-    incarnation = 1 + max((g.manifest.incarnation for g in scan(own) if g.manifest), default=0)
+    incarnation = 1 + max(_incarnations(config, scan(own)), default=0)
     if config.resume == "none":
         return Start(incarnation=incarnation, lines=["from scratch (resume=none)"])
     if config.resume == "auto":
@@ -68,15 +71,18 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     else:
         storage, found, named = _find(Path(config.resume))
     generation, manifest, state, passed_over = _newest_readable(storage, found)
-    changes = _changes(state["config"], as_json(config))
-    _check_changes(changes, state, config, fingerprint, draws_randomness(model))
+    changes = check_state(config, state, fingerprint, model)
     _check_model(f"{storage}/{generation.name}", manifest, model)
     lines = [
         f"{storage}/{generation.name}: step {generation.step} of {config.train.steps} is done, "
         f"saved by {manifest.world_size} processes"
     ]
     lines += passed_over
-    lines += [f"changed since: {key} was {was}, is {now}" for key, (was, now) in changes.items()]
+    lines += [
+        f"changed since: {key} was {was}, is {now}"
+        for key, (was, now) in changes.items()
+        if not key.startswith(("run.", "resume", "dry_run"))
+    ]
     if "train.steps" in changes:
         lines.append("the learning rate follows the new train.steps from here on")
     incarnation = max(incarnation, manifest.incarnation + 1)
@@ -84,14 +90,54 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     return Start(generation.step, str(storage), named, is_own, incarnation, state, lines)
 
 
-def turn_away_from(config: Config, start: Start, loaded_step: int) -> None:
+def check_state(
+    config: Config, state: dict[str, Any], fingerprint: str, model: nn.Module
+) -> dict[str, tuple[Any, Any]]:
+    """What has changed since a checkpoint was saved, as (was, is) by option; `Refused` if that alters the result."""
+    changes = _changes(_filled(state["config"], config), as_json(config))
+    refused = {key: f"{key} (was {was}, is {now})" for key, (was, now) in changes.items() if not key.startswith(FREE)}
+    if "train.steps" in refused and config.train.steps > changes["train.steps"][0]:
+        del refused["train.steps"]
+    if "parallel.local_batch" in changes and draws_randomness(model):  # dropout is drawn a part at a time
+        refused["parallel.local_batch"] = "parallel.local_batch (the model has dropout, drawn for each part)"
+    if fingerprint != state["fingerprint"] and "data" not in refused:
+        refused["data"] = "data (what it holds has changed)"
+    different = architecture(model) != state.get("architecture", architecture(model))
+    if different and not any(key.startswith("model") for key in refused):  # as where model.path holds another one
+        refused["model"] = "model (its configuration has changed)"
+    allowed = config.resume_allow
+    refused = {k: v for k, v in refused.items() if not any(k == a or k.startswith(f"{a}.") for a in allowed)}
+    if refused:
+        raise Refused(
+            "This run was saved with other settings, and going on would not give its result: "
+            f"{', '.join(refused.values())}. Put them back, choose another run.name, or type "
+            f"resume_allow=[{','.join([*allowed, *refused])}] to go on all the same."
+        )
+    return changes
+
+
+def _filled(saved: dict[str, Any], config: Config) -> dict[str, Any]:
+    """A saved configuration with the defaults of options that a later release added."""
+    defaults = as_json(Config(**{group: type(getattr(config, group))() for group in CHOICES}))
+    rechosen = {group for group in CHOICES if saved["choices"].get(group) != choice_of(config, group)}
+    return _fill(saved, {key: value for key, value in defaults.items() if key not in rechosen})
+
+
+def _fill(part: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    filled = {**default, **part}
+    deeper = {k for k, v in part.items() if isinstance(v, dict) and isinstance(default.get(k), dict)}
+    return {k: _fill(v, default[k]) if k in deeper else v for k, v in filled.items()}
+
+
+def turn_away_from(config: Config, start: Start, loaded_step: int) -> list[str]:
     """Mark the run's own generations that are newer than where it goes on, so that they are never chosen again.
 
-    Not those that cannot be read: whose they are is not known.
+    Not those that cannot be read: whose they are is not known. Returns the names.
     """
     own = FileStorage(Path(config.checkpoint.dir))
     newer = [g for g in candidates(own) if g.manifest and (not start.own or g.step > loaded_step)]
     abandon(own, newer)
+    return [g.name for g in newer]
 
 
 def _find(path: Path) -> tuple[FileStorage, list[Generation], str | None]:
@@ -113,14 +159,27 @@ def _find(path: Path) -> tuple[FileStorage, list[Generation], str | None]:
     return parent, found, top.name
 
 
+def _incarnations(config: Config, generations: list[Generation]) -> list[int]:
+    """Those seen so far: of starts that saved something, and of starts that did not get that far."""
+    seen = [g.manifest.incarnation for g in generations if g.manifest]
+    for line in _event_lines(config):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            event = json.loads(line)
+            if event["event"] in ("start", "resume"):
+                seen.append(int(event["incarnation"]))
+    return seen
+
+
+def _event_lines(config: Config) -> list[str]:
+    try:
+        return (Path(config.run.dir) / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+
+
 def _check_nothing_was_saved(config: Config) -> None:
     """A run that did commit must not start over because its checkpoints are out of sight, as after a failed mount."""
-    events = Path(config.run.dir) / "events.jsonl"
-    try:
-        committed = '"event": "commit"' in events.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return
-    if committed:
+    if any('"event": "commit"' in line for line in _event_lines(config)):
         raise Refused(
             f"{config.run.dir} has saved checkpoints before, and {config.checkpoint.dir} holds none. "
             "Put them back, or type resume=none to start over."
@@ -131,19 +190,18 @@ def _newest_readable(
     storage: FileStorage, found: list[Generation]
 ) -> tuple[Generation, Manifest, dict[str, Any], list[str]]:
     """The first that can be read, the trainer's state in it, and what to say about those before it."""
-    passed_over: list[str] = []
+    if newer := next((g for g in found if isinstance(g.damage, VersionError)), None):
+        raise Refused(f"{newer.damage}. Or type resume=GENERATION to take another one.")
+    # Where an unreadable one stands in the order is not known.
+    passed_over = [f"passing over {g.name}: {g.damage}" for g in found if g.damage]
     for generation in found:
-        if isinstance(generation.damage, VersionError):
-            raise Refused(f"{generation.damage}. Or type resume=GENERATION to take another one.")
-        damage = generation.damage
-        if generation.manifest is not None and damage is None:
+        if generation.manifest is not None and generation.sound:
             try:
                 state = _trainer_state(storage, generation, generation.manifest)
             except CheckpointError as error:
-                damage = error
+                passed_over.append(f"passing over {generation.name}: {error}")
             else:
                 return generation, generation.manifest, state, passed_over
-        passed_over.append(f"passing over {generation.name}: {damage}")
     raise Refused(
         f"Every generation in {storage} is damaged ({'; '.join(passed_over)}). "
         f"`python -m checkpointing verify {storage}` says more. Type resume=none to start over; nothing is deleted."
@@ -165,26 +223,6 @@ def _changes(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, A
     different = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     rechosen = tuple(f"{group}." for group in CHOICES if group in different)
     return {key: (old.get(key), new.get(key)) for key in different if not key.startswith(rechosen)}
-
-
-def _check_changes(
-    changes: dict[str, tuple[Any, Any]], state: dict[str, Any], config: Config, fingerprint: str, draws: bool
-) -> None:
-    refused = {key: f"{key} (was {was}, is {now})" for key, (was, now) in changes.items() if not key.startswith(FREE)}
-    if "train.steps" in refused and config.train.steps > changes["train.steps"][0]:
-        del refused["train.steps"]
-    if "parallel.local_batch" in changes and draws:  # dropout is drawn a part at a time
-        refused["parallel.local_batch"] = "parallel.local_batch (the model has dropout, drawn for each part)"
-    if fingerprint != state["fingerprint"] and "data" not in refused:
-        refused["data"] = "data (what it holds has changed)"
-    allowed = config.resume_allow
-    refused = {k: v for k, v in refused.items() if not any(k == a or k.startswith(f"{a}.") for a in allowed)}
-    if refused:
-        raise Refused(
-            "This run was saved with other settings, and going on would not give its result: "
-            f"{', '.join(refused.values())}. Put them back, choose another run.name, or type "
-            f"resume_allow=[{','.join([*allowed, *refused])}] to go on all the same."
-        )
 
 
 def _check_model(name: str, manifest: Manifest, model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpointing import DamagedError, MismatchError, load
+from checkpointing import DamagedError, LeaseHeldError, MismatchError, load
 from checkpointing.collective import Team
 from checkpointing.lease import Lease
 from trainer.config import Config
@@ -24,12 +24,12 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import Refused
 from trainer.loop import Progress, train
 from trainer.methods import apply_method
-from trainer.models import build_model, load_tokenizer
+from trainer.models import architecture, build_model, load_tokenizer
 from trainer.parallel.engine import TrainingEngine, make_engine
 from trainer.parallel.torch_engine import blocks
 from trainer.parallel.world import World, pick_device, process_group
 from trainer.plan import Topology, describe_run, plan_batch, plan_memory, resolve_topology
-from trainer.resume import Start, decide
+from trainer.resume import Start, check_state, decide
 from trainer.rundir import bring_back, hold_run_directory
 from trainer.sample import sample_text
 from trainer.saving import Saver
@@ -97,6 +97,8 @@ def train_together(job: Job, start: Start, lease: Lease | None) -> None:
     start = agree(job, start)
     engine = make_engine(job.config, build(job.config), job.topology, job.world, job.device)
     state = restore(engine, start)
+    if state and state["step"] != start.step:  # an older generation than the one that was checked
+        check_state(job.config, state, job.corpus.train.fingerprint, job.shapes)
     train_and_finish(job, start, engine, state, lease)
     show_sample(job, engine)
 
@@ -135,7 +137,9 @@ def train_and_finish(
     """Bring the run directory to where training starts, and train to the end."""
     config, world = job.config, job.world
     done = Progress(state.get("step", 0), state.get("tokens", 0))
-    run_id = Team().together(lambda: state.get("run_id") or uuid.uuid4().hex[:8])[0]
+    # A branch of another run is a run of its own.
+    known = state.get("run_id") if start.own else None
+    run_id = Team().together(lambda: known or uuid.uuid4().hex[:8])[0]
     for line in Team().together(lambda: bring_back(config, start, done.step) if world.rank == 0 else [])[0]:
         if world.rank == 0:
             print(f"  {'start':10} {line}", flush=True)
@@ -143,7 +147,8 @@ def train_and_finish(
     status = 1
     try:
         begin(tracker, state, start.incarnation, world.size)
-        saver = Saver(config, engine, tracker, run_id, start.incarnation, job.corpus.train.fingerprint, lease)
+        fingerprint = job.corpus.train.fingerprint
+        saver = Saver(config, engine, tracker, run_id, start.incarnation, fingerprint, architecture(job.shapes), lease)
         feed = Feed(
             job.corpus.train,
             global_batch=config.train.global_batch,
@@ -156,6 +161,8 @@ def train_and_finish(
         train(config, engine, feed, job.corpus.held_out, tracker, saver, done)
         tracker.emit("finish", step=done.step)
         status = 0
+    except LeaseHeldError:
+        raise
     except Exception as error:
         tracker.emit("failure", step=done.step, reason=f"{type(error).__name__}: {error}")
         raise

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from checkpointing import LeaseHeldError
+from checkpointing.errors import first_few
 from checkpointing.lease import Lease
 from checkpointing.retention import clear_leftovers
 from checkpointing.storage import FileStorage
@@ -33,13 +34,18 @@ def hold_run_directory(config: Config, world: World) -> Iterator[Lease | None]:
         return
     make_directories(config)
     with ExitStack() as held:
-        for directory in (config.run.dir, config.checkpoint.dir):  # two runs may share only the second
-            lease = acquire(directory)
+        for key, directory in directories(config).items():  # two runs may share only the second
+            lease = acquire(directory, key)
             held.callback(lease.release)
         yield lease
 
 
-def acquire(directory: str) -> Lease:
+def directories(config: Config) -> dict[str, str]:
+    """What a run writes into, by the option that names it."""
+    return {"run.dir": config.run.dir, "checkpoint.dir": config.checkpoint.dir}
+
+
+def acquire(directory: str, key: str) -> Lease:
     try:
         return Lease.acquire(FileStorage(Path(directory) / ".lease"))
     except LeaseHeldError as error:
@@ -47,25 +53,26 @@ def acquire(directory: str) -> Lease:
             f"Another run uses {directory}: {error}. Wait until it has ended or stop it, or type another run.name."
         ) from None
     except OSError as error:
-        raise cannot_write(directory, error) from None
+        raise cannot_write(directory, key, error) from None
 
 
 def make_directories(config: Config) -> None:
     """Create what a run writes into, and see that it can be written."""
-    for directory in (Path(config.run.dir), Path(config.checkpoint.dir)):
+    for key, name in directories(config).items():
+        directory = Path(name)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             probe = directory / f".write-{uuid.uuid4().hex}"
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise cannot_write(directory, error) from None
+            raise cannot_write(directory, key, error) from None
 
 
-def cannot_write(directory: object, error: OSError) -> Refused:
+def cannot_write(directory: object, key: str, error: OSError) -> Refused:
     why = error.strerror or str(error)
     remedy = "Make room" if error.errno == errno.ENOSPC else "Make it writable"
-    return Refused(f"{directory} cannot be written: {why}. {remedy}, or type run.dir=DIRECTORY with one that can.")
+    return Refused(f"{directory} cannot be written: {why}. {remedy}, or type {key}=DIRECTORY with one that can.")
 
 
 def bring_back(config: Config, start: Start, step: int) -> list[str]:
@@ -80,11 +87,16 @@ def bring_back(config: Config, start: Start, step: int) -> list[str]:
     try:
         for name in clear_leftovers(FileStorage(config.checkpoint.dir)):
             logger.info("cleared %s, which a save left behind that never committed", name)
-        turn_away_from(config, start, step)
+        aside = turn_away_from(config, start, step)
         discarded, last = roll_back(Path(config.run.dir), step)
         (Path(config.run.dir) / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
     except OSError as error:
-        raise cannot_write(config.run.dir, error) from error
+        raise cannot_write(config.run.dir, "run.dir", error) from error
+    if aside:
+        told.append(
+            f"{len(aside)} generations are set aside, and deleted when checkpoint.keep={config.checkpoint.keep} others "
+            "are there: " + first_few(aside)
+        )
     if discarded:
         told.append(f"{discarded} steps after step {step} are rolled back, to metrics.discarded.jsonl")
     if last < step and start.own:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from trainer.data.dataset import Dataset
-from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer import Tokenizer, Tokens
 from trainer.elastic.randomness import reseed
 from trainer.parallel.engine import TrainingEngine
 
@@ -15,11 +17,13 @@ PROMPT_TOKENS = 48
 def sample_text(
     engine: TrainingEngine, tokenizer: Tokenizer, dataset: Dataset, num_tokens: int, seed: int
 ) -> tuple[str, str]:
-    """The start of a dataset's first sample, and how the model goes on. Collective: all ranks draw the same tokens."""
-    tokens, _ = dataset.sample(0)
-    prompt = torch.as_tensor(tokens[:PROMPT_TOKENS].astype("int64"), device=engine.device)[None]
-    reseed(seed, "sample")
+    """A prompt from a dataset's first sample, and how the model goes on. Collective: all ranks draw the same tokens."""
     model = engine.module().eval()
+    room = getattr(getattr(model, "config", None), "max_position_embeddings", None) or sys.maxsize
+    start = choose_prompt(dataset, tokenizer.eos, min(PROMPT_TOKENS, max(1, room - num_tokens)))
+    num_tokens = max(1, min(num_tokens, room - len(start)))
+    prompt = torch.as_tensor(start.astype("int64"), device=engine.device)[None]
+    reseed(seed, "sample")
     with torch.no_grad():
         written = model.generate(  # type: ignore[operator]  # every causal language model of transformers has it
             input_ids=prompt,
@@ -31,3 +35,12 @@ def sample_text(
         )
     model.train()
     return tokenizer.decode(prompt[0].tolist()), tokenizer.decode(written[0, prompt.shape[1] :].tolist())
+
+
+def choose_prompt(dataset: Dataset, eos: int, longest: int) -> Tokens:
+    """The end of a record's prompt, which the completion should follow; of running text the beginning."""
+    tokens, first = dataset.sample(0)
+    if first > 1:
+        return tokens[:first][-longest:]
+    start = tokens[:longest]
+    return start[:-1] if len(start) > 1 and start[-1] == eos else start  # nothing follows the end

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpointing import CheckpointError, save
+from checkpointing import CheckpointError, LeaseHeldError, save
 from checkpointing.collective import Team
 from checkpointing.lease import Lease
 from checkpointing.retention import prune
@@ -30,7 +30,8 @@ class Saver:
     tracker: RunTracker
     run_id: str
     incarnation: int
-    fingerprint: str
+    fingerprint: str  # of the training data
+    architecture: str  # of the model
     lease: Lease | None
 
     def save(self, step: int, tokens: int) -> float:
@@ -47,6 +48,8 @@ class Saver:
                 incarnation=self.incarnation,
                 guard=self.lease.check if self.lease is not None else None,
             )
+        except LeaseHeldError:
+            raise  # the directory is another run's now: nothing more is written into it
         except (CheckpointError, OSError) as error:
             raise TrainingFailed(
                 f"Step {step} could not be saved: {error}. What was saved before stays as it is, and the same command "
@@ -78,5 +81,6 @@ class Saver:
             "run_id": self.run_id,
             "world_size": self.engine.data_size,
             "fingerprint": self.fingerprint,
+            "architecture": self.architecture,
             "config": as_json(self.config),
         }

@@ -9,8 +9,8 @@ import pytest
 from benchmarks.report import absolute, compared, finish
 
 
-def test_the_ratio_is_of_medians_and_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
-    good = compared("a", "s", [1.0, 1.1, 9.0], [1.0, 1.0, 1.0], "peer", bar=1.2)
+def test_the_ratio_is_of_pairs_and_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
+    good = compared("a", "s", [1.0, 2.2, 9.0], [1.0, 2.0, 3.0], "peer", bar=1.2)  # the machine slows down
     bad = compared("b", "s", [2.0, 2.0, 2.0], [1.0, 1.0, 1.0], "peer", bar=1.2)
     short = compared("c", "s", [2.0, 2.0, 2.0], [1.0, 1.0, 1.0], "peer", bar=1.2, full=False)
     assert (good.ratio, good.ok, bad.ok, short.ok) == (1.1, True, False, None)

@@ -11,6 +11,7 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,10 @@ from checkpointing.format import DTYPES
 from checkpointing.generations import newest
 from checkpointing.storage import FileStorage
 from tests.runs import assert_same_run, events, kill_when, launch, rows
+from trainer.config import Jsonl
+from trainer.data.order import samples_of_step
+from trainer.data.sources import load_corpus
+from trainer.data.tokenizer import ByteTokenizer
 
 PROOF = [
     "train.steps=60",
@@ -34,16 +39,29 @@ FSDP = ["parallel.dp_replicate=1", "parallel.dp_shard=-1"]
 
 
 def write_jsonl(path: Path) -> Path:
-    """Prompts to mask, and completions of 1 to 128 target tokens with their end."""
+    """Prompts to mask, and completions of 1 to 128 target tokens with their end.
+
+    Without a prompt nothing precedes the completion's first byte, so that only what follows it is a target.
+    """
     rng = random.Random(0)
     source = Path(json.__file__).read_text() * 20
     with open(path, "w") as file:
         for number in range(600):
             start, length = rng.randrange(len(source) - 400), 1 + number % 127
-            prompt = source[start : start + rng.randrange(0, 200)]
+            prompt = source[start : start + rng.randrange(0, 200)] if length > 1 else ""
             completion = source[start + 200 : start + 200 + length]
             file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
     return path
+
+
+def test_the_records_have_from_one_to_seq_len_targets(tmp_path: Path) -> None:
+    corpus = load_corpus(Jsonl(path=str(write_jsonl(tmp_path / "records.jsonl"))), ByteTokenizer(), 128)
+    targets = [corpus.train.num_targets(np.array([i])) for i in range(len(corpus.train))]
+    assert (min(targets), max(targets)) == (1, 128)
+    # Also among those that the runs below consume.
+    consumed = [samples_of_step(s, seed=7, dataset_size=len(corpus.train), global_batch=8) for s in range(1, 61)]
+    seen = {corpus.train.num_targets(np.array([i])) for ids in consumed for i in ids}
+    assert {1, 128} <= seen
 
 
 CASES = {

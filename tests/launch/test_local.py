@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.__main__ import main
-from launch.local import TRAINER, environment, torchrun_arguments
+from launch.local import TRAINER, environment, find_cause, torchrun_arguments
 from tests.runs import SMALL, descendants, kill_tree, launch, launched, rows, wait_for
 from tests.runs import environment as launch_environment
 
@@ -57,14 +57,32 @@ def test_it_exits_with_the_trainers_failure(tmp_path: Path) -> None:
     assert done.stderr.count("trainer: Step") == 1 and "failed with status 1" in done.stderr
 
 
-def test_a_killed_rank_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("exitcodes", "cause"),
+    [
+        ({0: 1, 1: -9}, (1, -9)),  # rank 0 failed of losing rank 1
+        ({0: -15, 1: 2}, (1, 2)),
+        ({0: 1, 2: 1}, (0, 1)),
+        ({0: 1, 1: 2}, (1, 2)),
+        ({1: -11, 0: -15}, (1, -11)),
+    ],
+)
+def test_the_cause_is_told_from_what_followed(exitcodes: dict[int, int], cause: tuple[int, int]) -> None:
+    assert find_cause(exitcodes) == cause
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named(tmp_path: Path, rank: int) -> None:
     log = tmp_path / "log"
     with launched(2, [*SMALL, "train.steps=100000", f"run.dir={tmp_path / 'run'}"], log) as process:
         wait_for(lambda: len(rows(tmp_path / "run")) > 3)
         worker = next(
-            p for p in descendants(process.pid) if "trainer/__main__" in Path(f"/proc/{p}/cmdline").read_text()
+            p for p in descendants(process.pid) if f"\0LOCAL_RANK={rank}\0" in Path(f"/proc/{p}/environ").read_text()
         )
         os.kill(worker, signal.SIGKILL)
         assert process.wait(60) == 128 + signal.SIGKILL
-        assert "was ended by signal 9; the same command goes on from the last checkpoint" in log.read_text()
+        assert (
+            f"rank {rank} was ended by signal 9; with resume=auto, the default, the same command goes on"
+            in log.read_text()
+        )
         kill_tree(process.pid)

@@ -31,3 +31,13 @@ def test_no_processes_at_all_is_a_usage_error(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as exit_:
         main(["local", "--nproc", "0"])
     assert exit_.value.code == 2 and "start at least one process" in capsys.readouterr().err
+
+
+def test_hydras_flags_are_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--cfg", "job"], ["--config-name", "config", "train.steps=3"], ["~model"]):
+        status = main(["local", "--dry-run", "--", *words])
+        out, error = capsys.readouterr()
+        if words == ["~model"]:
+            assert status == 2 and error.startswith("launch: ")
+        else:
+            assert status == 0 and out.rstrip().endswith(" ".join(words))

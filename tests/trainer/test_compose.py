@@ -65,7 +65,10 @@ REFUSALS = {
     "novalue": "The override novalue cannot be read: .*",
     "train.steps=0": r"train\.steps=0 must be at least 1",
     "optimizer.lr=-1": r"optimizer\.lr=-1.0 must be at least 0",
-    "optimizer.lr=nan": "must be at least 0",
+    "optimizer.lr=nan": "must be a finite number, at least 0",
+    "optimizer.lr=inf": "must be a finite number, at least 0",
+    "run.name=": r"run\.name and run\.dir must not be empty",
+    "resume_allow=[optimizer.lrr]": r"resume_allow names optimizer\.lrr\. There is no option .*optimizer\.lr",
     "model.dropout=1.5": r"model\.dropout=1\.5 must be between 0 and 1",
     "model.vocab_size=255": r"model\.vocab_size=255 must be at least 256",
     "model.hidden_size=100": r"Type model\.hidden_size=96",
@@ -88,6 +91,11 @@ def test_all_of_hydras_flags_work(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(sys, "argv", ["trainer", "train.steps=7"])
     config = compose_from_command_line()
     assert config is not None and config.train.steps == 7
-    monkeypatch.setattr(sys, "argv", ["trainer", "--multirun", "train.seed=1,2"])
-    with pytest.raises(Refused, match="--multirun"):
+    for several in (["--multirun"], ["hydra.mode=MULTIRUN"]):
+        monkeypatch.setattr(sys, "argv", ["trainer", *several, "train.seed=1,2"])
+        with pytest.raises(Refused, match="--multirun"):
+            compose_from_command_line()
+    monkeypatch.setattr(sys, "argv", ["trainer", "--help"])
+    with pytest.raises(SystemExit) as left:
         compose_from_command_line()
+    assert left.value.code == 0 and capsys.readouterr().out.startswith("trainer is powered by Hydra")

@@ -124,6 +124,9 @@ def test_what_is_not_finite_is_neither_reported_nor_saved(norm: float) -> None:
     sinks, done = Sinks(), Progress(2, 7)
     with pytest.raises(TrainingFailed, match=r"Step 3 gave .* Lower optimizer\.lr"):
         train(config, Recorder(norm), feed, held_out, sinks, sinks, done)  # type: ignore[arg-type]
+    config.data.log_ids = True
+    with pytest.raises(TrainingFailed, match=rf"samples: \[{feed.step(3).sample_ids[0]}, "):
+        train(config, Recorder(norm), feed, held_out, sinks, sinks, done)  # type: ignore[arg-type]
     assert sinks.told == [] and (done.step, done.tokens) == (2, 7)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from checkpointing import Piece, save
+from checkpointing.format import digest
+from tests.models import save_tiny_model
 from tests.runs import SMALL
 from trainer.compose import compose
 from trainer.errors import Refused
-from trainer.resume import Start, decide
+from trainer.resume import Start, check_state, decide, turn_away_from
 from trainer.run import build, run
 
 BASE = [*SMALL, "train.steps=4", "checkpoint.every=2"]
@@ -56,7 +60,6 @@ def test_unchanged_it_goes_on(saved: Path, fingerprint: str) -> None:
         "checkpoint.keep=7",
         "eval.every=2",
         "tracking=wandb",
-        "run.name=renamed",
         "data.log_ids=true",
         "train.deterministic=true",
     ],
@@ -154,3 +157,83 @@ def test_a_checkpoint_that_is_not_the_trainers_is_refused(tmp_path: Path, finger
     save(tmp_path / "checkpoints", 3, [Piece("model/w", torch.ones(3), (0,), (3,))], {"mine": 1})
     with pytest.raises(Refused, match="was not written by this trainer"):
         decision(tmp_path, fingerprint)
+
+
+def test_where_a_run_lies_is_no_change_worth_printing(saved: Path, fingerprint: str) -> None:
+    start = decision(saved, fingerprint, "run.name=renamed", "dry_run=true", f"resume={saved}")
+    assert not any("changed since: " in line for line in start.lines)
+
+
+def test_what_only_one_index_lacks_is_passed_over(saved: Path, fingerprint: str, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
+    index = next((tmp_path / "run" / "checkpoints").glob("step-00000004-*/index-00000.json"))
+    data = bytearray(index.read_bytes())
+    data[50] ^= 1
+    index.write_bytes(data)
+    start = decision(tmp_path / "run", fingerprint)
+    assert start.step == 2 and any("passing over step-00000004" in line for line in start.lines)
+
+
+def test_what_a_newer_release_saved_is_refused_and_left_alone(saved: Path, fingerprint: str, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
+    manifest = next((tmp_path / "run" / "checkpoints").glob("step-00000004-*/manifest.json"))
+    text = manifest.read_bytes().replace(b'"version":1', b'"version":2')
+    manifest.write_bytes(text)
+    (manifest.parent / "COMMIT").write_text(digest(text))
+    with pytest.raises(Refused, match=r"has format version 2.*Or type resume=GENERATION"):
+        decision(tmp_path / "run", fingerprint)
+    older = next((tmp_path / "run" / "checkpoints").glob("step-00000002-*"))
+    start = decision(tmp_path / "run", fingerprint, f"resume={older}")
+    turn_away_from(compose([f"run.dir={tmp_path / 'run'}"]), start, 2)
+    assert not list((tmp_path / "run").rglob("ABANDONED"))
+
+
+def test_checkpoints_out_of_sight_do_not_start_a_run_over(saved: Path, fingerprint: str, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        Refused, match=r"has saved checkpoints before, and .* holds none\. Put them back, or type resume=none"
+    ):
+        decision(tmp_path / "run", fingerprint)
+    assert decision(tmp_path / "run", fingerprint, "resume=none").step == 0
+    (tmp_path / "elsewhere").rename(tmp_path / "run" / "checkpoints")
+    assert decision(tmp_path / "run", fingerprint).step == 4
+
+
+def test_every_start_is_an_incarnation_of_its_own(saved: Path, fingerprint: str, tmp_path: Path) -> None:
+    """Also one that was gone before it saved anything."""
+    shutil.copytree(saved, tmp_path / "run")
+    assert decision(tmp_path / "run", fingerprint).incarnation == 2
+    with open(tmp_path / "run" / "events.jsonl", "a") as events:
+        events.write('{"event": "resume", "step": 4, "incarnation": 2}\n{"event": "resu')
+    assert decision(tmp_path / "run", fingerprint).incarnation == 3
+
+
+def test_options_that_a_later_release_adds_do_not_keep_an_old_run_from_going_on(
+    saved: Path, fingerprint: str, tmp_path: Path
+) -> None:
+    config = compose([*BASE, f"run.dir={saved}"])
+    model = build(config, "meta")
+    state = decision(saved, fingerprint).state
+    for group, key in (("optimizer", "eps"), ("model", "dropout"), ("schedule", "final")):
+        del state["config"][group][key]  # as a release without that option saved it
+    assert check_state(config, state, fingerprint, model) == {}
+    other = compose([*BASE, f"run.dir={saved}", "optimizer.eps=1e-3"])
+    with pytest.raises(Refused, match=r"optimizer\.eps \(was 1e-08, is 0\.001\)"):
+        check_state(other, state, fingerprint, model)
+
+
+def test_another_configuration_under_a_new_model_path_is_refused(tmp_path: Path) -> None:
+    records = tmp_path / "text"
+    records.write_text("abcdefgh" * 100)
+    common = ["model=hf", "data=text", f"data.path={records}", "train.steps=2", "train.seq_len=8", "tracking=none"]
+    common += [f"run.dir={tmp_path / 'run'}", "eval.generate_tokens=0", "train.global_batch=2"]
+    save_tiny_model(tmp_path / "model")
+    assert run(compose([*common, f"model.path={tmp_path / 'model'}"])) == 0
+    shutil.copytree(tmp_path / "model", tmp_path / "moved")
+    moved = [*common, f"model.path={tmp_path / 'moved'}", "train.steps=3"]
+    assert run(compose([*moved, "dry_run=true"])) == 0
+    settings = json.loads((tmp_path / "moved" / "config.json").read_text())
+    (tmp_path / "moved" / "config.json").write_text(json.dumps({**settings, "hidden_act": "relu"}))
+    with pytest.raises(Refused, match=r"model \(its configuration has changed\)"):
+        run(compose(moved))

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import trainer.run as run_module
-from checkpointing.generations import scan
+from checkpointing.generations import newest, scan
 from checkpointing.lease import Lease
 from checkpointing.storage import FileStorage
 from tests.runs import SMALL, assert_same_run, events, rows
@@ -136,14 +136,20 @@ def test_more_steps_go_on_and_say_so(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "changed since: train.steps was 12, is 15" in output and "follows the new train.steps" in output
 
 
-def test_starting_over_discards_nothing_for_good(tmp_path: Path) -> None:
+def test_starting_over_sets_the_old_aside_until_there_is_as_much_new(tmp_path: Path) -> None:
     first = go(tmp_path)
     again = go(tmp_path, "resume=none", "train.seed=5", "train.steps=3")
     assert [r["step"] for r in again] == [1, 2, 3] and again[0]["loss"] != first[0]["loss"]
     assert len(rows(tmp_path, "metrics.discarded.jsonl")) == 12
     # The abandoned generations are later by step, and are not chosen.
+    assert [(g.step, g.abandoned) for g in scan(FileStorage(tmp_path / "checkpoints"))] == [
+        (3, False),
+        (12, True),
+        (8, True),
+    ]
     assert go(tmp_path, "train.seed=5", "train.steps=4")[-1]["step"] == 4
     assert ("resume", 3) in events(tmp_path)
+    assert [(g.step, g.abandoned) for g in scan(FileStorage(tmp_path / "checkpoints"))] == [(4, False), (3, False)]
 
 
 def test_going_back_to_a_named_generation(tmp_path: Path) -> None:
@@ -160,6 +166,12 @@ def test_going_on_in_another_directory(tmp_path: Path) -> None:
     assert [r["step"] for r in branch] == [9, 10, 11, 12]
     assert [r["loss"] for r in branch] == [r["loss"] for r in undisturbed[8:]]
     assert go(tmp_path / "c", f"resume={tmp_path / 'a'}", "train.steps=13")[-1]["step"] == 13
+    # A branch is a run of its own, also in wandb.
+    ids = {
+        newest(FileStorage(tmp_path / d / "checkpoints")).manifest.run_id  # type: ignore[union-attr]
+        for d in ("a", "b", "c")
+    }
+    assert len(ids) == 3
 
 
 def test_damage_is_passed_over_by_rolling_back_further(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,6 +183,17 @@ def test_damage_is_passed_over_by_rolling_back_further(tmp_path: Path, capsys: p
     assert_same_run(undisturbed, go(tmp_path), 12)
     assert ("resume", 8) in events(tmp_path)
     assert "could not be read: going on from step 8" in capsys.readouterr().out
+
+
+def test_settings_are_checked_against_the_generation_that_is_loaded_in_the_end(tmp_path: Path) -> None:
+    go(tmp_path, "train.steps=8", "optimizer.clip=0.5")
+    go(tmp_path, "optimizer.clip=0.7", "resume_allow=[optimizer.clip]")
+    shard = next((tmp_path / "checkpoints").glob("step-00000012-*/shard-00000.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(Refused, match=r"optimizer\.clip \(was 0\.5, is 0\.7\)"):
+        go(tmp_path, "optimizer.clip=0.7")
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:

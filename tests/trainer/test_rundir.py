@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 import yaml
 
 from checkpointing import Piece, save
-from checkpointing.generations import scan
+from checkpointing.generations import candidates, scan
 from checkpointing.storage import FileStorage
+from trainer import rundir
 from trainer.compose import compose
 from trainer.config import Config
 from trainer.errors import Refused
@@ -60,6 +62,7 @@ def test_what_lies_after_the_step_is_undone(tmp_path: Path) -> None:
         told = bring_back(config, Start(8, config.checkpoint.dir, own=True), 4)  # 8 was wanted and could not be read
     assert told == [
         "the newest generation could not be read: going on from step 4",
+        f"1 generations are set aside, and deleted when checkpoint.keep=2 others are there: {second}",
         "5 steps after step 4 are rolled back, to metrics.discarded.jsonl",
     ]
     kept = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -77,3 +80,72 @@ def test_nothing_is_undone_where_nothing_lies_after(tmp_path: Path) -> None:
             "metrics.jsonl ends at step 0: the lines up to step 4 are lost, the training is not"
         ]
     assert [(g.name, g.abandoned) for g in scan(FileStorage(tmp_path / "checkpoints"))] == [(name, False)]
+
+
+def test_two_runs_do_not_share_checkpoints(tmp_path: Path) -> None:
+    shared = f"checkpoint.dir={tmp_path / 'shared'}"
+    with hold_run_directory(configure(tmp_path / "a", shared), World()):
+        with (
+            pytest.raises(Refused, match=r"Another run uses .*shared"),
+            hold_run_directory(configure(tmp_path / "b", shared), World()),
+        ):
+            pass
+        with hold_run_directory(configure(tmp_path / "b"), World()):  # what was taken is given back
+            pass
+
+
+@pytest.mark.parametrize("at", ["clear_leftovers", "turn_away_from", "roll_back"])
+def test_a_crash_while_it_is_brought_back_leaves_no_gap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """Going back to step 4 of 9 is cut short: either nothing has happened, or it is done the next time."""
+    config = configure(tmp_path)
+    with hold_run_directory(config, World()):
+        for step in (4, 6, 8):
+            write_generation(tmp_path, step)
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s}) + "\n" for s in range(1, 10)))
+
+        def die(*arguments: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(rundir, at, die)
+            bring_back(config, Start(4, config.checkpoint.dir, own=True), 4)
+        goes_on_from = candidates(FileStorage(config.checkpoint.dir))[0].step
+        assert goes_on_from == (4 if at == "roll_back" else 8)
+        told = bring_back(config, Start(goes_on_from, config.checkpoint.dir, own=True), goes_on_from)
+    assert not any("are lost" in line for line in told)
+    kept = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kept == list(range(1, goes_on_from + 1))
+
+
+def test_lines_that_are_missing_are_said(tmp_path: Path) -> None:
+    config = configure(tmp_path)
+    with hold_run_directory(config, World()):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+        (line,) = bring_back(config, Start(4, config.checkpoint.dir, own=True), 4)
+    assert line == "metrics.jsonl ends at step 1: the lines up to step 4 are lost, the training is not"
+
+
+def test_a_full_disk_is_one_paragraph_and_room_is_made_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(tmp_path)
+    leftover = tmp_path / "checkpoints" / "step-00000012-00000000"
+
+    def full(run_dir: Path, step: int) -> tuple[int, int]:
+        assert not leftover.exists()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rundir, "roll_back", full)
+    with hold_run_directory(config, World()):
+        leftover.mkdir()
+        (leftover / "shard-00000.safetensors").write_bytes(b"never committed")
+        with pytest.raises(Refused, match=r"cannot be written: No space left on device\. Make room, or type run\.dir="):
+            bring_back(config, Start(4, config.checkpoint.dir, own=True), 4)
+
+
+def test_another_runs_checkpoint_sets_all_of_ones_own_aside(tmp_path: Path) -> None:
+    config = configure(tmp_path / "run")
+    with hold_run_directory(config, World()):
+        write_generation(tmp_path / "run", 2)
+        bring_back(config, Start(8, str(tmp_path / "other"), own=False), 8)
+        assert candidates(FileStorage(config.checkpoint.dir)) == []

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
+from tests.models import save_tiny_model
 from tests.runs import SMALL
 from tests.worlds import WORLD, train
+from trainer.data.dataset import Records
+from trainer.sample import choose_prompt
 
 
 def sampled(output: str) -> str:
@@ -27,3 +32,23 @@ def test_without_anything_held_out_the_prompt_is_training_text(tmp_path: Path) -
     overrides = [*SMALL, "data=text", f"data.path={tmp_path / 'text'}", "data.eval_fraction=0", "train.steps=1"]
     output = train([*overrides, "eval.generate_tokens=5", f"run.dir={tmp_path / 'run'}"])
     assert "nothing is held out" in output and "abcdefghabcdefgh" in output
+
+
+def test_a_records_prompt_is_what_the_completion_follows() -> None:
+    tokens = np.arange(10)
+    records = Records([(tokens, 6)], 16)
+    assert choose_prompt(records, 9, 48).tolist() == [0, 1, 2, 3, 4, 5]
+    assert choose_prompt(records, 9, 2).tolist() == [4, 5]
+    text = Records([(tokens, 1)], 16)
+    assert choose_prompt(text, 9, 48).tolist() == list(range(9))  # without its end
+    assert choose_prompt(text, 9, 4).tolist() == [0, 1, 2, 3]
+    assert choose_prompt(Records([(tokens[-2:], 1)], 16), 9, 1).tolist() == [8]
+
+
+def test_the_text_stays_within_the_models_positions(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model", "gpt2")  # 64 positions, and an embedding for each
+    (tmp_path / "text").write_text("abcdefgh" * 50)
+    data = ["data=text", f"data.path={tmp_path / 'text'}", "train.seq_len=60", "tracking=none"]
+    model = ["model=hf", f"model.path={tmp_path / 'model'}", "train.steps=1", "train.global_batch=2"]
+    output = train([*data, *model, f"run.dir={tmp_path / 'run'}", "eval.generate_tokens=500"])
+    assert len(sampled(output).strip("\n")) > 0

@@ -43,7 +43,7 @@ class Scene:
 
     def saver(self, *overrides: str, lease: bool = True) -> Saver:
         config = compose([f"checkpoint.dir={self.directory}", *overrides])
-        return Saver(config, self, self, "r1", 4, "print", self if lease else None)  # type: ignore[arg-type]
+        return Saver(config, self, self, "r1", 4, "data", "model", self if lease else None)  # type: ignore[arg-type]
 
 
 def test_metrics_are_durable_before_the_checkpoint_and_the_event_comes_after_it(tmp_path: Path) -> None:
@@ -53,12 +53,13 @@ def test_metrics_are_durable_before_the_checkpoint_and_the_event_comes_after_it(
     target = Piece("model/w", torch.zeros(6), (0,), (6,))
     state: Any = load(tmp_path, [target])["trainer"]
     assert target.tensor.tolist() == [0, 1, 2, 3, 4, 5]
-    assert {k: state[k] for k in ("step", "tokens", "run_id", "world_size", "fingerprint")} == {
+    assert {k: state[k] for k in ("step", "tokens", "run_id", "world_size", "fingerprint", "architecture")} == {
         "step": 7,
         "tokens": 700,
         "run_id": "r1",
         "world_size": 3,
-        "fingerprint": "print",
+        "fingerprint": "data",
+        "architecture": "model",
     }
     assert state["config"]["checkpoint"]["dir"] == str(tmp_path)
     assert scan(FileStorage(tmp_path))[0].manifest.incarnation == 4  # type: ignore[union-attr]
@@ -77,7 +78,7 @@ def test_a_run_that_was_replaced_does_not_write(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
     scene.saver().save(1, 0)
     scene.taken_over, scene.told = True, []
-    with pytest.raises(TrainingFailed, match=r"Step 2 could not be saved: another process took it over\. What was"):
+    with pytest.raises(LeaseHeldError, match="another process took it over"):
         scene.saver().save(2, 0)
     assert scene.told == [] and [g.step for g in scan(FileStorage(tmp_path))] == [1]
 

@@ -68,8 +68,8 @@ def _stdlib(tokenizer: Tokenizer, seq_len: int) -> Corpus:
     held_out = held_out_files({name: path.stat().st_size for name, path in files.items()})
     if len(held_out) == len(files):
         raise Refused(f"The standard library in {root} holds no source text. Choose data=text data.path=FILE.")
-    train = _join(tokenizer, (_read_text(path) for name, path in files.items() if name not in held_out))
-    test = _join(tokenizer, (_read_text(path) for name, path in files.items() if name in held_out))
+    train = _join(tokenizer, (_read_source(path) for name, path in files.items() if name not in held_out))
+    test = _join(tokenizer, (_read_source(path) for name, path in files.items() if name in held_out))
     name = f"the standard library's source, {len(files) - len(held_out)} files and {len(held_out)} held out"
     return Corpus(Windows(train, seq_len), Windows(test, seq_len), name)
 
@@ -186,10 +186,13 @@ class _RecordReader:
 def _lines(path: str, key: str) -> Iterable[tuple[int, bytes]]:
     """The lines of a file with their numbers, blank ones left out."""
     (file,) = _files(path, "", key)
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield number, line.strip()
+    try:
+        with open(file, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, line.strip()
+    except OSError as error:
+        raise _unreadable(file, error) from None
 
 
 def _files(path: str, pattern: str, key: str) -> Sequence[Path]:
@@ -200,7 +203,14 @@ def _files(path: str, pattern: str, key: str) -> Sequence[Path]:
         raise Refused(f"{key}={path} does not exist (looked in {Path.cwd()}). Type {key}=FILE.")
     if not pattern:
         raise Refused(f"{key}={path} is not a file. Type {key}=FILE.")
-    files = sorted(p for p in top.glob(pattern) if p.is_file())
+    try:
+        files = sorted(p for p in top.glob(pattern) if p.is_file())
+    except (ValueError, NotImplementedError) as error:
+        raise Refused(
+            f"data.pattern={pattern} is no pattern of files below {key}: {error}. Type data.pattern='**/*.txt'."
+        ) from None
+    except OSError as error:
+        raise _unreadable(top, error) from None
     if not files:
         raise Refused(
             f"No file in {key}={path} matches data.pattern={pattern}. Type data.pattern='**/*' for all files."
@@ -210,9 +220,26 @@ def _files(path: str, pattern: str, key: str) -> Sequence[Path]:
 
 def _read_text(path: Path) -> str:
     try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except UnicodeDecodeError as error:
+        raise Refused(
+            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}. "
+            "Convert it, for example with `iconv -f latin1 -t utf-8`."
+        ) from None
+
+
+def _read_source(path: Path) -> str:
+    """A module of the standard library; a few are in another encoding, which does not matter here."""
+    try:
         return path.read_bytes().decode("utf-8", "replace")
     except OSError as error:
-        raise Refused(f"{path} cannot be read: {error.strerror}. Give another file, or the right to read it.") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> Refused:
+    return Refused(f"{path} cannot be read: {error.strerror}. Give another file, or the right to read it.")
 
 
 def _join(tokenizer: Tokenizer, documents: Iterable[str]) -> Tokens:

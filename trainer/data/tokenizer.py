@@ -42,7 +42,7 @@ class HuggingFaceTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         end = tokenizer.eos_token_id
-        self.eos: int = end if end is not None else tokenizer.pad_token_id or 0
+        self.eos: int = end if end is not None else tokenizer.pad_token_id
 
     def encode(self, text: str, *, start: bool = True) -> Tokens:
         # Not every tokenizer that puts a start token in front also leaves the end alone.

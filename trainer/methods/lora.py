@@ -12,7 +12,8 @@ from trainer.errors import Refused
 
 def apply(model: nn.Module, config: Lora, seed: int) -> nn.Module:
     """Freeze the model and add adapters to the targeted modules; at the start the output does not change."""
-    targets = [name.strip() for name in config.target_modules.split(",")]
+    targets = config.target_modules
+    check_targets(model, targets)
     reseed(seed, "method")
     try:
         adapted: nn.Module = get_peft_model(
@@ -22,9 +23,25 @@ def apply(model: nn.Module, config: Lora, seed: int) -> nn.Module:
                 r=config.r,
                 lora_alpha=config.alpha,  # peft annotates an int, and divides it by r
                 lora_dropout=config.dropout,
-                target_modules=targets[0] if len(targets) == 1 else targets,
+                target_modules=ALL if targets == [ALL] else targets,  # peft reads any other string as a pattern
             ),
         )
     except ValueError as error:
-        raise Refused(f"method.target_modules={config.target_modules} does not fit the model: {error}") from None
+        why = str(error).splitlines()[0]
+        raise Refused(f"method.target_modules={targets} does not fit the model: {why}") from None
     return adapted
+
+
+ALL = "all-linear"  # peft's name for every linear layer but the output
+
+
+def check_targets(model: nn.Module, targets: list[str]) -> None:
+    """Every name must be there: peft leaves one out without a word where another one matches."""
+    modules = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if target != ALL and not any(name == target or name.endswith(f".{target}") for name in modules):
+            layers = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            raise Refused(
+                f"method.target_modules={targets}: the model has no module called {target!r}. "
+                f"Its linear layers are called {', '.join(layers)}; type method.target_modules=[{ALL}] for all of them."
+            )

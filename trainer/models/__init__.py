@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
+import xxhash
 from torch import nn
 
 from trainer.config import HuggingFace, Model, TinyLlama
@@ -27,6 +30,17 @@ def build_model(config: Model, *, seq_len: int, seed: int, device: str = "cpu") 
             return huggingface.build(config, seq_len)
         assert isinstance(config, TinyLlama)
         return tiny_llama.build(config, seq_len, seed)
+
+
+def architecture(model: nn.Module) -> str:
+    """A digest of what a model computes beside its parameters: its configuration, not where it came from."""
+    settings: dict[str, object] = getattr(getattr(model, "config", None), "to_dict", dict)()
+    # Which dtype the files had and which kernels run do not matter: masters are fp32, and kernels may change.
+    told = {k: v for k, v in settings.items() if k.strip("_") not in _NOT_THE_MODEL}
+    return xxhash.xxh3_64_hexdigest(json.dumps(told, sort_keys=True, default=str).encode())
+
+
+_NOT_THE_MODEL = {"name_or_path", "transformers_version", "dtype", "torch_dtype", "attn_implementation", "commit_hash"}
 
 
 def draws_randomness(model: nn.Module) -> bool:

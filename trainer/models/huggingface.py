@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,22 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from checkpointing.errors import first_few
 from trainer.config import HuggingFace
 from trainer.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from trainer.errors import Refused
 
+logger = logging.getLogger(__name__)
+
 
 def load_tokenizer(config: HuggingFace) -> Tokenizer:
-    return HuggingFaceTokenizer(_load(AutoTokenizer, config, "tokenizer"))
+    tokenizer = _load(AutoTokenizer, config, "tokenizer")
+    if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
+        raise Refused(
+            f"The tokenizer of model.path={config.path} has no token that ends a text. "
+            "Name one as eos_token in its tokenizer_config.json."
+        )
+    return HuggingFaceTokenizer(tokenizer)
 
 
 def build(config: HuggingFace, seq_len: int) -> nn.Module:
@@ -29,25 +40,45 @@ def build(config: HuggingFace, seq_len: int) -> nn.Module:
             f"Type train.seq_len={longest}."
         )
     if torch.get_default_device().type == "meta":
-        model = AutoModelForCausalLM.from_config(
-            settings, dtype=torch.float32, trust_remote_code=config.trust_remote_code
-        )
+        with _refused_if_it_fails(config, "model"):
+            model = AutoModelForCausalLM.from_config(
+                settings, dtype=torch.float32, trust_remote_code=config.trust_remote_code
+            )
     else:
-        model = _load(AutoModelForCausalLM, config, "model", dtype=torch.float32)
+        model, found = _load(AutoModelForCausalLM, config, "model", dtype=torch.float32, output_loading_info=True)
+        _check_complete(config, found)
     assert isinstance(model, nn.Module)
     return model.train()  # from_pretrained leaves it in evaluation mode, without dropout
 
 
+def _check_complete(config: HuggingFace, found: dict[str, Any]) -> None:
+    """What the files lack would get random values, others on every rank and in every run."""
+    lacking = sorted(map(str, found["missing_keys"])) + sorted(str(key[0]) for key in found["mismatched_keys"])
+    if lacking:
+        raise Refused(
+            f"The files in model.path={config.path} lack {len(lacking)} of the model's tensors, or hold them in "
+            f"another shape: {first_few(lacking)}. Give the model that its config.json describes, with all its weights."
+        )
+    if unused := sorted(map(str, found["unexpected_keys"])):
+        logger.warning("%s holds tensors that the model has no place for: %s", config.path, first_few(unused))
+
+
 def _load(loader: Any, config: HuggingFace, what: str, **options: Any) -> Any:
-    """`from_pretrained`, with what goes wrong in it as one paragraph."""
     local = Path(config.path).expanduser()
     path = str(local) if local.exists() else config.path
-    try:
+    with _refused_if_it_fails(config, what):
         return loader.from_pretrained(
             path, revision=config.revision, trust_remote_code=config.trust_remote_code, **options
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        logging.getLogger(__name__).debug("loading the %s failed", what, exc_info=True)
+
+
+@contextmanager
+def _refused_if_it_fails(config: HuggingFace, what: str) -> Iterator[None]:
+    """Whatever goes wrong inside transformers as one paragraph. Which errors it raises is not documented."""
+    try:
+        yield
+    except Exception as error:
+        logger.debug("loading the %s failed", what, exc_info=True)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise Refused(
             f"The {what} of model.path={config.path} cannot be loaded: {reason} "

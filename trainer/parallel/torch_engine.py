@@ -37,7 +37,7 @@ class TorchEngine:
         self._local_batch = config.parallel.local_batch
         self._clip = config.optimizer.clip
         self._bf16 = config.precision.compute is Compute.bf16
-        self._bare = model.to(device)
+        self._bare = model
         self._model = _distribute(self._bare, topology, device)
         self._optimizer = make_optimizer(self._bare, config.optimizer)
 
@@ -119,12 +119,13 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 
 def _distribute(model: nn.Module, topology: Topology, device: torch.device) -> nn.Module:
-    """The model as it is called for training under this topology."""
+    """The model as it is called for training under this topology, on its device."""
     if topology.dp_shard > 1:
         mesh = init_device_mesh(
             device.type, (topology.dp_replicate, topology.dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
         )
         mesh = mesh if topology.dp_replicate > 1 else mesh["dp_shard"]
+        # Each block moves to the device as it is sharded, so that the device never holds the whole model.
         for block in blocks(model):
             fully_shard(block, mesh=mesh)
         # The root is the model inside peft's wrapper: generating calls that one, past the wrapper's forward.
@@ -132,6 +133,7 @@ def _distribute(model: nn.Module, topology: Topology, device: torch.device) -> n
         assert len(list(root.parameters())) == len(list(model.parameters())), "a wrapper has parameters of its own"
         fully_shard(root, mesh=mesh)
         return model
+    model = model.to(device)
     if topology.dp_replicate > 1:
         # Buffers of causal language models are constants. torch 2.13 renamed the option that leaves them alone.
         option = "broadcast_buffers"

@@ -28,10 +28,14 @@ class World:
         """What torchrun and its kin set; one process alone without it."""
         if "RANK" not in environment:
             return World()
-        keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        keys: tuple[str, ...] = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         try:
-            return World(*(int(environment[key]) for key in keys))
+            world = World(*(int(environment[key]) for key in keys))
+            if world.size > 1:
+                int(environment["MASTER_PORT"]), environment["MASTER_ADDR"]
+            return world
         except (KeyError, ValueError):
+            keys += ("MASTER_ADDR", "MASTER_PORT")
             given = {key: environment.get(key) for key in keys}
             raise Refused(
                 f"The environment places this process only in part: {given}. "

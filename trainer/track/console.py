@@ -17,6 +17,7 @@ class Console:
     def __init__(self, total_steps: int, print_every: int) -> None:
         self._total, self._every = total_steps, print_every
         self._live: Live | None = None
+        self._last = ""  # the line that would go with the live display
         self._began: tuple[float, int] | None = None
         if sys.stdout.isatty():
             self._live = Live(console=RichConsole(), refresh_per_second=4, transient=True)
@@ -26,6 +27,7 @@ class Console:
         line = self._line(row)
         if self._live is not None:
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+            self._last = "" if "eval_loss" in row else line
             if "eval_loss" in row:
                 self._live.console.print(line, highlight=False, soft_wrap=True)
         elif row["step"] % self._every == 0 or row["step"] == self._total or "eval_loss" in row:
@@ -34,6 +36,8 @@ class Console:
     def close(self, exit_code: int) -> None:
         if self._live is not None:
             self._live.stop()
+            if self._last:
+                self._live.console.print(self._last, highlight=False, soft_wrap=True)
             self._live = None
 
     def _line(self, row: dict[str, Any]) -> str:

@@ -191,3 +191,21 @@ def test_a_directory_without_matches_and_a_directory_for_jsonl(tmp_path: Path) -
         load_corpus(Text(path=str(tmp_path)), BYTES, 8)
     with pytest.raises(Refused, match="is not a file"):
         load_corpus(Jsonl(path=str(tmp_path)), BYTES, 8)
+
+
+def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9" * 100)
+    with pytest.raises(Refused, match=r"latin\.txt is not UTF-8: byte 3 is 0xe9"):
+        load_corpus(Text(path=str(tmp_path)), BYTES, 8)
+
+
+@pytest.mark.parametrize("pattern", ["/etc/*", "a/**b", ""])
+def test_a_pattern_that_is_none_is_refused(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    with pytest.raises(Refused):
+        load_corpus(Text(path=str(tmp_path), pattern=pattern), BYTES, 8)
+
+
+def test_a_file_that_cannot_be_read_is_refused() -> None:
+    with pytest.raises(Refused, match="/proc/self/mem cannot be read"):
+        load_corpus(Jsonl(path="/proc/self/mem"), BYTES, 8)

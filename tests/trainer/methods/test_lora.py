@@ -50,7 +50,13 @@ def test_dropout_is_seen_as_randomness() -> None:
 
 
 def test_targets_by_name_and_targets_that_do_not_exist() -> None:
-    adapted = model(Lora(target_modules="q_proj, v_proj"))
+    adapted = model(Lora(target_modules=["q_proj", "v_proj"]))
     assert {n.split(".")[-4] for n, p in adapted.named_parameters() if p.requires_grad} == {"q_proj", "v_proj"}
-    with pytest.raises(Refused, match=r"method\.target_modules=nowhere does not fit the model"):
-        model(Lora(target_modules="nowhere"))
+    for targets in (["nowhere"], ["q_proj", "nowhere"]):
+        with pytest.raises(Refused, match=r"has no module called 'nowhere'\. Its linear layers are called down_proj, "):
+            model(Lora(target_modules=targets))
+    one = model(Lora(target_modules=["q_proj"]))
+    assert {n.split(".")[-4] for n, p in one.named_parameters() if p.requires_grad} == {"q_proj"}
+    with pytest.raises(Refused, match="does not fit the model") as refused:
+        model(Lora(target_modules=["layers"]))
+    assert "\n" not in str(refused.value)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, T5Config
 
 from tests.models import VOCABULARY, save_tiny_model
 from trainer.config import HuggingFace, TinyLlama
 from trainer.errors import Refused
-from trainer.models import build_model, draws_randomness, load_tokenizer
+from trainer.models import architecture, build_model, draws_randomness, load_tokenizer
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -57,3 +60,47 @@ def test_randomness_is_seen(tmp_path: Path) -> None:
     assert draws_randomness(build_model(HuggingFace(path=str(tmp_path)), seq_len=8, seed=0, device="meta"))
     assert not draws_randomness(build_model(TinyLlama(), seq_len=8, seed=0, device="meta"))
     assert draws_randomness(build_model(TinyLlama(dropout=0.1), seq_len=8, seed=0, device="meta"))
+
+
+def test_files_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
+    """transformers would go on with random values, others on every rank."""
+    save_tiny_model(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = next(name for name in weights if "down_proj" in name)
+    save_file({n: t for n, t in weights.items() if n != lost}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Refused, match=r"lack 1 of the model's tensors, .*down_proj"):
+        build_model(HuggingFace(path=str(tmp_path)), seq_len=8, seed=0)
+    save_file({**weights, "extra.weight": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    build_model(HuggingFace(path=str(tmp_path)), seq_len=8, seed=0)
+
+
+def test_damaged_weights_and_models_of_another_kind_are_refused(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(Refused, match=r"The model of .* cannot be loaded"):
+        build_model(HuggingFace(path=str(tmp_path)), seq_len=8, seed=0)
+    T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(Refused, match=r"The model of .* cannot be loaded"):
+        build_model(HuggingFace(path=str(tmp_path)), seq_len=8, seed=0, device="meta")
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings.pop("eos_token")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(Refused, match="has no token that ends a text"):
+        load_tokenizer(HuggingFace(path=str(tmp_path)))
+
+
+def test_the_architecture_is_what_is_computed_and_not_where_it_lies(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first, second = (
+        architecture(build_model(HuggingFace(path=str(tmp_path / d)), seq_len=8, seed=0, device="meta")) for d in "ab"
+    )
+    settings = json.loads((tmp_path / "b" / "config.json").read_text())
+    (tmp_path / "b" / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 0.1}))
+    third = architecture(build_model(HuggingFace(path=str(tmp_path / "b")), seq_len=8, seed=0))
+    assert first == second != third

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +13,8 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
 from checkpointing.collective import Team
-from tests.conftest import ALLOWED_SKIP
+from tests.conftest import ALLOWED_SKIP, ROOT
+from tests.runs import environment
 from tests.worlds import WORLD
 from trainer.compose import compose
 from trainer.data.dataset import Windows
@@ -170,8 +175,13 @@ def test_pieces_after_an_evaluation_are_shards() -> None:
     assert all(WORLD.run(describe_after_evaluation, 3))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason=ALLOWED_SKIP)
+@pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason=ALLOWED_SKIP)
 def test_a_gpu_computes_what_the_cpu_computes() -> None:
+    script = f"from {__name__} import compare_gpu_and_cpu; compare_gpu_and_cpu()"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(EVERSHARD_TEST_GPU="0"), check=True)
+
+
+def compare_gpu_and_cpu() -> None:
     config = compose([*SMALL, "train.global_batch=8"])
     rows = []
     for device in (torch.device("cpu"), torch.device("cuda", 0)):

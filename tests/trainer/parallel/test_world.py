@@ -15,8 +15,9 @@ def test_alone_without_a_launcher() -> None:
 
 def test_what_torchrun_says() -> None:
     given = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     assert World.from_environment(given) == World(5, 8, 1, 4)
-    for missing in ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for missing in ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         with pytest.raises(Refused, match="only in part"):
             World.from_environment({k: v for k, v in given.items() if k != missing})
     with pytest.raises(Refused, match="only in part"):
