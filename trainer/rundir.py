@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import uuid
@@ -32,8 +33,9 @@ def hold_run_directory(config: Config, world: World) -> Iterator[Lease | None]:
     if world.rank != 0 or config.dry_run:
         yield None
         return
-    make_directories(config)
+    made = make_directories(config)
     with ExitStack() as held:
+        held.push(lambda kind, *_: remove_empty(made) if kind and issubclass(kind, Refused) else None)
         for key, directory in directories(config).items():  # two runs may share only the second
             lease = acquire(directory, key)
             held.callback(lease.release)
@@ -56,17 +58,29 @@ def acquire(directory: str, key: str) -> Lease:
         raise cannot_write(directory, key, error) from None
 
 
-def make_directories(config: Config) -> None:
-    """Create what a run writes into, and see that it can be written."""
+def make_directories(config: Config) -> list[Path]:
+    """Create what a run writes into, and see that it can be written; returns those that were not there."""
+    made = []
     for key, name in directories(config).items():
         directory = Path(name)
         try:
+            if not directory.exists():
+                made.append(directory)
             directory.mkdir(parents=True, exist_ok=True)
             probe = directory / f".write-{uuid.uuid4().hex}"
             probe.touch()
             probe.unlink()
         except OSError as error:
             raise cannot_write(directory, key, error) from None
+    return made
+
+
+def remove_empty(made: list[Path]) -> None:
+    """A refused command leaves no directories behind, as under a name with a typo."""
+    for directory in reversed(made):
+        for empty in (directory / ".lease", directory):
+            with contextlib.suppress(OSError):
+                empty.rmdir()
 
 
 def cannot_write(directory: object, key: str, error: OSError) -> Refused:

@@ -100,3 +100,12 @@ def test_numbers_of_other_libraries_are_plain_afterwards() -> None:
     piece = Piece("w", torch.ones(2), [np.int64(1)], [np.int64(5)])  # type: ignore[arg-type]
     assert (piece.offset, piece.global_shape) == ((1,), (5,))
     assert all(type(n) is int for n in (*piece.offset, *piece.global_shape))
+
+
+def test_only_plain_local_tensors_are_pieces() -> None:
+    class Subclass(torch.Tensor):
+        pass
+
+    for tensor in (torch.ones(2).as_subclass(Subclass), torch.nn.Parameter(torch.ones(2).as_subclass(Subclass))):
+        with pytest.raises(LayoutError, match="holds a plain local tensor, not a"):
+            Piece("w", tensor, (0,), (2,))

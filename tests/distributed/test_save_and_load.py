@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpointing import MismatchError, PeerError, Piece, describe, load, save
+from checkpointing import LayoutError, MismatchError, PeerError, Piece, describe, load, pieces_of, save
 from tests.checkpointing.layouts_for_tests import bits
 from tests.worlds import WORLD
 
@@ -43,46 +44,67 @@ def step(called: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None
     optimizer.zero_grad()
 
 
-def train_and_save(layout: str, directory: Path) -> None:
+Whole = dict[str, tuple[tuple[int, ...], bytes]]  # shape and bytes by name
+
+
+def train_and_save(layout: str, directory: Path) -> Whole:
+    """Train a little and save; the whole state that was saved, gathered by torch and named here."""
     called, bare, optimizer = build(layout)
     for seed in range(3):
         step(called, optimizer, seed)
     save(directory, 3, describe(bare, optimizer), {"layout": layout})
+    truth = {f"model/{n}": p for n, p in bare.named_parameters()} | {f"buffer/{n}": b for n, b in bare.named_buffers()}
+    for name, parameter in bare.named_parameters():
+        truth |= {f"optim/{name}/{key}": value for key, value in optimizer.state[parameter].items()}
+    return {name: (tuple(t.shape), bits(gathered(t))) for name, t in truth.items()}
 
 
-def load_and_gather(layout: str, directory: Path) -> dict[str, tuple[tuple[int, ...], bytes]]:
-    """Load under another layout; this rank's pieces by name, with where they lie and their bytes."""
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def load_and_gather(layout: str, directory: Path) -> list[Whole]:
+    """Load under another layout, before and after a step: this rank's pieces by name and where they lie."""
     called, bare, optimizer = build(layout)
     pieces = describe(bare, optimizer)
     load(directory, pieces)
+    held = [held_by(pieces)]
     step(called, optimizer, 9)  # what was loaded can be trained on
-    for module in bare.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    pieces = describe(bare, optimizer)
     load(directory, pieces, step=3)  # and be loaded again, in place
+    return [*held, held_by(pieces)]
+
+
+def held_by(pieces: list[Piece]) -> Whole:
     return {f"{p.name}{p.offset}": (tuple(p.tensor.shape), bits(p.tensor.detach())) for p in pieces}
 
 
 @pytest.mark.parametrize("before", LAYOUTS)
 def test_every_layout_loads_into_every_layout(before: str, tmp_path: Path) -> None:
-    WORLD.run(train_and_save, LAYOUTS[before], before, tmp_path, environment=before == "one")
-    (truth,) = WORLD.run(load_and_gather, 1, "one", tmp_path, environment=True)
-    reference = {name.partition("(")[0]: value for name, value in truth.items()}
+    truth = WORLD.run(train_and_save, LAYOUTS[before], before, tmp_path, environment=before == "one")[0]
+    assert len(truth) == 8 + 3 + 8 * 3  # parameters, buffers of the norm, three values of AdamW each
     for after, size in LAYOUTS.items():
         ranks = WORLD.run(load_and_gather, size, after, tmp_path, environment=after == "one")
-        seen = dict.fromkeys(reference, 0)
-        for pieces in ranks:
-            for key, (shape, data) in pieces.items():
-                name, _, at = key.partition("(")
-                whole_shape, whole = reference[name]
-                offset = tuple(int(n) for n in at.rstrip(")").split(",") if n.strip())
-                assert data == part_of(whole, whole_shape, offset, shape, len(whole)), f"{before} to {after}: {key}"
-                seen[name] += 1
-        # The comparison can fail: another row is other bytes.
-        shape, whole = reference["model/1.weight"]
-        first, second = (part_of(whole, shape, (row, 0), (1, 150), len(whole)) for row in (0, 1))
-        assert first != second
-        assert all(seen.values()), f"{before} to {after}: nothing of {[n for n, c in seen.items() if not c]}"
+        for moment in (0, 1):
+            check_held([held[moment] for held in ranks], truth, f"{before} to {after}")
+    # The comparison can fail: the truth of another state is another.
+    name = "optim/1.weight/exp_avg"
+    shape, data = truth[name]
+    with pytest.raises(AssertionError):
+        check_held([held[0] for held in ranks], {**truth, name: (shape, bytes(len(data)))}, "other moments")
+
+
+def check_held(ranks: list[Whole], truth: Whole, what: str) -> None:
+    """Every piece of every rank is that part of the whole, and every element is held somewhere."""
+    held = dict.fromkeys(truth, 0)
+    for pieces in ranks:
+        for key, (shape, data) in pieces.items():
+            name, _, at = key.partition("(")
+            whole_shape, whole = truth[name]
+            offset = tuple(int(n) for n in at.rstrip(")").split(",") if n.strip())
+            assert data == part_of(whole, whole_shape, offset, shape, len(whole)), f"{what}: {key}"
+            held[name] += len(data)
+    assert all(held[name] >= len(whole) for name, (_, whole) in truth.items()), what
 
 
 def part_of(
@@ -137,3 +159,50 @@ def save_in_a_subgroup(directory: Path) -> list[float]:
 
 def test_a_group_that_is_not_the_world(tmp_path: Path) -> None:
     assert WORLD.run(save_in_a_subgroup, 3, tmp_path) == [[0, 0, 1, 1], [0, 0, 1, 1], []]
+
+
+def describe_after_a_forward(directory: Path) -> bool:
+    """FSDP2 keeps the root gathered after a forward without a backward: copies, which a load must not fill."""
+    _, bare, optimizer = build("fsdp")
+    save(directory, 1, describe(bare, optimizer))
+    reference = gathered(bare[0].weight).clone()
+    with torch.no_grad():
+        for parameter in bare.parameters():
+            parameter.zero_()
+        bare.eval()(torch.randn(4, 7))
+    load(directory, describe(bare, optimizer))
+    return torch.equal(gathered(bare[0].weight), reference)
+
+
+def test_a_load_after_an_evaluation_reaches_the_shards(tmp_path: Path) -> None:
+    assert WORLD.run(describe_after_a_forward, 2, tmp_path) == [True, True]
+
+
+def describe_fsdp1() -> str:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    try:
+        describe(FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu")))
+    except LayoutError as error:
+        return str(error)
+    return "described"
+
+
+def test_flat_parameters_are_refused() -> None:
+    assert all("is a flat parameter of FSDP1" in said for said in WORLD.run(describe_fsdp1, 2))
+
+
+def round_trip_of_an_empty_tensor(directory: Path) -> list[tuple[int, ...]]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    sharded = distribute_tensor(torch.zeros(0, 5), mesh, [Shard(0)])
+    pieces = pieces_of("model/e", sharded)
+    save(directory, 1, [*pieces, *pieces_of("model/w", torch.ones(2))])
+    plain = [*pieces_of("model/e", torch.zeros(0, 5)), *pieces_of("model/w", torch.zeros(2))]
+    load(directory, plain)
+    save(directory, 2, plain)
+    load(directory, [*pieces, *pieces_of("model/w", torch.zeros(2))])
+    return [p.global_shape for p in pieces]
+
+
+def test_an_empty_tensor_is_held_by_name(tmp_path: Path) -> None:
+    assert WORLD.run(round_trip_of_an_empty_tensor, 2, tmp_path) == [[(0, 5)], [(0, 5)]]

@@ -53,6 +53,10 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 }
 
 
+def contents(directory: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -65,13 +69,13 @@ def test_bad_input(
     prepare, message = CASES[case]
     overrides = prepare(tmp_path)
     held = Lease.acquire(FileStorage(tmp_path / "run" / ".lease")) if case == "two runs" else None
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = contents(tmp_path)
     capsys.readouterr()
     monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: pytest.fail("a process group was started"))
     assert command(*overrides) == 2
     error = capsys.readouterr().err
     assert error.startswith("trainer: ") and error.count("\n") == 1 and message in error, error
     print(f"{case}: {error}", end="")
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert contents(tmp_path) == before
     if held is not None:
         held.release()

@@ -149,3 +149,15 @@ def test_another_runs_checkpoint_sets_all_of_ones_own_aside(tmp_path: Path) -> N
         write_generation(tmp_path / "run", 2)
         bring_back(config, Start(8, str(tmp_path / "other"), own=False), 8)
         assert candidates(FileStorage(config.checkpoint.dir)) == []
+
+
+def test_a_refused_command_leaves_no_directories_behind(tmp_path: Path) -> None:
+    for name, left in (("typo", False), ("there", True)):
+        if left:
+            (tmp_path / name).mkdir()
+        with pytest.raises(Refused), hold_run_directory(configure(tmp_path / name), World()):
+            raise Refused("no")
+        assert (tmp_path / name).exists() == left
+    with pytest.raises(KeyError), hold_run_directory(configure(tmp_path / "failed"), World()):
+        raise KeyError
+    assert (tmp_path / "failed" / "checkpoints").exists()

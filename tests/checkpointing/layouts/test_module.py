@@ -50,6 +50,14 @@ def test_wrappers_leave_no_trace_in_names() -> None:
     compiled = torch.compile(model)
     assert {p.name for p in describe(compiled)} == plain  # type: ignore[arg-type]
 
+    class Wrapped(nn.parallel.DistributedDataParallel):
+        def __init__(self, module: nn.Module) -> None:  # without a process group
+            nn.Module.__init__(self)
+            self.module = module
+
+    for wrapped in (Wrapped(model), torch.compile(Wrapped(model)), Wrapped(compiled)):  # type: ignore[arg-type]
+        assert {p.name for p in describe(wrapped)} == plain  # type: ignore[arg-type]
+
 
 OPTIMIZERS: dict[str, Callable[[list], torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5),
