@@ -26,7 +26,7 @@ def decoy(tmp_path: Path) -> Path:
 
 
 def test_from_the_project_it_is_ours_whatever_is_installed(decoy: Path) -> None:
-    done = trainer(*SMALL, "dry_run=true", env=environment(PYTHONPATH=str(decoy)))
+    done = trainer(*SMALL, "dry_run=true", f"run.dir={decoy}/run", env=environment(PYTHONPATH=str(decoy)))
     assert done.returncode == 0 and "DECOY" not in done.stdout and "parameters" in done.stdout, done.stderr
 
 
