@@ -1,7 +1,7 @@
-"""`python -m checkpointing ls|inspect|verify DIR [--json]`: look at checkpoints from the command line.
+"""`python -m checkpointing ls|inspect|verify|diff DIR [--json]`: look at checkpoints from the command line.
 
-DIR is a run directory, a directory of generations, or one generation. Exit status: 0 sound, 1 damage found or nothing
-that is committed, 2 DIR cannot be used. With --json an error is an object too.
+DIR is a run directory, a directory of generations, or one generation. Exit status: 0 sound, 1 damage found, nothing
+that is committed, or (diff) a difference, 2 DIR cannot be used. With --json an error is an object too.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from difflib import get_close_matches
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from checkpointing.diff import compare
 from checkpointing.errors import CheckpointError, DamagedError, NotFoundError, VersionError
+from checkpointing.format import DTYPES, scalar_from_hex
 from checkpointing.generations import Generation, scan
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
-from checkpointing.tree import human_bytes, render_tree
+from checkpointing.tree import human_bytes, render_boxes, render_tree
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,10 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=what)
         command.add_argument("dir", type=Path, metavar="DIR")
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    commands.choices["inspect"].add_argument("--tensor", metavar="NAME", help="show where one tensor lies instead")
+    command = commands.add_parser("diff", help="compare two generations tensor by tensor, however they were sharded")
+    for side in ("a", "b"):
+        command.add_argument(side, type=Path, metavar=side.upper())
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.command == "diff":
+            return diff(open_newest(*find(arguments.a)), open_newest(*find(arguments.b)), arguments.json)
         storage, found = find(arguments.dir)
-        return {"ls": ls, "inspect": inspect, "verify": verify}[arguments.command](storage, found, arguments.json)
+        if arguments.command == "inspect":
+            return inspect(open_newest(storage, found), arguments.json, arguments.tensor)
+        return {"ls": ls, "verify": verify}[arguments.command](storage, found, arguments.json)
     except (CheckpointError, OSError) as error:
         if arguments.json:
             print(json.dumps({"error": str(error)}))
@@ -89,7 +102,8 @@ def ls(storage: FileStorage, found: list[Generation], as_json: bool) -> int:
     return damaged
 
 
-def inspect(storage: FileStorage, found: list[Generation], as_json: bool) -> int:
+def open_newest(storage: FileStorage, found: list[Generation]) -> GenerationReader:
+    """The newest sound generation found; what is damaged and newer is said."""
     generation = next((g for g in found if g.sound and not g.abandoned), None) or next(
         (g for g in found if g.sound), None
     )
@@ -99,8 +113,13 @@ def inspect(storage: FileStorage, found: list[Generation], as_json: bool) -> int
     if generation is None or generation.manifest is None:
         why = "; ".join(f"{g.name}: {_state(g)}" for g in found)
         raise DamagedError(f"nothing in {storage} can be inspected ({why})")
-    reader = GenerationReader(storage, generation.manifest)
-    manifest = generation.manifest
+    return GenerationReader(storage, generation.manifest)
+
+
+def inspect(reader: GenerationReader, as_json: bool, tensor: str | None = None) -> int:
+    if tensor is not None:
+        return inspect_tensor(reader, tensor, as_json)
+    manifest = reader.manifest
     writers: dict[str, list[int]] = {name: [] for name in manifest.tensors}
     for writer, index in zip(manifest.writers, reader.indexes, strict=True):
         for name in {b.name for b in index.boxes} | index.scalars.keys():
@@ -110,9 +129,9 @@ def inspect(storage: FileStorage, found: list[Generation], as_json: bool) -> int
         print(json.dumps({**asdict(manifest), "tensors": tensors, "objects": reader.objects}))
         return 0
     parameters = sum(t.nbytes // t.itemsize for n, t in manifest.tensors.items() if n.startswith("model/"))
-    print(f"{manifest.generation}  ({storage})")
+    print(f"{manifest.generation}  ({reader.storage})")
     print(f"  step {manifest.step}, incarnation {manifest.incarnation}, saved {_when(manifest.created)}")
-    print(f"  by {manifest.world_size} ranks, {len(manifest.writers)} of them writing; state: {_state(generation)}")
+    print(f"  by {manifest.world_size} ranks, {len(manifest.writers)} of them writing")
     print(f"  {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}")
     print(f"  {len(manifest.tensors)} tensors, {human_bytes(manifest.nbytes)}; model {parameters:,} elements")
     print("\ntensors")
@@ -120,6 +139,46 @@ def inspect(storage: FileStorage, found: list[Generation], as_json: bool) -> int
     print("\nobjects")
     print("\n".join(_object_lines(reader.objects)))
     return 0
+
+
+def inspect_tensor(reader: GenerationReader, name: str, as_json: bool) -> int:
+    manifest = reader.manifest
+    if name not in manifest.tensors:
+        close = get_close_matches(name, manifest.tensors, n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise NotFoundError(f"{manifest.generation} holds no tensor {name}{hint}")
+    tensor = manifest.tensors[name]
+    boxes = [(stored.box, manifest.writers[writer].rank) for writer, stored in reader.stored.get(name, [])]
+    if as_json:
+        held = [{"offset": box.offset, "size": box.size, "rank": rank} for box, rank in boxes]
+        print(json.dumps({"name": name, **asdict(tensor), "value": reader.scalars.get(name), "boxes": held}))
+        return 0
+    shape = "x".join(map(str, tensor.shape)) or "scalar"
+    print(f"{name}  {tensor.dtype} {shape}, {human_bytes(tensor.nbytes)}, in {len(boxes)} boxes")
+    if name in reader.scalars:
+        print(f"  {scalar_from_hex(reader.scalars[name], DTYPES[tensor.dtype], name).item()}")
+    print("\n".join(f"  {line}" for line in render_boxes(tensor, boxes)))
+    return 0
+
+
+def diff(a: GenerationReader, b: GenerationReader, as_json: bool) -> int:
+    found = list(compare(a, b))
+    differing = [d for d in found if d.state != "equal"]
+    names = [f"{reader.storage}/{reader.manifest.generation}" for reader in (a, b)]
+    if as_json:
+        report = [{**asdict(d), "max_abs": _finite(d.max_abs), "max_rel": _finite(d.max_rel)} for d in found]
+        print(json.dumps({"a": names[0], "b": names[1], "equal": not differing, "tensors": report}))
+        return int(bool(differing))
+    print(f"a  {names[0]}\nb  {names[1]}")
+    for d in differing:
+        by = f"  max abs {d.max_abs:.3g}  max rel {d.max_rel:.3g}" if d.max_abs is not None else ""
+        print(f"  {d.name}: {d.state}{by}")
+    print(f"{len(found) - len(differing)} of {len(found)} tensors are equal, bit for bit")
+    return int(bool(differing))
+
+
+def _finite(value: float | None) -> float | str | None:
+    return str(value) if value is not None and not isfinite(value) else value
 
 
 def verify(storage: FileStorage, found: list[Generation], as_json: bool) -> int:

@@ -47,6 +47,28 @@ def intersect(a: Box, b: Box) -> Box | None:
     return Box(offset, size) if all(s > 0 for s in size) else None
 
 
+def flat_boxes(start: int, stop: int, shape: Shape) -> list[tuple[Box, int]]:
+    """The boxes that elements start to stop of a row-major tensor form, each with the index of its first element."""
+    if start >= stop:
+        return []
+    if not shape:
+        return [(Box((), ()), 0)]
+    row = prod(shape[1:])
+    first, last = -(-start // row), stop // row  # the whole rows in between
+    if first > last:  # inside one row
+        return _within_row(last, start, stop, shape)
+    found = _within_row(first - 1, start, first * row, shape)
+    if first < last:
+        found.append((Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])), first * row))
+    return found + _within_row(last, last * row, stop, shape)
+
+
+def _within_row(index: int, start: int, stop: int, shape: Shape) -> list[tuple[Box, int]]:
+    base = index * prod(shape[1:])
+    inner = flat_boxes(start - base, stop - base, shape[1:])
+    return [(Box((index, *box.offset), (1, *box.size)), base + first) for box, first in inner]
+
+
 def panels(box: Box, shape: Shape) -> list[Box]:
     """Cut a box along the last dimension on the tensor's global grid of `COLUMN_GRID`, in order of columns.
 
@@ -117,3 +139,19 @@ class Piece:
     @property
     def box(self) -> Box:
         return Box(self.offset, tuple(self.tensor.shape))
+
+    @staticmethod
+    def flat(name: str, tensor: torch.Tensor, start: int, global_shape: Shape) -> list[Piece]:
+        """The pieces of a range of the row-major flattening, as ZeRO partitions hold: `tensor` is one-dimensional.
+
+        Element `start` of the flattened tensor is the first; what reaches past its end is padding and is left out. A
+        range that begins or ends inside a row is several boxes: views of `tensor`, at most 2n - 1 in n dimensions.
+        """
+        if tensor.dim() != 1 or start < 0:
+            raise LayoutError(f"{name}: a flat range is one-dimensional and starts at 0 or later")
+        stop = min(start + tensor.numel(), prod(global_shape))
+        pieces = []
+        for box, first in flat_boxes(start, stop, global_shape):
+            part = tensor[first - start : first - start + box.numel]
+            pieces.append(Piece(name, part.view(box.size), box.offset, global_shape))
+        return pieces

@@ -96,19 +96,26 @@ class Read:
     piece: Piece
 
 
-def plan_load(pieces: Iterable[Piece], indexes: Sequence[Index]) -> list[Read]:
-    """The stored boxes that this rank needs. `MismatchError` if its pieces would not be filled completely."""
-    stored_by_name: dict[str, list[tuple[int, StoredBox]]] = defaultdict(list)
+Stored = dict[str, list[tuple[int, StoredBox]]]  # by tensor: each stored box and the position of its writer
+
+
+def stored_by_name(indexes: Sequence[Index]) -> Stored:
+    found: Stored = defaultdict(list)
     for writer, index in enumerate(indexes):
-        for stored in index.boxes:
-            stored_by_name[stored.name].append((writer, stored))
+        for box in index.boxes:
+            found[box.name].append((writer, box))
+    return found
+
+
+def plan_load(pieces: Iterable[Piece], stored_boxes: Stored) -> list[Read]:
+    """The stored boxes that this rank needs. `MismatchError` if its pieces would not be filled completely."""
     reads: list[Read] = []
     for piece in pieces:
         if piece.global_shape == ():
             continue  # scalars lie in the index
         found = [
             Read(writer, stored, part, piece)
-            for writer, stored in stored_by_name[piece.name]
+            for writer, stored in stored_boxes[piece.name]
             if (part := intersect(stored.box, piece.box)) is not None
         ]
         if (covered := sum(read.part.numel for read in found)) != piece.box.numel:

@@ -10,7 +10,7 @@ from checkpointing.errors import CheckpointError, DamagedError
 from checkpointing.format import DTYPES, Index, Manifest, StoredBox, block_size, checksums, digest, shard_name
 from checkpointing.generations import read_index
 from checkpointing.geometry import Box
-from checkpointing.plan import Read
+from checkpointing.plan import Read, Stored, stored_by_name
 from checkpointing.storage import Storage
 
 
@@ -21,6 +21,7 @@ class GenerationReader:
         self.storage = storage
         self.manifest = manifest
         self.indexes: list[Index] = [read_index(storage, manifest, i) for i in range(len(manifest.writers))]
+        self.stored: Stored = stored_by_name(self.indexes)
         self._sizes = storage.list(f"{manifest.generation}/")
         self._data_starts: dict[int, int] = {}
 

@@ -131,7 +131,7 @@ def _check_prefixes(only: Sequence[str] | None, names: Sequence[str]) -> None:
 
 
 def _fill(reader: GenerationReader, pieces: Sequence[Piece]) -> None:
-    reader.fill(plan_load(pieces, reader.indexes))
+    reader.fill(plan_load(pieces, reader.stored))
     scalars = reader.scalars
     for piece in pieces:
         if piece.global_shape == ():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -117,9 +118,7 @@ class FileStorage:
                 _sync_directory(parent.parent)
 
     def _path(self, name: str) -> Path:
-        if name.startswith("/") or ".." in name.split("/"):
-            raise DamagedError(f"the name {name!r} leaves the directory {self.root}; nothing was touched")
-        return self.root / name
+        return self.root / _inside(name, str(self.root))
 
 
 def _absent_is_empty(error: OSError) -> None:
@@ -185,3 +184,51 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class MemoryStorage:
+    """Objects in this process, for tests and for programs that keep a checkpoint without a disk."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def __str__(self) -> str:
+        return f"memory at {id(self):#x}"
+
+    def put(self, name: str, chunks: Iterable[Buffer]) -> None:
+        data = b"".join(memoryview(chunk).cast("B") for chunk in chunks)
+        with self._lock:
+            self._objects[_inside(name, str(self))] = data
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        data = self._objects.get(_inside(name, str(self)))
+        if data is None:
+            raise NotFoundError(f"{name} does not exist in {self}")
+        for _, stop in ranges:
+            if stop > len(data):
+                raise DamagedError(f"{name} ends at byte {len(data)}; bytes up to {stop} were expected")
+        return [data[start:stop] for start, stop in ranges]
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        with self._lock:
+            return {name: len(data) for name, data in sorted(self._objects.items()) if name.startswith(prefix)}
+
+    def create_if_absent(self, name: str, data: bytes) -> bool:
+        with self._lock:
+            if _inside(name, str(self)) in self._objects:
+                return False
+            self._objects[name] = bytes(data)
+            return True
+
+    def delete(self, names: Iterable[str]) -> None:
+        with self._lock:
+            for name in names:
+                self._objects.pop(_inside(name, str(self)), None)
+
+
+def _inside(name: str, where: str) -> str:
+    """The name, unless it leads out of its storage."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise DamagedError(f"the name {name!r} leaves the directory {where}; nothing was touched")
+    return name

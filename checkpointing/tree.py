@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from checkpointing.format import LogicalTensor
+from checkpointing.geometry import Box, intersect
 
 
 @dataclass
@@ -121,3 +122,33 @@ def _merged(alike: Sequence[_Node]) -> _Node:
     """One node for several of the same content, written by all that wrote any of them."""
     children = {name: _merged([node.children[name] for node in alike]) for name in alike[0].children}
     return _Node(children, alike[0].tensor, sorted({rank for node in alike for rank in node.writers}))
+
+
+PICTURE = (16, 32)  # rows and columns at most
+
+
+def render_boxes(tensor: LogicalTensor, boxes: Sequence[tuple[Box, int]]) -> list[str]:
+    """A small picture of who wrote which part: rows are the first dimension, columns the last, one letter a rank.
+
+    Of the dimensions between, the first element is shown. A dot is a part that no rank wrote.
+    """
+    shape = tensor.shape if len(tensor.shape) > 1 else (1, *tensor.shape)
+    if 0 in shape or not tensor.shape:
+        return []
+    ranks = sorted({rank for _, rank in boxes})
+    letters = {rank: _LETTERS[number] if number < len(_LETTERS) else "#" for number, rank in enumerate(ranks)}
+    rows, columns = min(PICTURE[0], shape[0]), min(PICTURE[1], shape[-1])
+    lines = []
+    for row in range(rows):
+        line = ""
+        for column in range(columns):
+            at = (row * shape[0] // rows, *(0 for _ in shape[1:-1]), column * shape[-1] // columns)
+            point = Box(at[-len(tensor.shape) :], (1,) * len(tensor.shape))
+            line += next((letters[rank] for box, rank in boxes if intersect(box, point)), ".")
+        lines.append(line)
+    legend = ", ".join(f"{letters[rank]} rank {rank}" for rank in ranks)
+    scale = f"one letter is {shape[0] / rows:g} x {shape[-1] / columns:g} elements"
+    return [*lines, f"{legend}; {scale}"]
+
+
+_LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 import pytest
 import torch
@@ -109,3 +111,34 @@ def test_only_plain_local_tensors_are_pieces() -> None:
     for tensor in (torch.ones(2).as_subclass(Subclass), torch.nn.Parameter(torch.ones(2).as_subclass(Subclass))):
         with pytest.raises(LayoutError, match="holds a plain local tensor, not a"):
             Piece("w", tensor, (0,), (2,))
+
+
+@given(st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple), st.data())
+def test_a_flat_range_is_its_elements_in_order(shape: tuple[int, ...], data: st.DataObject) -> None:
+    count = prod(shape)
+    start = data.draw(st.integers(0, count))
+    length = data.draw(st.integers(0, count + 3))
+    whole = torch.arange(count).reshape(shape)
+    local = torch.full((length,), -1)
+    pieces = Piece.flat("w", local, start, shape)
+    assert len(pieces) <= max(1, 2 * len(shape) - 1)
+    for piece in pieces:  # views: what is loaded into a piece is loaded into the range
+        piece.tensor.copy_(whole[piece.box.slices((0,) * len(shape))])
+    stop = min(start + length, count)
+    assert local.tolist() == [*range(start, stop), *[-1] * (length - max(0, stop - start))]
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple), st.integers(1, 5))
+def test_flat_partitions_tile_the_tensor(shape: tuple[int, ...], ranks: int) -> None:
+    size = -(-prod(shape) // ranks)  # ZeRO pads the last partition
+    boxes = [p.box for r in range(ranks) for p in Piece.flat("w", torch.zeros(size), r * size, shape)]
+    check_tiling("w", boxes, shape)
+    if len(boxes) > 1:
+        with pytest.raises(LayoutError):
+            check_tiling("w", boxes[1:], shape)
+
+
+def test_what_is_no_flat_range_is_refused() -> None:
+    for tensor, start in ((torch.zeros(2, 2), 0), (torch.zeros(2), -1)):
+        with pytest.raises(LayoutError, match="a flat range is one-dimensional"):
+            Piece.flat("w", tensor, start, (4,))

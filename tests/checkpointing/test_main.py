@@ -136,3 +136,26 @@ def test_damage_is_said_by_every_command(run_dir: Path, capsys: pytest.CaptureFi
 def test_an_error_is_an_object_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ls", str(tmp_path), "--json"]) == 2
     assert "holds no generation" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_inspect_of_one_tensor_draws_it(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = output(capsys, "inspect", run_dir, "--tensor", "model/0.weight")
+    assert status == 0 and "model/0.weight  F32 200x8, 6.4 kB, in 1 boxes" in text and "00000000" in text
+    status, text = output(capsys, "inspect", run_dir, "--tensor", "optim/0.weight/step", "--json")
+    assert status == 0 and json.loads(text)["value"] == "00000000"
+    status, text = output(capsys, "inspect", run_dir, "--tensor", "model/0.weigth")
+    assert status == 2 and "did you mean model/0.weight" in text
+
+
+def test_diff_tells_equal_from_different(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = output(capsys, "diff", generation(run_dir, 10), generation(run_dir, 20))
+    assert status == 0 and "16 of 16 tensors are equal" in text
+    model = nn.Sequential(nn.Linear(8, 200), nn.Linear(200, 8))
+    save(run_dir / "other", 10, describe(model))
+    status, text = output(capsys, "diff", run_dir, run_dir / "other")
+    assert status == 1 and "model/0.weight: different  max abs" in text and "optim/0.weight/step: only in a" in text
+    status, text = output(capsys, "diff", run_dir, run_dir / "other", "--json")
+    report = json.loads(text)
+    assert status == 1 and not report["equal"]
+    assert {t["state"] for t in report["tensors"]} == {"different", "only in a"}
+    assert output(capsys, "diff", run_dir, run_dir / "absent")[0] == 2

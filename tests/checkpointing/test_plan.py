@@ -8,7 +8,7 @@ import torch
 from checkpointing import LayoutError, MismatchError, Piece
 from checkpointing.format import Index, LogicalTensor, StoredBox
 from checkpointing.geometry import Box
-from checkpointing.plan import check_complete, layout_rows, plan_load, plan_save
+from checkpointing.plan import check_complete, layout_rows, plan_load, plan_save, stored_by_name
 
 
 def rows(*pieces: Piece) -> list:
@@ -66,10 +66,10 @@ def test_reads_cover_each_piece_or_are_refused() -> None:
         return Index("id", [StoredBox("w", box, 0, "") for box in boxes], {})
 
     piece = Piece("w", torch.zeros(2, 4), (1, 0), (4, 4))
-    reads = plan_load([piece], [index(Box((0, 0), (2, 4))), index(Box((2, 0), (2, 4)))])
+    reads = plan_load([piece], stored_by_name([index(Box((0, 0), (2, 4))), index(Box((2, 0), (2, 4)))]))
     assert [(r.writer, r.part) for r in reads] == [(0, Box((1, 0), (1, 4))), (1, Box((2, 0), (1, 4)))]
     with pytest.raises(MismatchError, match="holds 4 of the 8 elements needed"):
-        plan_load([piece], [index(Box((0, 0), (2, 4)))])
+        plan_load([piece], stored_by_name([index(Box((0, 0), (2, 4)))]))
 
 
 def test_missing_and_misshapen_tensors_are_named() -> None:

@@ -46,7 +46,7 @@ def test_any_box_is_filled_with_its_elements_and_nothing_else(stored: tuple[Path
     directory, tensor = stored
     reader = open_reader(directory)
     piece = Piece("w", torch.full(box.size, -1.0), box.offset, SHAPE)
-    reader.fill(plan_load([piece], reader.indexes))
+    reader.fill(plan_load([piece], reader.stored))
     assert torch.equal(piece.tensor, tensor[box.slices((0, 0, 0))])
 
 
@@ -55,7 +55,7 @@ def test_only_the_blocks_that_are_touched_are_read(tmp_path: Path, monkeypatch: 
     save(tmp_path, 1, [Piece("w", torch.zeros(large), (0, 0, 0), large)])
     reader = open_reader(tmp_path)
     piece = Piece("w", torch.ones(1, 5, 3000), (3, 0, 0), large)
-    reads = plan_load([piece], reader.indexes)
+    reads = plan_load([piece], reader.stored)
     reader.fill(reads)  # opens the shard, whose header is read once
     ranges: list[tuple[int, int]] = []
     original = FileStorage.read_ranges
@@ -81,10 +81,10 @@ def test_damage_elsewhere_does_not_matter_and_damage_in_the_way_does(
     data[-1] ^= 1  # the last element of the last row
     shard.write_bytes(data)
     first, last = (Piece("w", torch.zeros(1, 5, 300), (row, 0, 0), SHAPE) for row in (0, 23))
-    reader.fill(plan_load([first], reader.indexes))
+    reader.fill(plan_load([first], reader.stored))
     assert torch.equal(first.tensor[0], stored[1][0])
     with pytest.raises(DamagedError, match=r"checksum of bytes \d+ to \d+ does not match; they belong to w"):
-        reader.fill(plan_load([last], reader.indexes))
+        reader.fill(plan_load([last], reader.stored))
     assert [name for name, _, error in reader.verify() if error] == [shard_name(0)]
 
 

@@ -1,4 +1,4 @@
-"""The filesystem behind the five operations."""
+"""The five operations: what every storage does, and what only files can suffer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 
 from checkpointing import DamagedError, NotFoundError
-from checkpointing.storage import FileStorage
+from checkpointing.storage import FileStorage, MemoryStorage, Storage
 
 
-def test_what_is_put_is_listed_and_read(tmp_path: Path) -> None:
-    storage = FileStorage(tmp_path / "deep" / "er")
+@pytest.fixture(params=["files", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    return FileStorage(tmp_path / "deep" / "er") if request.param == "files" else MemoryStorage()
+
+
+def test_what_is_put_is_listed_and_read(storage: Storage) -> None:
     storage.put("a/x", [b"hello", memoryview(b" world")])
     storage.put("a/y", [])
     storage.put("b", [b"!"])
@@ -25,26 +29,23 @@ def test_what_is_put_is_listed_and_read(tmp_path: Path) -> None:
     assert storage.read_ranges("a/x", [(0, 5), (6, 11), (3, 3)]) == [b"hello", b"world", b""]
 
 
-def test_put_replaces(tmp_path: Path) -> None:
-    storage = FileStorage(tmp_path)
+def test_put_replaces(storage: Storage) -> None:
     storage.put("x", [b"longer"])
     storage.put("x", [b"short"])
     assert storage.list() == {"x": 5}
 
 
-def test_reading_past_the_end_or_nothing_is_named(tmp_path: Path) -> None:
-    storage = FileStorage(tmp_path)
+def test_reading_past_the_end_or_nothing_is_named(storage: Storage) -> None:
     storage.put("x", [b"12345"])
     with pytest.raises(DamagedError, match="ends at byte 5; bytes up to 9 were expected"):
         storage.read_ranges("x", [(2, 9)])
-    with pytest.raises(NotFoundError, match="absent does not exist"):
+    with pytest.raises(NotFoundError, match=r"absent does not exist"):
         storage.read_ranges("absent", [(0, 1)])
     with pytest.raises(NotFoundError):
         storage.read_ranges("x/under-a-file", [(0, 1)])
 
 
-def test_only_one_creator_wins(tmp_path: Path) -> None:
-    storage = FileStorage(tmp_path)
+def test_only_one_creator_wins(storage: Storage) -> None:
     results: list[tuple[bool, int]] = []
     barrier = threading.Barrier(8)
 
@@ -62,19 +63,24 @@ def test_only_one_creator_wins(tmp_path: Path) -> None:
     assert storage.read_ranges("d/lock", [(0, 1)]) == [str(winners[0]).encode()]
 
 
-def test_deleting_takes_empty_directories_along(tmp_path: Path) -> None:
-    storage = FileStorage(tmp_path)
+def test_deleting_ignores_what_is_absent(storage: Storage) -> None:
     storage.put("a/x", [b"1"])
     storage.put("a/y", [b"2"])
     storage.delete(["a/x", "a/absent", "nowhere/z"])
     assert storage.list() == {"a/y": 1}
     storage.delete(["a/y"])
+    assert storage.list() == {}
+
+
+def test_deleting_takes_empty_directories_along(tmp_path: Path) -> None:
+    storage = FileStorage(tmp_path)
+    storage.put("a/x", [b"1"])
+    storage.delete(["a/x"])
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd"])
-def test_names_cannot_leave_the_directory(tmp_path: Path, name: str) -> None:
-    storage = FileStorage(tmp_path / "inside")
+def test_names_cannot_lead_out(storage: Storage, tmp_path: Path, name: str) -> None:
     for act in (
         lambda: storage.put(name, [b""]),
         lambda: storage.read_ranges(name, [(0, 1)]),

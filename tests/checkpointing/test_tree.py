@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from checkpointing.format import LogicalTensor
-from checkpointing.tree import human_bytes, render_tree
+from checkpointing.geometry import Box
+from checkpointing.tree import human_bytes, render_boxes, render_tree
 
 
 def test_alike_layers_fold_and_moments_mirror_the_model() -> None:
@@ -33,3 +34,18 @@ def test_sizes_read_well() -> None:
         "2.0 TB",
         "5000.0 TB",
     ]
+
+
+def test_a_picture_of_who_wrote_what() -> None:
+    quarters = [(Box((r, c), (2, 4)), 2 * (r // 2) + c // 4) for r in (0, 2) for c in (0, 4)]
+    assert render_boxes(LogicalTensor("F32", (4, 8)), quarters) == [
+        "00001111",
+        "00001111",
+        "22223333",
+        "22223333",
+        "0 rank 0, 1 rank 1, 2 rank 2, 3 rank 3; one letter is 1 x 1 elements",
+    ]
+    assert render_boxes(LogicalTensor("F32", (64,)), [(Box((32,), (32,)), 9)])[0] == "." * 16 + "0" * 16
+    assert render_boxes(LogicalTensor("F32", ()), []) == render_boxes(LogicalTensor("F32", (0, 3)), []) == []
+    deep = render_boxes(LogicalTensor("F32", (100, 3, 100)), [(Box((0, 0, 0), (100, 3, 100)), 5)])
+    assert deep[:-1] == ["0" * 32] * 16 and deep[-1].endswith("one letter is 6.25 x 3.125 elements")

@@ -1,0 +1,83 @@
+"""Compare two generations tensor by tensor, however each was sharded, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import inf, prod
+
+import torch
+
+from checkpointing.errors import DamagedError
+from checkpointing.format import DTYPES, scalar_from_hex, tensor_bytes
+from checkpointing.geometry import Box, Piece
+from checkpointing.plan import plan_load
+from checkpointing.reader import GenerationReader
+
+CHUNK_BYTES = 64 * 1024 * 1024  # of one side, compared at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How one tensor compares. `max_abs` and `max_rel` (over the larger magnitude) are None where nothing differs."""
+
+    name: str
+    state: str  # equal, different, only in a, only in b, another shape or dtype
+    max_abs: float | None = None
+    max_rel: float | None = None
+
+
+def compare(a: GenerationReader, b: GenerationReader) -> Iterator[Difference]:
+    """Every tensor of either, in order of names. Equal means every bit; `DamagedError` if one cannot be read."""
+    ours, theirs = a.manifest.tensors, b.manifest.tensors
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in theirs or name not in ours:
+            yield Difference(name, "only in a" if name in ours else "only in b")
+        elif ours[name] != theirs[name]:
+            yield Difference(name, "another shape or dtype")
+        else:
+            yield _compare_tensor(name, a, b)
+
+
+def _compare_tensor(name: str, a: GenerationReader, b: GenerationReader) -> Difference:
+    worst_abs, worst_rel, equal = 0.0, 0.0, True
+    for box in _chunks(a.manifest.tensors[name].shape, a.manifest.tensors[name].itemsize):
+        left, right = (_part(reader, name, box) for reader in (a, b))
+        if tensor_bytes(left) == tensor_bytes(right):
+            continue
+        equal = False
+        by, relative = _distance(left, right)
+        worst_abs, worst_rel = max(worst_abs, by), max(worst_rel, relative)
+    return Difference(name, "equal") if equal else Difference(name, "different", worst_abs, worst_rel)
+
+
+def _chunks(shape: tuple[int, ...], itemsize: int) -> Iterator[Box]:
+    """A tensor in boxes of whole leading rows, of about `CHUNK_BYTES`."""
+    if not shape or 0 in shape:
+        yield Box((0,) * len(shape), shape)
+        return
+    rows = max(1, CHUNK_BYTES // (prod(shape[1:]) * itemsize))
+    for start in range(0, shape[0], rows):
+        yield Box((start, *(0 for _ in shape[1:])), (min(rows, shape[0] - start), *shape[1:]))
+
+
+def _part(reader: GenerationReader, name: str, box: Box) -> torch.Tensor:
+    tensor = reader.manifest.tensors[name]
+    if tensor.shape == ():
+        if name not in reader.scalars:
+            raise DamagedError(f"{name} has no value in any index of {reader.manifest.generation}")
+        return scalar_from_hex(reader.scalars[name], DTYPES[tensor.dtype], name)
+    piece = Piece(name, torch.empty(box.size, dtype=DTYPES[tensor.dtype]), box.offset, tensor.shape)
+    reader.fill(plan_load([piece], reader.stored))
+    return piece.tensor
+
+
+def _distance(left: torch.Tensor, right: torch.Tensor) -> tuple[float, float]:
+    """The largest absolute and relative difference; infinite where only one of two is a number."""
+    wide = torch.complex128 if left.is_complex() else torch.float64
+    x, y = left.to(wide), right.to(wide)
+    by = (x - y).abs()
+    both = torch.maximum(x.abs(), y.abs())
+    by = torch.where(x.isnan() & y.isnan() | (x == y), 0.0, by.nan_to_num(nan=inf))
+    relative = torch.where(by == 0, 0.0, by / both).nan_to_num(nan=inf)
+    return float(by.max()), float(relative.max())
