@@ -240,7 +240,7 @@ def _object_lines(value: dict[str, Any], indent: str = "  ") -> list[str]:
         if isinstance(item, dict) and any(isinstance(v, dict) for v in item.values()):
             lines += [f"{indent}{key}", *_object_lines(item, indent + "  ")]
         elif isinstance(item, dict):
-            lines.append(f"{indent}{key}: " + ", ".join(f"{k} {json.dumps(v)}" for k, v in item.items()))
+            lines.append(f"{indent}{key}: " + (", ".join(f"{k} {json.dumps(v)}" for k, v in item.items()) or "-"))
         else:
             lines.append(f"{indent}{key}: {json.dumps(item)}")
     return lines

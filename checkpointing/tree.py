@@ -136,7 +136,8 @@ def render_boxes(tensor: LogicalTensor, boxes: Sequence[tuple[Box, int]]) -> lis
     if 0 in shape or not tensor.shape:
         return []
     ranks = sorted({rank for _, rank in boxes})
-    letters = {rank: _LETTERS[number] if number < len(_LETTERS) else "#" for number, rank in enumerate(ranks)}
+    shown = ranks if ranks[-1:] <= [len(_LETTERS) - 1] else range(len(ranks))  # its own digit where there are enough
+    letters = {rank: _LETTERS[n] if n < len(_LETTERS) else "#" for n, rank in zip(shown, ranks, strict=True)}
     rows, columns = min(PICTURE[0], shape[0]), min(PICTURE[1], shape[-1])
     lines = []
     for row in range(rows):

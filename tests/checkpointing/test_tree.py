@@ -45,7 +45,9 @@ def test_a_picture_of_who_wrote_what() -> None:
         "22223333",
         "0 rank 0, 1 rank 1, 2 rank 2, 3 rank 3; one letter is 1 x 1 elements",
     ]
-    assert render_boxes(LogicalTensor("F32", (64,)), [(Box((32,), (32,)), 9)])[0] == "." * 16 + "0" * 16
+    assert render_boxes(LogicalTensor("F32", (64,)), [(Box((32,), (32,)), 9)])[0] == "." * 16 + "9" * 16
     assert render_boxes(LogicalTensor("F32", ()), []) == render_boxes(LogicalTensor("F32", (0, 3)), []) == []
+    far = render_boxes(LogicalTensor("F32", (2,)), [(Box((n,), (1,)), 1000 + n) for n in range(2)])
+    assert far == ["01", "0 rank 1000, 1 rank 1001; one letter is 1 x 1 elements"]
     deep = render_boxes(LogicalTensor("F32", (100, 3, 100)), [(Box((0, 0, 0), (100, 3, 100)), 5)])
-    assert deep[:-1] == ["0" * 32] * 16 and deep[-1].endswith("one letter is 6.25 x 3.125 elements")
+    assert deep[:-1] == ["5" * 32] * 16 and deep[-1].endswith("one letter is 6.25 x 3.125 elements")

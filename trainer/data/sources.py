@@ -133,7 +133,7 @@ class _RecordReader:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             # Of a syntax error the column alone: its own "line 1" is not the file's.
-            why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            why = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
             raise Refused(f"{where} is not JSON: {why}. Mend or remove the line; nothing was started.") from None
         config = self.config
         if not isinstance(record, dict):
