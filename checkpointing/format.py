@@ -298,6 +298,11 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers
 
 
+def tensor_over(data: memoryview, dtype: torch.dtype) -> torch.Tensor:
+    """A one-dimensional tensor over bytes, without a copy."""
+    return torch.frombuffer(data, dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
+
+
 def scalar_hex(tensor: torch.Tensor) -> str:
     return tensor_bytes(tensor.reshape(1)).hex()
 

@@ -124,7 +124,7 @@ def read(storage: Storage, name: str) -> bytes:
     size = storage.list(name).get(name)
     if size is None:
         raise DamagedError(f"{name} is missing")
-    return storage.read_ranges(name, [(0, size)])[0]
+    return bytes(storage.read_ranges(name, [(0, size)])[0])
 
 
 def abandon(storage: Storage, generations: list[Generation]) -> None:

@@ -134,7 +134,7 @@ def _read_holder(storage: Storage, number: int) -> Holder | None:
 
 def _read(storage: Storage, name: str) -> bytes | None:
     try:
-        return storage.read_ranges(name, [(0, storage.list(name)[name])])[0]
+        return bytes(storage.read_ranges(name, [(0, storage.list(name)[name])])[0])
     except (KeyError, CheckpointError):
         return None
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
+from math import prod
 
 from checkpointing.errors import LayoutError, MismatchError, first_few
 from checkpointing.format import DTYPE_NAMES, PACK_BELOW, Index, LogicalTensor, StoredBox
@@ -125,6 +127,46 @@ def plan_load(pieces: Iterable[Piece], stored_boxes: Stored) -> list[Read]:
             )
         reads += found
     return reads
+
+
+CHUNK_BYTES = 32 * 1024 * 1024  # of a stored box, read at a time: bounds the memory of a load
+SHORT_BYTES = 64 * 1024  # rows shorter than this are read whole rather than in parts
+
+
+def windows(stored: Box, part: Box, itemsize: int, limit: int | None = None) -> Iterator[tuple[Box, Box]]:
+    """Cut a part of a stored box into (window, part of it): each window is contiguous in the row-major stored box.
+
+    A window holds its part and what lies between: nothing where the part has whole rows, and never more than short
+    rows. It has at most `limit` bytes (by default `CHUNK_BYTES`), or one row.
+    """
+    limit = CHUNK_BYTES if limit is None else limit
+    depth = 0  # of leading dimensions that are taken one index at a time
+    while depth < len(stored.size) - 1:
+        row = prod(stored.size[depth + 1 :]) * itemsize
+        whole_rows = part.size[depth + 1 :] == stored.size[depth + 1 :]
+        if row <= limit and (whole_rows or row < SHORT_BYTES):
+            break
+        depth += 1
+    row = prod(stored.size[depth + 1 :]) * itemsize
+    step = max(1, limit // row)
+    first, last = part.offset[depth], part.offset[depth] + part.size[depth]
+    leading = [range(o, o + n) for o, n in zip(part.offset[:depth], part.size[:depth], strict=True)]
+    for index in product(*leading):
+        for start in range(first, last, step):
+            count = min(step, last - start)
+            offset, size = (*index, start), (*(1 for _ in index), count)
+            yield (
+                Box((*offset, *stored.offset[depth + 1 :]), (*size, *stored.size[depth + 1 :])),
+                Box((*offset, *part.offset[depth + 1 :]), (*size, *part.size[depth + 1 :])),
+            )
+
+
+def position_in(stored: Box, window: Box) -> int:
+    """The index of a window's first element in the row-major stored box."""
+    index = 0
+    for at, origin, size in zip(window.offset, stored.offset, stored.size, strict=True):
+        index = index * size + at - origin
+    return index
 
 
 def check_complete(pieces: Sequence[Piece], stored: dict[str, LogicalTensor]) -> None:

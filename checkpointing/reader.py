@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
 from checkpointing.errors import CheckpointError, DamagedError
-from checkpointing.format import DTYPES, Index, Manifest, StoredBox, block_size, checksums, digest, shard_name
+from checkpointing.format import (
+    DTYPES,
+    Index,
+    Manifest,
+    StoredBox,
+    block_size,
+    checksums,
+    digest,
+    shard_name,
+    tensor_over,
+)
 from checkpointing.generations import read_index
-from checkpointing.geometry import Box
-from checkpointing.plan import Read, Stored, stored_by_name
+from checkpointing.geometry import Box, Piece
+from checkpointing.plan import CHUNK_BYTES, Read, Stored, position_in, stored_by_name, windows
 from checkpointing.storage import Storage
 
 
@@ -34,60 +47,91 @@ class GenerationReader:
         return {name: value for index in self.indexes for name, value in index.scalars.items()}
 
     def fill(self, reads: Iterable[Read]) -> None:
-        """Copy every planned part into its piece, in place."""
-        for read in reads:
-            source = self._read_part(read.writer, read.stored, read.part)
-            with torch.no_grad():
-                target = read.piece.tensor.detach()[read.part.slices(read.piece.offset)]
-                target.copy_(source)
+        """Copy every planned part into its piece, in place. Several threads read, check and copy at a time."""
+        fetches = [
+            self._fetch(read.writer, read.stored, window, part, read.piece)
+            for read in reads
+            for window, part in windows(read.stored.box, read.part, self._itemsize(read.stored))
+        ]
+        for writer in {fetch.writer for fetch in fetches}:
+            self._data_start(writer)  # opened here, not by several threads at once
+        with ThreadPoolExecutor(num_threads(), thread_name_prefix="checkpoint-read") as pool:
+            running: deque[Future[None]] = deque()
+            try:
+                for run in join_neighbours(fetches):
+                    running.append(pool.submit(self._execute, run))
+                    while len(running) > 2 * num_threads():  # errors are seen early, and little is queued
+                        running.popleft().result()
+                while running:
+                    running.popleft().result()
+            finally:
+                for future in running:
+                    future.cancel()
 
     def verify(self) -> Iterator[tuple[str, int, CheckpointError | None]]:
         """Check every stored box: its shard file, its bytes, and what is wrong with it, if anything."""
         for position, index in enumerate(self.indexes):
             name = shard_name(self.manifest.writers[position].rank)
             for stored in index.boxes:
-                nbytes = stored.box.numel * self.manifest.tensors[stored.name].itemsize
-                try:
-                    self._read_blocks(position, stored, 0, nbytes)
-                except CheckpointError as error:
-                    yield name, nbytes, error
-                else:
-                    yield name, nbytes, None
+                for window, part in windows(stored.box, stored.box, self._itemsize(stored)):
+                    nbytes = window.numel * self._itemsize(stored)
+                    try:
+                        self._execute([self._fetch(position, stored, window, part, None)])
+                    except CheckpointError as error:
+                        yield name, nbytes, error
+                    else:
+                        yield name, nbytes, None
             try:
                 self._data_start(position)  # also of a shard without boxes
             except CheckpointError as error:
                 yield name, 0, error
 
-    def _read_part(self, position: int, stored: StoredBox, part: Box) -> torch.Tensor:
-        """The elements of `part`, read with the whole leading rows around them."""
-        tensor = self.manifest.tensors[stored.name]
-        row_bytes = stored.box.numel // stored.box.size[0] * tensor.itemsize
-        first = part.offset[0] - stored.box.offset[0]
-        data = self._read_blocks(position, stored, first * row_bytes, (first + part.size[0]) * row_bytes)
-        rows = torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).view(part.size[0], *stored.box.size[1:])
-        return rows[Box(part.offset, part.size).slices((part.offset[0], *stored.box.offset[1:]))]
+    def _itemsize(self, stored: StoredBox) -> int:
+        return self.manifest.tensors[stored.name].itemsize
 
-    def _read_blocks(self, position: int, stored: StoredBox, start: int, stop: int) -> bytearray:
-        """Bytes start to stop of a stored box, after every block they touch has passed its checksum."""
-        writer = self.manifest.writers[position]
-        nbytes = stored.box.numel * self.manifest.tensors[stored.name].itemsize
+    def _fetch(self, writer: int, stored: StoredBox, window: Box, part: Box, piece: Piece | None) -> Fetch:
+        """The whole blocks around a window."""
+        itemsize = self._itemsize(stored)
+        nbytes = stored.box.numel * itemsize
         block = block_size(nbytes)
-        first = start // block * block
-        last = min(-(-stop // block) * block, nbytes)
-        base = self._data_start(position) + stored.start
-        name = f"{self.manifest.generation}/{shard_name(writer.rank)}"
-        (raw,) = self.storage.read_ranges(name, [(base + first, base + last)])
+        begin = position_in(stored.box, window) * itemsize
+        end = begin + window.numel * itemsize
+        start, stop = begin // block * block, min(-(-end // block) * block, nbytes)
+        return Fetch(writer, stored, window, part, piece, stored.start + start, stored.start + stop, begin - start)
+
+    def _execute(self, run: Sequence[Fetch]) -> None:
+        """Read the bytes of neighbouring fetches with one call; check and copy each."""
+        start, stop = run[0].start, max(fetch.stop for fetch in run)
+        base = self._data_start(run[0].writer)
+        name = f"{self.manifest.generation}/{shard_name(self.manifest.writers[run[0].writer].rank)}"
+        (raw,) = self.storage.read_ranges(name, [(base + start, base + stop)])
         data = memoryview(raw)
-        found = checksums(data, block)
-        expected = stored.checksums[16 * (first // block) :][: len(found)]
+        for fetch in run:
+            blocks = data[fetch.start - start : fetch.stop - start]
+            self._check(fetch, blocks, name, base)
+            if fetch.piece is not None:
+                self._copy(fetch, fetch.piece, blocks)
+
+    def _check(self, fetch: Fetch, blocks: memoryview, name: str, base: int) -> None:
+        stored = fetch.stored
+        block = block_size(stored.box.numel * self._itemsize(stored))
+        first = (fetch.start - stored.start) // block
+        found = checksums(blocks, block)
+        expected = stored.checksums[16 * first :][: len(found)]
         if found != expected:
             bad = next(i for i in range(0, len(found), 16) if found[i : i + 16] != expected[i : i + 16]) // 16
-            at = first + bad * block
+            at = base + fetch.start + bad * block
             raise DamagedError(
-                f"{name}: the checksum of bytes {base + at} to {base + min(at + block, nbytes)} does not match; "
+                f"{name}: the checksum of bytes {at} to {min(at + block, base + fetch.stop)} does not match; "
                 f"they belong to {stored.name}"
             )
-        return bytearray(data[start - first : stop - first])
+
+    def _copy(self, fetch: Fetch, piece: Piece, blocks: memoryview) -> None:
+        dtype = DTYPES[self.manifest.tensors[fetch.stored.name].dtype]
+        whole = tensor_over(blocks[fetch.begin : fetch.begin + fetch.window.numel * dtype.itemsize], dtype)
+        source = whole.view(fetch.window.size)[fetch.part.slices(fetch.window.offset)]
+        with torch.no_grad():
+            piece.tensor.detach()[fetch.part.slices(piece.offset)].copy_(source)
 
     def _data_start(self, position: int) -> int:
         """Where a shard's data starts, after its size and its header have been checked."""
@@ -100,7 +144,41 @@ class GenerationReader:
             itemsize = {stored_name: t.itemsize for stored_name, t in self.manifest.tensors.items()}
             data = sum(b.box.numel * itemsize[b.name] for b in self.indexes[position].boxes)
             (header,) = self.storage.read_ranges(name, [(0, writer.shard_bytes - data)])
-            if digest(header) != writer.header:
+            if digest(memoryview(header)) != writer.header:
                 raise DamagedError(f"{name}: the header is not the one that was committed")
             self._data_starts[position] = writer.shard_bytes - data
         return self._data_starts[position]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Whole blocks of a stored box to read and check, and the part of them to copy into a piece, if any."""
+
+    writer: int  # position in the manifest's list of writers
+    stored: StoredBox
+    window: Box
+    part: Box
+    piece: Piece | None
+    start: int  # bytes start to stop of the shard's data
+    stop: int
+    begin: int  # of the window, in bytes after start
+
+
+def join_neighbours(fetches: Iterable[Fetch], limit: int = CHUNK_BYTES) -> Iterator[list[Fetch]]:
+    """Fetches that touch in a shard file, together up to `limit` bytes: one read call for many small pieces."""
+    run: list[Fetch] = []
+    for fetch in sorted(fetches, key=lambda f: (f.writer, f.start, f.stop)):
+        end = max((f.stop for f in run), default=0)
+        near = run and fetch.writer == run[0].writer and fetch.start <= end
+        if not near or max(end, fetch.stop) - run[0].start > limit:
+            if run:
+                yield run
+            run = []
+        run.append(fetch)
+    if run:
+        yield run
+
+
+def num_threads() -> int:
+    """Twice the threads that this process computes with: one waits for the disk while one checks and copies."""
+    return min(16, 2 * torch.get_num_threads())

@@ -14,17 +14,23 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from checkpointing.errors import DamagedError, NotFoundError
 
 Buffer = bytes | bytearray | memoryview
+Data = bytearray | memoryview  # writable
 
 
 class Storage(Protocol):
     def put(self, name: str, chunks: Iterable[Buffer]) -> None:
         """Write a whole object; it is durable when this returns. An object of that name is replaced."""
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """The bytes of each (start, stop). `NotFoundError` without the object, `DamagedError` if they cannot be had."""
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[Data]:
+        """The bytes of each (start, stop), the caller's own.
+
+        `NotFoundError` without the object, `DamagedError` where the bytes cannot be had.
+        """
 
     def list(self, prefix: str = "") -> dict[str, int]:
         """Every object whose name starts with `prefix`, with its size in bytes. `OSError` if that cannot be told."""
@@ -54,7 +60,7 @@ class FileStorage:
             os.fsync(file.fileno())
         _sync_directory(path.parent)
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[Data]:
         try:
             descriptor = os.open(self._path(name), os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError):
@@ -155,15 +161,15 @@ def _write_all(descriptor: int, chunk: Buffer) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
-def _read_range(descriptor: int, start: int, stop: int, path: Path) -> bytes:
-    parts, position = [], start
+def _read_range(descriptor: int, start: int, stop: int, path: Path) -> memoryview:
+    data = memoryview(np.empty(stop - start, np.uint8))  # type: ignore[arg-type]  # arrays are buffers; not zeroed first
+    position = start
     while position < stop:
-        part = os.pread(descriptor, stop - position, position)
-        if not part:
+        count = os.preadv(descriptor, [data[position - start :]], position)
+        if count == 0:
             raise DamagedError(f"{path} ends at byte {position}; bytes up to {stop} were expected")
-        parts.append(part)
-        position += len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+        position += count
+    return data
 
 
 def _make_directories(path: Path) -> None:
@@ -201,14 +207,14 @@ class MemoryStorage:
         with self._lock:
             self._objects[_inside(name, str(self))] = data
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[Data]:
         data = self._objects.get(_inside(name, str(self)))
         if data is None:
             raise NotFoundError(f"{name} does not exist in {self}")
         for _, stop in ranges:
             if stop > len(data):
                 raise DamagedError(f"{name} ends at byte {len(data)}; bytes up to {stop} were expected")
-        return [data[start:stop] for start, stop in ranges]
+        return [bytearray(data[start:stop]) for start, stop in ranges]
 
     def list(self, prefix: str = "") -> dict[str, int]:
         with self._lock:

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpointing import Box, DamagedError, Piece, save
-from checkpointing.format import block_size, shard_name
+from checkpointing import Box, DamagedError, Piece, plan, save
+from checkpointing import reader as reader_module
+from checkpointing.format import StoredBox, block_size, shard_name
 from checkpointing.generations import newest
 from checkpointing.plan import plan_load
-from checkpointing.reader import GenerationReader
+from checkpointing.reader import Fetch, GenerationReader, join_neighbours
 from checkpointing.storage import FileStorage
 
 SHAPE = (24, 5, 300)
@@ -92,3 +93,30 @@ def test_verify_touches_every_stored_byte(stored: tuple[Path, torch.Tensor]) -> 
     checked = list(open_reader(stored[0]).verify())
     assert all(error is None for _, _, error in checked)
     assert sum(nbytes for _, nbytes, _ in checked) == (24 * 5 * 300 + 1) * 4
+
+
+def fetch(writer: int, start: int, stop: int) -> Fetch:
+    box = Box((0,), (1,))
+    return Fetch(writer, StoredBox("w", box, 0), box, box, None, start, stop, 0)
+
+
+def test_neighbours_share_a_read_call() -> None:
+    fetches = [fetch(0, 100, 200), fetch(0, 0, 100), fetch(1, 0, 10), fetch(0, 300, 400), fetch(0, 150, 250)]
+    runs = [[(f.writer, f.start, f.stop) for f in run] for run in join_neighbours(fetches)]
+    assert runs == [[(0, 0, 100), (0, 100, 200), (0, 150, 250)], [(0, 300, 400)], [(1, 0, 10)]]
+    assert [len(run) for run in join_neighbours(fetches, limit=150)] == [1, 2, 1, 1]
+    assert list(join_neighbours([])) == []
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_threads_and_memory_do_not_change_what_is_loaded(
+    stored: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    directory, tensor = stored
+    monkeypatch.setattr(reader_module, "num_threads", lambda: threads)
+    for limit in (100, 5000, 10**9):
+        monkeypatch.setattr(plan, "CHUNK_BYTES", limit)
+        reader = open_reader(directory)
+        pieces = [Piece("w", torch.zeros(7, 5, 100), (r, 0, c), SHAPE) for r in (0, 7, 14) for c in (0, 100, 200)]
+        reader.fill(plan_load(pieces, reader.stored))
+        assert all(torch.equal(p.tensor, tensor[p.box.slices((0, 0, 0))]) for p in pieces)

@@ -201,14 +201,14 @@ def test_what_a_newer_release_wrote_is_not_passed_over(tmp_path: Path) -> None:
 def test_a_disk_that_fails_sends_to_the_previous_generation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1, pieces(1.0))
     bad = tmp_path / save(tmp_path, 2, pieces(2.0)) / "shard-00000.safetensors"
-    pread = os.pread
+    preadv = os.preadv
 
-    def failing(descriptor: int, count: int, position: int) -> bytes:
+    def failing(descriptor: int, buffers: list[memoryview], position: int) -> int:
         if os.readlink(f"/proc/self/fd/{descriptor}") == str(bad):
             raise OSError(5, "Input/output error")
-        return pread(descriptor, count, position)
+        return preadv(descriptor, buffers, position)
 
-    monkeypatch.setattr(os, "pread", failing)
+    monkeypatch.setattr(os, "preadv", failing)
     target = pieces(0.0)
     load(tmp_path, target)
     assert values(target) == [1.0, 1.0]

@@ -106,10 +106,10 @@ def test_what_cannot_be_listed_does_not_pass_for_empty(tmp_path: Path, monkeypat
 def test_a_failing_disk_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FileStorage(tmp_path).put("x", [b"12345"])
 
-    def broken(descriptor: int, count: int, position: int) -> bytes:
+    def broken(descriptor: int, buffers: list[memoryview], position: int) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(os, "pread", broken)
+    monkeypatch.setattr(os, "preadv", broken)
     with pytest.raises(DamagedError, match="x cannot be read: Input/output error"):
         FileStorage(tmp_path).read_ranges("x", [(0, 3)])
 
