@@ -68,7 +68,8 @@ def block_size(nbytes: int) -> int:
 
 def checksums(data: memoryview, block: int) -> str:
     """xxh3-64 of every block, 16 hexadecimal digits each, joined."""
-    return "".join(xxhash.xxh3_64_hexdigest(data[i : i + block]) for i in range(0, len(data), block))
+    hexdigest = xxhash.xxh3_64_hexdigest
+    return "".join([hexdigest(data[i : i + block]) for i in range(0, len(data), block)])
 
 
 @dataclass(frozen=True, slots=True)

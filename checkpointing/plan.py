@@ -140,6 +140,9 @@ def windows(stored: Box, part: Box, itemsize: int, limit: int | None = None) -> 
     rows. It has at most `limit` bytes (by default `CHUNK_BYTES`), or one row.
     """
     limit = CHUNK_BYTES if limit is None else limit
+    if part == stored and stored.numel * itemsize <= limit:  # by far the most common
+        yield stored, part
+        return
     depth = 0  # of leading dimensions that are taken one index at a time
     while depth < len(stored.size) - 1:
         row = prod(stored.size[depth + 1 :]) * itemsize

@@ -6,7 +6,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from checkpointing.errors import CheckpointError, DamagedError
@@ -37,6 +39,7 @@ class GenerationReader:
         self.stored: Stored = stored_by_name(self.indexes)
         self._sizes = storage.list(f"{manifest.generation}/")
         self._data_starts: dict[int, int] = {}
+        self._targets: dict[int, torch.Tensor | np.ndarray[Any, Any]] = {}  # by id of the piece, while it is filled
 
     @property
     def objects(self) -> dict[str, object]:
@@ -48,6 +51,7 @@ class GenerationReader:
 
     def fill(self, reads: Iterable[Read]) -> None:
         """Copy every planned part into its piece, in place. Several threads read, check and copy at a time."""
+        self._targets.clear()
         fetches = [
             self._fetch(read.writer, read.stored, window, part, read.piece)
             for read in reads
@@ -55,6 +59,10 @@ class GenerationReader:
         ]
         for writer in {fetch.writer for fetch in fetches}:
             self._data_start(writer)  # opened here, not by several threads at once
+        if num_threads() == 1:
+            for run in join_neighbours(fetches):
+                self._execute(run)
+            return
         with ThreadPoolExecutor(num_threads(), thread_name_prefix="checkpoint-read") as pool:
             running: deque[Future[None]] = deque()
             try:
@@ -127,11 +135,24 @@ class GenerationReader:
             )
 
     def _copy(self, fetch: Fetch, piece: Piece, blocks: memoryview) -> None:
+        window, part = fetch.window, fetch.part
+        target = self._target(piece)
+        if isinstance(target, np.ndarray):
+            source = np.frombuffer(blocks, target.dtype, window.numel, fetch.begin).reshape(window.size)
+            target[part.slices(piece.offset)] = source[part.slices(window.offset)]
+            return
         dtype = DTYPES[self.manifest.tensors[fetch.stored.name].dtype]
-        whole = tensor_over(blocks[fetch.begin : fetch.begin + fetch.window.numel * dtype.itemsize], dtype)
-        source = whole.view(fetch.window.size)[fetch.part.slices(fetch.window.offset)]
-        with torch.no_grad():
-            piece.tensor.detach()[fetch.part.slices(piece.offset)].copy_(source)
+        whole = tensor_over(blocks[fetch.begin : fetch.begin + window.numel * dtype.itemsize], dtype)
+        target[part.slices(piece.offset)].copy_(whole.view(window.size)[part.slices(window.offset)])
+
+    def _target(self, piece: Piece) -> torch.Tensor | np.ndarray[Any, Any]:
+        """A piece's tensor to copy into; on the CPU as an array of words, which costs less for each small copy."""
+        if (known := self._targets.get(id(piece))) is None:
+            local = piece.tensor.detach()
+            word = _WORDS.get(local.element_size())
+            known = local.view(word).numpy() if local.device.type == "cpu" and word else local
+            self._targets[id(piece)] = known
+        return known
 
     def _data_start(self, position: int) -> int:
         """Where a shard's data starts, after its size and its header have been checked."""
@@ -148,6 +169,9 @@ class GenerationReader:
                 raise DamagedError(f"{name}: the header is not the one that was committed")
             self._data_starts[position] = writer.shard_bytes - data
         return self._data_starts[position]
+
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # that move the bits of any dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,18 +191,19 @@ class Fetch:
 def join_neighbours(fetches: Iterable[Fetch], limit: int = CHUNK_BYTES) -> Iterator[list[Fetch]]:
     """Fetches that touch in a shard file, together up to `limit` bytes: one read call for many small pieces."""
     run: list[Fetch] = []
+    end = 0
     for fetch in sorted(fetches, key=lambda f: (f.writer, f.start, f.stop)):
-        end = max((f.stop for f in run), default=0)
-        near = run and fetch.writer == run[0].writer and fetch.start <= end
-        if not near or max(end, fetch.stop) - run[0].start > limit:
+        apart = not run or fetch.writer != run[0].writer or fetch.start > end
+        if apart or max(end, fetch.stop) - run[0].start > limit:
             if run:
                 yield run
-            run = []
+            run, end = [], 0
         run.append(fetch)
+        end = max(end, fetch.stop)
     if run:
         yield run
 
 
 def num_threads() -> int:
-    """Twice the threads that this process computes with: one waits for the disk while one checks and copies."""
-    return min(16, 2 * torch.get_num_threads())
+    """As many as this process computes with, which is its share of the cores."""
+    return min(16, torch.get_num_threads())

@@ -10,13 +10,18 @@ import errno
 import os
 import secrets
 import threading
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from checkpointing.errors import DamagedError, NotFoundError
+
+SMALL_BYTES = 1024 * 1024  # smaller chunks are joined up to this
+WRITES_BEHIND = 2  # chunks that wait to be written: bounds the memory of a save
 
 Buffer = bytes | bytearray | memoryview
 Data = bytearray | memoryview  # writable
@@ -55,8 +60,7 @@ class FileStorage:
         path = self._path(name)
         _make_directories(path.parent)
         with open(path, "wb", buffering=0) as file:
-            for chunk in chunks:
-                _write_all(file.fileno(), chunk)
+            _write_behind(file.fileno(), chunks)
             os.fsync(file.fileno())
         _sync_directory(path.parent)
 
@@ -153,6 +157,35 @@ def _link(draft: Path, path: Path) -> bool | None:
             return None
         raise
     return True
+
+
+def _write_behind(descriptor: int, chunks: Iterable[Buffer]) -> None:
+    """Write chunks while the next ones are prepared: copying and hashing keep one core busy, writing another."""
+    with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-write") as pool:
+        pending: deque[Future[None]] = deque()
+        for chunk in _joined(chunks):
+            pending.append(pool.submit(_write_all, descriptor, chunk))
+            if len(pending) > WRITES_BEHIND:
+                pending.popleft().result()
+        while pending:
+            pending.popleft().result()
+
+
+def _joined(chunks: Iterable[Buffer]) -> Iterator[Buffer]:
+    """Small chunks together, large ones as they are: few and large writes."""
+    small = bytearray()
+    for chunk in chunks:
+        nbytes = memoryview(chunk).nbytes
+        large = nbytes > SMALL_BYTES // 4
+        if small and (large or len(small) + nbytes > SMALL_BYTES):
+            yield bytes(small)
+            small.clear()
+        if large:
+            yield chunk
+        else:
+            small += chunk
+    if small:
+        yield bytes(small)
 
 
 def _write_all(descriptor: int, chunk: Buffer) -> None:

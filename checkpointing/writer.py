@@ -15,6 +15,7 @@ from checkpointing.format import (
     StoredBox,
     Writer,
     block_size,
+    checksums,
     digest,
     encode_index,
     index_name,
@@ -88,17 +89,24 @@ class BlockHasher:
         self._sums: list[str] = []
 
     def update(self, chunk: memoryview) -> None:
-        while chunk:
-            part, chunk = chunk[: self._room], chunk[self._room :]
-            self._hash.update(part)
-            self._room -= len(part)
-            if self._room == 0:
-                self._close_block()
+        if self._room < self._block:  # a block that an earlier chunk began
+            chunk = self._fill_block(chunk)
+        whole = len(chunk) // self._block * self._block
+        self._sums.append(checksums(chunk[:whole], self._block))
+        self._fill_block(chunk[whole:])
 
     def finish(self) -> str:
         if self._room < self._block:
             self._close_block()
         return "".join(self._sums)
+
+    def _fill_block(self, chunk: memoryview) -> memoryview:
+        part, rest = chunk[: self._room], chunk[self._room :]
+        self._hash.update(part)
+        self._room -= len(part)
+        if self._room == 0:
+            self._close_block()
+        return rest
 
     def _close_block(self) -> None:
         self._sums.append(self._hash.hexdigest())

@@ -56,7 +56,8 @@ def test_the_demonstration_and_the_comparison(tmp_path: Path) -> None:
     for path in generation.iterdir():
         assert re.sub(r"\d{5}", "00000", path.name) in shown, path.name
     for line in re.findall(r"-m (checkpointing \w+) runs/main", README):
-        run_block(f".venv/bin/python -m {line} runs/killed", tmp_path)
+        other = " runs/killed/checkpoints" if line.endswith("diff") else ""
+        run_block(f".venv/bin/python -m {line} runs/killed{other}", tmp_path)
     # The comparison can fail.
     metrics = tmp_path / "runs" / "killed" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"sample_ids": [', '"sample_ids": [0, ', 1))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from checkpointing import DamagedError, NotFoundError
-from checkpointing.storage import FileStorage, MemoryStorage, Storage
+from checkpointing import storage as storage_module
+from checkpointing.storage import SMALL_BYTES, FileStorage, MemoryStorage, Storage
 
 
 @pytest.fixture(params=["files", "memory"])
@@ -147,3 +151,30 @@ def test_a_link_whose_answer_was_lost_counts(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "link", twice)
     assert FileStorage(tmp_path).create_if_absent("lock", b"mine")
+
+
+@given(st.lists(st.integers(0, 60), max_size=40))
+def test_chunks_of_any_sizes_are_written_in_order(sizes: list[int]) -> None:
+    chunks = [bytes([n % 256]) * size for n, size in enumerate(sizes)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage_module, "SMALL_BYTES", 40)
+        joined = [bytes(c) for c in storage_module._joined(chunks)]
+    assert b"".join(joined) == b"".join(chunks)
+    assert all(len(c) <= 60 for c in joined) and (not sizes or len(joined) <= len(sizes))
+
+
+def test_a_write_that_fails_stops_the_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def full(descriptor: int, data: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def chunks() -> Iterator[bytes]:
+        for number in range(100):
+            made.append(number)
+            yield bytes(SMALL_BYTES)
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        FileStorage(tmp_path).put("x", chunks())
+    assert len(made) < 10  # and nothing more is prepared
