@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from math import isfinite, prod
 from typing import Any, NoReturn
 
@@ -15,7 +16,7 @@ import torch
 import xxhash
 
 from checkpointing.errors import DamagedError, VersionError
-from checkpointing.geometry import Box, Shape
+from checkpointing.geometry import Box, Shape, panel_lines, panels
 
 FORMAT = "evershard-checkpoint"
 VERSION = 1
@@ -90,7 +91,10 @@ class LogicalTensor:
 
 @dataclass(frozen=True, slots=True)
 class StoredBox:
-    """A box of a logical tensor, row-major, at byte `start` of a shard's data."""
+    """A box of a logical tensor at byte `start` of a shard's data: its panels one after the other, each row-major.
+
+    `checksums` are those of the blocks of all its panels.
+    """
 
     name: str
     box: Box
@@ -147,37 +151,66 @@ class Manifest:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
+def is_packed(box: Box, tensor: LogicalTensor) -> bool:
+    return box.numel * tensor.itemsize < PACK_BELOW
+
+
+def panels_of(box: Box, tensor: LogicalTensor) -> list[Box]:
+    """How a box is stored: whole where it is packed with others, else cut into panels."""
+    return [box] if is_packed(box, tensor) else panels(box, tensor.shape)
+
+
+def stored_panels(stored: StoredBox, tensor: LogicalTensor, part: Box | None = None) -> Iterator[StoredBox]:
+    """The panels of a stored box, each as a stored box of its own; with `part` only those that its columns meet."""
+    first, last = (part.offset[-1], part.offset[-1] + part.size[-1]) if part and part.size else (0, 0)
+    start, at = stored.start, 0
+    for panel in panels_of(stored.box, tensor):
+        nbytes = panel.numel * tensor.itemsize
+        digits = num_digits(nbytes)
+        if part is None or (panel.offset[-1] < last and first < panel.offset[-1] + panel.size[-1]):
+            yield StoredBox(stored.name, panel, start, stored.checksums[at : at + digits])
+        start, at = start + nbytes, at + digits
+
+
+def num_digits(nbytes: int) -> int:
+    """How many hexadecimal digits the checksums of so many consecutive bytes have."""
+    return 16 * -(-nbytes // block_size(nbytes))
+
+
 def lay_out(
-    boxes: Iterable[tuple[str, Box, bool]], tensors: dict[str, LogicalTensor], save_id: str
+    boxes: Iterable[tuple[str, Box]], tensors: dict[str, LogicalTensor], save_id: str
 ) -> tuple[bytes, list[StoredBox]]:
     """Place boxes one after the other in a shard file: its header, and every box with its byte offset in the data.
 
-    `boxes` are (name, box, packed). Wider dtypes come first, so that every element is aligned without a hole, which
-    safetensors would refuse. Packed boxes of a dtype lie together under one entry.
+    Wider dtypes come first, so that every element is aligned without a hole, which safetensors would refuse. Packed
+    boxes of a dtype lie together under one entry; of the others every panel has one.
     """
 
-    def order(item: tuple[str, Box, bool]) -> tuple[int, str, bool, str, Shape]:
-        name, box, packed = item
+    def order(item: tuple[str, Box]) -> tuple[int, str, bool, str, Shape]:
+        name, box = item
         tensor = tensors[name]
-        return (-tensor.itemsize, tensor.dtype, packed, name, box.offset)
+        return (-tensor.itemsize, tensor.dtype, is_packed(box, tensor), name, box.offset)
 
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(VERSION), "save_id": save_id}}
     placed, position = [], 0
-    for name, box, packed in sorted(boxes, key=order):
+    for name, box in sorted(boxes, key=order):
         tensor = tensors[name]
         placed.append(StoredBox(name, box, position))
-        end = position + box.numel * tensor.itemsize
-        if packed:
+        if is_packed(box, tensor):
+            end = position + box.numel * tensor.itemsize
             entry = header.setdefault(
                 f"@packed-{tensor.dtype}",
                 {"dtype": tensor.dtype, "shape": [0], "data_offsets": [position, position]},
             )
             entry["shape"][0] += box.numel
             entry["data_offsets"][1] = end
-        else:
-            key = f"{name}@{','.join(map(str, box.offset))}"
-            header[key] = {"dtype": tensor.dtype, "shape": box.size, "data_offsets": [position, end]}
-        position = end
+            position = end
+            continue
+        for panel in panels(box, tensor.shape):
+            key = f"{name}@{','.join(map(str, panel.offset))}"
+            end = position + panel.numel * tensor.itemsize
+            header[key] = {"dtype": tensor.dtype, "shape": panel.size, "data_offsets": [position, end]}
+            position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     padded = text.ljust(-(-(len(text) + 8) // PAGE) * PAGE - 8)
     return len(padded).to_bytes(8, "little") + padded, placed
@@ -226,10 +259,16 @@ def decode_index(data: bytes, manifest: Manifest, source: str) -> Index:
 
 
 def _check_stored(stored: StoredBox, tensor: LogicalTensor) -> None:
-    nbytes = stored.box.numel * tensor.itemsize
-    if not stored.box.within(tensor.shape) or stored.start < 0:
+    box = stored.box
+    if not box.within(tensor.shape) or box.numel == 0 or stored.start < 0:
         raise ValueError(f"a box of {stored.name} does not lie in it")
-    if len(stored.checksums) != 16 * -(-nbytes // block_size(nbytes)):
+    nbytes = box.numel * tensor.itemsize
+    if is_packed(box, tensor) or len(box.size) < 2:
+        digits = num_digits(nbytes)
+    else:
+        column = nbytes // box.size[-1]
+        digits = sum(num_digits(column * (right - left)) for left, right in pairwise(panel_lines(box, tensor.shape)))
+    if len(stored.checksums) != digits:
         raise ValueError(f"a box of {stored.name} has checksums for another size")
 
 

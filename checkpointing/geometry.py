@@ -76,10 +76,17 @@ def panels(box: Box, shape: Shape) -> list[Box]:
     """
     if len(shape) < 2 or box.numel == 0:
         return [box]
+    return [
+        Box((*box.offset[:-1], left), (*box.size[:-1], right - left))
+        for left, right in pairwise(panel_lines(box, shape))
+    ]
+
+
+def panel_lines(box: Box, shape: Shape) -> list[int]:
+    """Where the panels of a box that is not empty begin along the last dimension, and where the last one ends."""
     step = -(-shape[-1] // COLUMN_GRID)
     start, stop = box.offset[-1], box.offset[-1] + box.size[-1]
-    lines = [start, *range((start // step + 1) * step, stop, step), stop]
-    return [Box((*box.offset[:-1], left), (*box.size[:-1], right - left)) for left, right in pairwise(lines)]
+    return [start, *range((start // step + 1) * step, stop, step), stop]
 
 
 def check_tiling(name: str, boxes: Sequence[Box], shape: Shape) -> None:

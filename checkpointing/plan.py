@@ -9,8 +9,8 @@ from itertools import product
 from math import prod
 
 from checkpointing.errors import LayoutError, MismatchError, first_few
-from checkpointing.format import DTYPE_NAMES, PACK_BELOW, Index, LogicalTensor, StoredBox
-from checkpointing.geometry import Box, Piece, check_tiling, intersect, panels
+from checkpointing.format import DTYPE_NAMES, Index, LogicalTensor, StoredBox, stored_panels
+from checkpointing.geometry import Box, Piece, check_tiling, intersect
 
 Row = tuple[str, str, list[int], list[int], list[int]]  # name, dtype, global shape, offset, size
 
@@ -33,16 +33,6 @@ class SavePlan:
     tensors: dict[str, LogicalTensor]
     boxes: list[list[tuple[str, Box]]]
     scalars: list[list[str]]
-
-    def shard_boxes(self, rank: int) -> list[tuple[str, Box, bool]]:
-        """What `rank` stores: small boxes whole and packed, the others cut into panels."""
-        stored = []
-        for name, box in self.boxes[rank]:
-            tensor = self.tensors[name]
-            packed = box.numel * tensor.itemsize < PACK_BELOW
-            cuts = [box] if packed else panels(box, tensor.shape)
-            stored += [(name, cut, packed) for cut in cuts]
-        return stored
 
 
 def plan_save(layouts: Sequence[Sequence[Row]]) -> SavePlan:
@@ -90,10 +80,10 @@ def _elect(
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Copy `part` of a logical tensor from a stored box into a piece."""
+    """Copy `part` of a logical tensor from a stored panel into a piece."""
 
     writer: int  # position in the manifest's list of writers
-    stored: StoredBox
+    stored: StoredBox  # the panel alone
     part: Box
     piece: Piece
 
@@ -115,15 +105,18 @@ def plan_load(pieces: Iterable[Piece], stored_boxes: Stored) -> list[Read]:
     for piece in pieces:
         if piece.global_shape == ():
             continue  # scalars lie in the index
+        box = piece.box
+        tensor = LogicalTensor(DTYPE_NAMES[piece.tensor.dtype], piece.global_shape)
         found = [
-            Read(writer, stored, part, piece)
+            Read(writer, panel, part, piece)
             for writer, stored in stored_boxes[piece.name]
-            if (part := intersect(stored.box, piece.box)) is not None
+            if intersect(stored.box, box) is not None
+            for panel in stored_panels(stored, tensor, box)
+            if (part := intersect(panel.box, box)) is not None
         ]
-        if (covered := sum(read.part.numel for read in found)) != piece.box.numel:
+        if (covered := sum(read.part.numel for read in found)) != box.numel:
             raise MismatchError(
-                f"{piece.name}: the checkpoint holds {covered} of the {piece.box.numel} elements "
-                f"needed at {piece.offset}"
+                f"{piece.name}: the checkpoint holds {covered} of the {box.numel} elements needed at {piece.offset}"
             )
         reads += found
     return reads

@@ -21,6 +21,7 @@ from checkpointing.format import (
     checksums,
     digest,
     shard_name,
+    stored_panels,
     tensor_over,
 )
 from checkpointing.generations import read_index
@@ -80,11 +81,12 @@ class GenerationReader:
         """Check every stored box: its shard file, its bytes, and what is wrong with it, if anything."""
         for position, index in enumerate(self.indexes):
             name = shard_name(self.manifest.writers[position].rank)
-            for stored in index.boxes:
-                for window, part in windows(stored.box, stored.box, self._itemsize(stored)):
-                    nbytes = window.numel * self._itemsize(stored)
+            panels = (p for b in index.boxes for p in stored_panels(b, self.manifest.tensors[b.name]))
+            for panel in panels:
+                for window, part in windows(panel.box, panel.box, self._itemsize(panel)):
+                    nbytes = window.numel * self._itemsize(panel)
                     try:
-                        self._execute([self._fetch(position, stored, window, part, None)])
+                        self._execute([self._fetch(position, panel, window, part, None)])
                     except CheckpointError as error:
                         yield name, nbytes, error
                     else:
@@ -98,7 +100,7 @@ class GenerationReader:
         return self.manifest.tensors[stored.name].itemsize
 
     def _fetch(self, writer: int, stored: StoredBox, window: Box, part: Box, piece: Piece | None) -> Fetch:
-        """The whole blocks around a window."""
+        """The whole blocks around a window of a stored panel."""
         itemsize = self._itemsize(stored)
         nbytes = stored.box.numel * itemsize
         block = block_size(nbytes)

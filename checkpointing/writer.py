@@ -20,6 +20,7 @@ from checkpointing.format import (
     encode_index,
     index_name,
     lay_out,
+    panels_of,
     scalar_hex,
     shard_name,
     tensor_bytes,
@@ -41,7 +42,7 @@ def write_shard(
     objects: dict[str, Any],
 ) -> Writer | None:
     """Write what the plan elects this rank to write. None where that is nothing; rank 0 always writes an index."""
-    boxes, scalars = plan.shard_boxes(rank), plan.scalars[rank]
+    boxes, scalars = plan.boxes[rank], plan.scalars[rank]
     if not (boxes or scalars or rank == 0):
         return None
     by_name: dict[str, list[Piece]] = defaultdict(list)
@@ -56,12 +57,16 @@ def write_shard(
         shard_bytes += len(header)
         yield header
         for stored in placed:
-            hasher = BlockHasher(block_size(stored.box.numel * plan.tensors[stored.name].itemsize))
-            for chunk in box_bytes(by_name[stored.name], stored.box):
-                hasher.update(chunk)
-                shard_bytes += len(chunk)
-                yield chunk
-            written.append(replace(stored, checksums=hasher.finish()))
+            sums = []
+            tensor = plan.tensors[stored.name]
+            for panel in panels_of(stored.box, tensor):
+                hasher = BlockHasher(block_size(panel.numel * tensor.itemsize))
+                for chunk in box_bytes(by_name[stored.name], panel):
+                    hasher.update(chunk)
+                    shard_bytes += len(chunk)
+                    yield chunk
+                sums.append(hasher.finish())
+            written.append(replace(stored, checksums="".join(sums)))
 
     storage.put(f"{directory}/{shard_name(rank)}", chunks())
     values = {name: scalar_hex(by_name[name][0].tensor) for name in scalars}

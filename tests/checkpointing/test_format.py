@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from checkpointing import CheckpointError, DamagedError, VersionError
 from checkpointing.format import (
     DTYPES,
+    PACK_BELOW,
     PAGE,
     Index,
     LogicalTensor,
@@ -27,11 +29,14 @@ from checkpointing.format import (
     encode_index,
     encode_manifest,
     lay_out,
+    num_digits,
+    panels_of,
     scalar_from_hex,
     scalar_hex,
+    stored_panels,
     tensor_bytes,
 )
-from checkpointing.geometry import Box
+from checkpointing.geometry import Box, intersect
 
 MANIFEST = Manifest(
     step=7,
@@ -139,23 +144,44 @@ def test_a_scalar_of_the_wrong_size_is_refused(text: str) -> None:
 
 
 def test_shard_header_is_plain_safetensors(tmp_path: Path) -> None:
-    tensors = {"a": LogicalTensor("BF16", (4, 32)), "b": LogicalTensor("F32", (5,)), "c": LogicalTensor("F32", (3,))}
-    boxes = [
-        ("a", Box((0, 0), (4, 16)), False),
-        ("a", Box((0, 16), (4, 16)), False),
-        ("b", Box((0,), (5,)), True),
-        ("c", Box((1,), (2,)), True),
-    ]
+    tensors = {"a": LogicalTensor("BF16", (512, 128)), "b": LogicalTensor("F32", (5,)), "c": LogicalTensor("F32", (3,))}
+    large = Box((0, 0), (512, 128))
+    boxes = [("a", large), ("b", Box((0,), (5,))), ("c", Box((1,), (2,)))]
     header, placed = lay_out(boxes, tensors, "ab" * 16)
     assert len(header) == PAGE
-    assert [(p.name, p.start) for p in placed] == [("b", 0), ("c", 20), ("a", 28), ("a", 156)]
+    assert [(p.name, p.start) for p in placed] == [("b", 0), ("c", 20), ("a", 28)]
     file = tmp_path / "shard.safetensors"
-    file.write_bytes(header + bytes(28 + 256))
+    file.write_bytes(header + bytes(28 + 512 * 128 * 2))
     with safe_open(file, "pt") as opened:
         assert opened.metadata()["save_id"] == "ab" * 16
-        assert set(opened.keys()) == {"a@0,0", "a@0,16", "@packed-F32"}
+        assert set(opened.keys()) == {"@packed-F32", *(f"a@0,{8 * n}" for n in range(16))}
         assert opened.get_tensor("@packed-F32").shape == (7,)
-        assert opened.get_tensor("a@0,16").shape == (4, 16)
+        assert opened.get_tensor("a@0,16").shape == (512, 8)
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.data())
+def test_panels_share_out_the_bytes_and_checksums_of_their_box(rows: int, columns: int, data: st.DataObject) -> None:
+    tensor = LogicalTensor("F64", (rows, columns))
+    left = data.draw(st.integers(0, columns - 1))
+    box = Box((0, left), (rows, data.draw(st.integers(1, columns - left))))
+    cut = [num_digits(panel.numel * 8) for panel in panels_of(box, tensor)]
+    stored = StoredBox("w", box, 40, "".join(format(n % 16, "x") * digits for n, digits in enumerate(cut)))
+    index = Index(MANIFEST.save_id, [stored], {})
+    manifest = replace(MANIFEST, tensors={"w": tensor})
+    decode_index(encode_index(index, ["w"]), manifest, "i")  # as strict as it is, it accepts that
+    parts = list(stored_panels(stored, tensor))
+    assert "".join(part.checksums for part in parts) == stored.checksums
+    assert [part.start for part in parts] == [40 + sum(p.box.numel * 8 for p in parts[:n]) for n in range(len(parts))]
+    assert sum(part.box.numel for part in parts) == box.numel
+    assert all(len(set(part.checksums)) == 1 for part in parts)
+    wanted = Box((0, data.draw(st.integers(0, columns - 1))), (rows, 1))
+    met = list(stored_panels(stored, tensor, wanted))
+    assert met == [part for part in parts if intersect(part.box, wanted)]
+    if box.numel * 8 >= PACK_BELOW:
+        with pytest.raises(DamagedError, match="checksums for another size"):
+            decode_index(
+                encode_index(replace(index, boxes=[replace(stored, checksums="0" * 16)]), ["w"]), manifest, "i"
+            )
 
 
 def test_checksums_follow_the_blocks() -> None:

@@ -51,13 +51,6 @@ def test_scalars_have_one_writer_and_no_box() -> None:
     assert plan.boxes == [[], [], []]
 
 
-def test_small_boxes_are_packed_and_large_ones_cut() -> None:
-    plan = plan_save([rows(whole("small", 4, 4), whole("large", 256, 256))])
-    stored = plan.shard_boxes(0)
-    assert [(name, packed) for name, _, packed in stored if name == "small"] == [("small", True)]
-    assert sum(name == "large" for name, _, _ in stored) == 16
-
-
 def test_disagreement_between_ranks_is_named() -> None:
     with pytest.raises(LayoutError, match=r"w: rank 1 holds F32 \(4,\), another rank F32 \(3,\)"):
         plan_save([rows(whole("w", 3)), rows(whole("w", 4))])
@@ -74,7 +67,7 @@ def test_a_dtype_without_a_name_is_refused() -> None:
 
 def test_reads_cover_each_piece_or_are_refused() -> None:
     def index(*boxes: Box) -> Index:
-        return Index("id", [StoredBox("w", box, 0, "") for box in boxes], {})
+        return Index("id", [StoredBox("w", box, 0, "0" * 16) for box in boxes], {})
 
     piece = Piece("w", torch.zeros(2, 4), (1, 0), (4, 4))
     reads = plan_load([piece], stored_by_name([index(Box((0, 0), (2, 4))), index(Box((2, 0), (2, 4)))]))
