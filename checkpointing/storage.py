@@ -21,6 +21,7 @@ import numpy as np
 from checkpointing.errors import DamagedError, NotFoundError
 
 SMALL_BYTES = 1024 * 1024  # smaller chunks are joined up to this
+SYNC_BYTES = 64 * 1024 * 1024  # written between one request to the disk and the next
 WRITES_BEHIND = 2  # chunks that wait to be written: bounds the memory of a save
 
 Buffer = bytes | bytearray | memoryview
@@ -160,15 +161,25 @@ def _link(draft: Path, path: Path) -> bool | None:
 
 
 def _write_behind(descriptor: int, chunks: Iterable[Buffer]) -> None:
-    """Write chunks while the next ones are prepared: copying and hashing keep one core busy, writing another."""
-    with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-write") as pool:
+    """Write chunks while the next ones are prepared, and have the disk take them meanwhile.
+
+    Copying and hashing, writing, and the disk each go on while the others do; the sync at the end finds little left.
+    """
+    with ThreadPoolExecutor(1, "checkpoint-write") as writer, ThreadPoolExecutor(1, "checkpoint-sync") as syncer:
         pending: deque[Future[None]] = deque()
+        syncing: Future[None] | None = None
+        unsynced = 0
         for chunk in _joined(chunks):
-            pending.append(pool.submit(_write_all, descriptor, chunk))
+            pending.append(writer.submit(_write_all, descriptor, chunk))
+            unsynced += memoryview(chunk).nbytes
             if len(pending) > WRITES_BEHIND:
                 pending.popleft().result()
+            if unsynced >= SYNC_BYTES and (syncing is None or syncing.done()):
+                syncing, unsynced = syncer.submit(os.fdatasync, descriptor), 0
         while pending:
             pending.popleft().result()
+        if syncing is not None:
+            syncing.result()
 
 
 def _joined(chunks: Iterable[Buffer]) -> Iterator[Buffer]:

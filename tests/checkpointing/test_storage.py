@@ -178,3 +178,31 @@ def test_a_write_that_fails_stops_the_put(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="No space"):
         FileStorage(tmp_path).put("x", chunks())
     assert len(made) < 10  # and nothing more is prepared
+
+
+def test_large_objects_are_written_in_order_and_synced_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    fdatasync = os.fdatasync
+
+    def syncing(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_size)
+        fdatasync(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", syncing)
+    monkeypatch.setattr(storage_module, "SYNC_BYTES", 4 * SMALL_BYTES)
+    chunks = [os.urandom(SMALL_BYTES) for _ in range(40)]
+    FileStorage(tmp_path).put("x", chunks)
+    assert (tmp_path / "x").read_bytes() == b"".join(chunks)
+    assert synced and min(synced) < 40 * SMALL_BYTES
+
+
+def test_a_disk_that_cannot_take_it_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", failing)
+    monkeypatch.setattr(storage_module, "SYNC_BYTES", 1)
+    with pytest.raises(OSError, match="Input/output error"):
+        FileStorage(tmp_path).put("x", [bytes(SMALL_BYTES)] * 5)
