@@ -1,6 +1,6 @@
 """Saving and loading sharded Adam state, against torch's distributed checkpoint (DCP) and against raw files.
 
-    python -m benchmarks.checkpoint [--json] [--megabytes N] [--rounds N]
+    python -m benchmarks.checkpoint [--json] [--megabytes N] [--rounds N] [--ranks N [N ...]]
 
 Both sides hold the same DTensors, save and load them in turn on the same processes, fsync what they write, and are
 asserted to end with every bit in its place. Processes are started before anything is timed; a round's time is that of
@@ -243,10 +243,11 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--megabytes", type=int, default=FULL_MEGABYTES, help=f"of state (default {FULL_MEGABYTES})")
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement, after one to warm up (default 5)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 8], help="numbers of processes (default 2 8)")
     arguments = parser.parse_args()
     if arguments.rounds < 2 or arguments.megabytes < 1:
         parser.error("quartiles need --rounds 2 at least, and a state --megabytes 1")
-    rows = [row for size in (2, 8) for row in run(size, arguments.megabytes, arguments.rounds)]
+    rows = [row for size in arguments.ranks for row in run(size, arguments.megabytes, arguments.rounds)]
     return finish("checkpoint", rows, as_json=arguments.json)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -113,6 +114,36 @@ def check_tiling(name: str, boxes: Sequence[Box], shape: Shape) -> None:
     covered = sum(b.numel for b in ordered)
     if covered != prod(shape):
         raise LayoutError(f"{name}: {prod(shape) - covered} of {prod(shape)} elements are held by no rank")
+
+
+def find_hole(boxes: Iterable[Box], shape: Shape) -> Box | None:
+    """A part of a tensor that none of the boxes holds, or None. They may overlap."""
+    distinct = {box for box in boxes if box.numel}
+    if 0 in shape or Box((0,) * len(shape), shape) in distinct:
+        return None
+    return _hole(distinct, shape, ())
+
+
+def _hole(boxes: Collection[Box], shape: Shape, strip: tuple[tuple[int, int], ...]) -> Box | None:
+    """A hole in a strip of the leading dimensions that all the boxes span, by strips of the next dimension.
+
+    Boxes come and go from one strip to the next, so that each is looked at once where they lie side by side.
+    """
+    dim = len(strip)
+    if dim == len(shape):
+        hole = Box(tuple(start for start, _ in strip), tuple(stop - start for start, stop in strip))
+        return None if boxes else hole
+    starting, ending = defaultdict(list), defaultdict(list)
+    for box in boxes:
+        starting[box.offset[dim]].append(box)
+        ending[box.offset[dim] + box.size[dim]].append(box)
+    spanning: set[Box] = set()
+    for left, right in pairwise(sorted({0, shape[dim], *starting, *ending})):
+        spanning.difference_update(ending[left])
+        spanning.update(starting[left])
+        if (found := _hole(spanning, shape, (*strip, (left, right)))) is not None:
+            return found
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from math import prod
 
 from checkpointing.errors import LayoutError, MismatchError, first_few
 from checkpointing.format import DTYPE_NAMES, Index, LogicalTensor, StoredBox, stored_panels
-from checkpointing.geometry import Box, Piece, check_tiling, intersect
+from checkpointing.geometry import Box, Piece, check_tiling, find_hole, intersect
 
 Row = tuple[str, str, list[int], list[int], list[int]]  # name, dtype, global shape, offset, size
 
@@ -122,7 +122,7 @@ def plan_load(pieces: Iterable[Piece], stored_boxes: Stored) -> list[Read]:
     return reads
 
 
-CHUNK_BYTES = 32 * 1024 * 1024  # of a stored box, read at a time: bounds the memory of a load
+CHUNK_BYTES = 16 * 1024 * 1024  # of a stored box, read at a time: bounds the memory of a load
 SHORT_BYTES = 64 * 1024  # rows shorter than this are read whole rather than in parts
 
 
@@ -163,6 +163,26 @@ def position_in(stored: Box, window: Box) -> int:
     for at, origin, size in zip(window.offset, stored.offset, stored.size, strict=True):
         index = index * size + at - origin
     return index
+
+
+def check_nothing_left(layouts: Sequence[Sequence[Row]], stored: dict[str, LogicalTensor]) -> None:
+    """Raise `MismatchError` if all ranks together do not ask for everything that is stored."""
+    asked: dict[str, list[Box]] = defaultdict(list)
+    for rows in layouts:
+        for name, _, _, offset, size in rows:
+            asked[name].append(Box(tuple(offset), tuple(size)))
+    if left_over := sorted(stored.keys() - asked.keys()):
+        raise MismatchError(
+            f"the checkpoint holds {len(left_over)} tensors that nothing asks for: {first_few(left_over)}; "
+            "pass `only` to load less than everything"
+        )
+    holes = [(name, hole) for name, boxes in asked.items() if (hole := find_hole(boxes, stored[name].shape))]
+    if holes:
+        parts = [f"{name} at {hole.offset} of size {hole.size}" for name, hole in holes]
+        raise MismatchError(
+            f"the checkpoint holds parts of {len(holes)} tensors that nothing asks for: {first_few(parts)}; "
+            "pass `only` to load less than everything"
+        )
 
 
 def check_complete(pieces: Sequence[Piece], stored: dict[str, LogicalTensor]) -> None:

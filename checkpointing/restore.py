@@ -16,7 +16,7 @@ from checkpointing.errors import DamagedError, MismatchError, NotFoundError, Ver
 from checkpointing.format import scalar_from_hex
 from checkpointing.generations import candidates, read_manifest, scan
 from checkpointing.geometry import Piece
-from checkpointing.plan import check_complete, plan_load
+from checkpointing.plan import check_complete, check_nothing_left, layout_rows, plan_load
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import Storage
 
@@ -36,9 +36,9 @@ def load(
 
     With neither `step` nor `generation` (a name) the newest sound generation is loaded: damage is logged as a
     warning and the next older one taken, by all ranks together. With one of them, damage raises `DamagedError`.
-    `MismatchError` if a piece is not in the generation, or a stored tensor is in no rank's pieces; `only` (prefixes
-    of names) loads less: other pieces stay as they are. `VersionError` if a newer release wrote what would be chosen.
-    After an error the pieces' tensors must not be used.
+    `MismatchError` if a piece is not in the generation, or an element of a stored tensor in no rank's pieces; `only`
+    (prefixes of names) loads less, and other pieces stay as they are. `VersionError` if a newer release wrote what
+    would be chosen. After an error the pieces' tensors must not be used.
     """
     team, storage = as_team(group), as_storage(directory)
     tried: dict[str, str] = {}  # in vain, and why
@@ -100,24 +100,19 @@ def _load_one(
     reader: GenerationReader | None = None
     pieces = [p for p in pieces if only is None or p.name.startswith(tuple(only))]
 
-    def open_and_check() -> list[str]:
+    def open_and_check() -> list[Any]:
         nonlocal reader
         reader = GenerationReader(storage, read_manifest(storage, name))
         stored = reader.manifest.tensors
         _check_prefixes(only, [*stored, *(p.name for p in pieces)])
         check_complete(pieces, stored)
-        asked = {p.name for p in pieces}
-        return [n for n in stored if n not in asked and (only is None or n.startswith(tuple(only)))]
+        return layout_rows(pieces) if only is None else []
 
-    unclaimed_by_rank = team.together(open_and_check)
-    left_over = sorted(set(unclaimed_by_rank[0]).intersection(*unclaimed_by_rank[1:]))
-    if left_over:
-        raise MismatchError(
-            f"the checkpoint holds {len(left_over)} tensors that nothing asks for: {first_few(left_over)}; "
-            "pass `only` to load less than everything"
-        )
+    layouts = team.together(open_and_check)
     assert reader is not None
     opened = reader
+    if only is None:
+        check_nothing_left(layouts, opened.manifest.tensors)
     team.together(lambda: _fill(opened, pieces))
     return dict(opened.objects)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpointing import LayoutError
-from checkpointing.geometry import COLUMN_GRID, Box, Piece, check_tiling, intersect, panels
+from checkpointing.geometry import COLUMN_GRID, Box, Piece, check_tiling, find_hole, intersect, panels
 
 shapes = st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple)
 
@@ -142,3 +142,38 @@ def test_what_is_no_flat_range_is_refused() -> None:
     for tensor, start in ((torch.zeros(2, 2), 0), (torch.zeros(2), -1)):
         with pytest.raises(LayoutError, match="a flat range is one-dimensional"):
             Piece.flat("w", tensor, start, (4,))
+
+
+@st.composite
+def some_boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=0, max_size=3)))
+    boxes = []
+    for _ in range(draw(st.integers(0, 7))):
+        offset = tuple(draw(st.integers(0, n - 1)) for n in shape)
+        boxes.append(Box(offset, tuple(draw(st.integers(0, n - o)) for n, o in zip(shape, offset, strict=True))))
+    return shape, boxes
+
+
+@given(some_boxes())
+def test_a_hole_is_found_where_there_is_one(case: tuple[tuple[int, ...], list[Box]]) -> None:
+    shape, boxes = case
+    held = np.zeros(shape, dtype=bool)
+    for box in boxes:
+        held[box.slices((0,) * len(shape))] = True
+    hole = find_hole(boxes, shape)
+    assert (hole is None) == held.all()
+    if hole is not None:
+        assert hole.numel and not held[hole.slices((0,) * len(shape))].any()
+
+
+def test_many_shards_side_by_side_are_looked_at_once_each() -> None:
+    for dim in (0, 1):
+        boxes = [
+            Box(tuple(r if d == dim else 0 for d in (0, 1)), tuple(1 if d == dim else 9 for d in (0, 1)))
+            for r in range(20000)
+        ]
+        shape = tuple(20000 if d == dim else 9 for d in (0, 1))
+        assert find_hole(boxes, shape) is None
+        lost = find_hole(boxes[:777] + boxes[778:], shape)
+        assert lost == boxes[777]
+    assert find_hole([], (0, 4)) is None

@@ -239,3 +239,17 @@ def test_prefixes_that_mean_nothing_are_refused(tmp_path: Path) -> None:
         load(tmp_path, pieces(0.0), only=["modle/"])
     with pytest.raises(MismatchError, match="is one string; give a list"):
         load(tmp_path, pieces(0.0), only="model/")
+
+
+def test_a_part_that_no_rank_asks_for_is_left_over(tmp_path: Path) -> None:
+    save(tmp_path, 1, pieces(1.0, "model/a"))
+
+    def part(start: int, stop: int) -> Piece:
+        return Piece("model/a", torch.zeros(stop - start, 500), (start, 0), (40, 500))
+
+    with pytest.raises(MismatchError, match=r"parts of 1 tensors .* model/a at \(30, 0\) of size \(10, 500\); pass"):
+        load(tmp_path, [part(0, 30)])
+    load(tmp_path, [part(0, 30)], only=["model/"])
+    overlapping = [[part(0, 30)], [part(20, 40)]]
+    all_of(on_ranks(2, lambda team: load(tmp_path, overlapping[team.rank], group=team)))
+    assert all(values(t) == [1.0] for t in overlapping)
