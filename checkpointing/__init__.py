@@ -21,11 +21,13 @@ from checkpointing.errors import (
 from checkpointing.geometry import Box, Piece
 from checkpointing.layouts import describe, materialize, pieces_of
 from checkpointing.restore import load
+from checkpointing.retention import Keep, prune
 
 __all__ = [
     "Box",
     "CheckpointError",
     "DamagedError",
+    "Keep",
     "LayoutError",
     "LeaseHeldError",
     "MismatchError",
@@ -37,5 +39,6 @@ __all__ = [
     "load",
     "materialize",
     "pieces_of",
+    "prune",
     "save",
 ]

@@ -10,12 +10,13 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 import torch.distributed as dist
 
 from checkpointing.collective import Team, as_team
-from checkpointing.errors import CheckpointError, LayoutError
+from checkpointing.errors import CheckpointError, LayoutError, first_few
 from checkpointing.format import (
     COMMIT,
     MANIFEST,
@@ -43,6 +44,7 @@ def save(
     *,
     run_id: str = "",
     incarnation: int | None = None,
+    metrics: dict[str, float] | None = None,
     guard: Callable[[], None] | None = None,
 ) -> str:
     """Save the pieces of all ranks as a new generation, and return its name. Collective; synchronous.
@@ -50,10 +52,11 @@ def save(
     `objects` are JSON values, rank 0's are kept. The generation is durable when this returns. If any rank fails,
     all raise with its reason and the previous generation stays the newest. `incarnation` counts the run's resumes:
     the newest generation is the greatest by (incarnation, step), and of one step the one saved last; by default it is
-    that of the newest generation there. `guard` is called on rank 0 right before the commit, and stops it by raising.
+    that of the newest generation there. `metrics` are finite numbers, rank 0's, for retention to choose by. `guard` is
+    called on rank 0 right before the commit, and stops it by raising.
     """
     team, storage = as_team(group), as_storage(directory)
-    described = team.together(lambda: _describe(step, pieces, objects or {}))
+    described = team.together(lambda: _describe(step, pieces, objects or {}, metrics or {}))
     if others := [rank for rank, (theirs, _) in enumerate(described) if theirs != described[0][0]]:
         raise LayoutError(f"rank {others[0]} saves step {described[others[0]][0]}, rank 0 step {described[0][0]}")
     plan = plan_save([rows for _, rows in described])
@@ -73,6 +76,7 @@ def save(
             created=time.time(),
             world_size=team.size,
             versions=_versions(),
+            metrics=metrics or {},
             writers=writers,
             tensors=plan.tensors,
             **asdict(start),
@@ -102,10 +106,14 @@ class _Start:
     serial: int
 
 
-def _describe(step: int, pieces: Sequence[Piece], objects: dict[str, Any]) -> tuple[int, list[Any]]:
+def _describe(
+    step: int, pieces: Sequence[Piece], objects: dict[str, Any], metrics: dict[str, float]
+) -> tuple[int, list[Any]]:
     """This rank's layout for the others; what it cannot store is refused before anything is written."""
     if step < 0:
         raise LayoutError(f"step {step} cannot be saved: steps are counted from 0")
+    if bad := [name for name, value in metrics.items() if not isfinite(value)]:
+        raise LayoutError(f"metrics must be finite numbers, and these are not: {first_few(bad)}")
     try:
         same = json.loads(json.dumps(objects, allow_nan=False)) == objects
     except (TypeError, ValueError) as error:

@@ -139,6 +139,7 @@ class Manifest:
     created: float  # seconds since the epoch
     world_size: int
     versions: dict[str, str]
+    metrics: dict[str, float]  # of that step, to tell the best generations by
     writers: list[Writer]
     tensors: dict[str, LogicalTensor]
 
@@ -296,6 +297,7 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
             created=float(raw["created"]),
             world_size=int(raw["world_size"]),
             versions={str(k): str(v) for k, v in raw["versions"].items()},
+            metrics={str(k): _finite_number(v) for k, v in raw["metrics"].items()},
             writers=[
                 Writer(int(w["rank"]), int(w["shard_bytes"]), int(w["index_bytes"]), str(w["header"]), str(w["index"]))
                 for w in raw["writers"]
@@ -330,6 +332,12 @@ def _load(data: bytes, source: str) -> dict[str, Any]:
             "read it with the release that wrote it, or a newer one"
         )
     return raw
+
+
+def _finite_number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise ValueError(f"{value!r} is not a finite number")
+    return float(value)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

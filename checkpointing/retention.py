@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
-from checkpointing.format import COMMIT
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from checkpointing.format import COMMIT, Manifest
 from checkpointing.generations import Generation, scan
 from checkpointing.storage import Storage
 
 
-def prune(storage: Storage, keep: int) -> list[str]:
-    """Delete sound generations but the newest `keep`; returns the names deleted. For one process at a time.
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """What stays: the union of these. The newest sound generation always does."""
 
-    Abandoned generations go first, whatever their number; damaged ones do not count, and stay for a person to look at.
-    The newest sound generation is never deleted.
+    last: int = 2  # so many of the newest
+    every: int = 0  # those whose step is a multiple of it, for ever; 0: none
+    best: int = 0  # so many of the best by `metric`; of those without it none
+    metric: str = "eval_loss"
+    largest: bool = False  # whether a larger metric is better
+
+    def __post_init__(self) -> None:
+        if self.last < 1 or self.every < 0 or self.best < 0:
+            raise ValueError(f"{self}: the newest generation always stays, so last is 1 or more; the others 0 or more")
+
+    def chosen(self, current: Sequence[Generation]) -> set[str]:
+        """The names of those that stay, of sound generations given newest first."""
+        kept = {g.name for g in current[: self.last]}
+        if self.every:
+            kept |= {g.name for g in current if g.step % self.every == 0}
+        sign = -1 if self.largest else 1
+        scored = [
+            (sign * g.manifest.metrics[self.metric], g) for g in current if g.manifest and self._scores(g.manifest)
+        ]
+        # Of equal ones the newer: Python's sort keeps their order.
+        return kept | {g.name for _, g in sorted(scored, key=lambda s: s[0])[: self.best]}
+
+    def _scores(self, manifest: Manifest) -> bool:
+        return self.metric in manifest.metrics
+
+
+def prune(storage: Storage, keep: Keep) -> list[str]:
+    """Delete sound generations but those that stay; returns the names deleted. For one process at a time.
+
+    Abandoned generations go once `keep.last` others are there; damaged ones do not count, and stay for a person to look
+    at.
     """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, and {keep} was given: the newest generation always stays")
     sound = [g for g in scan(storage) if g.sound]
     current = [g for g in sound if not g.abandoned]
-    doomed = current[keep:] + ([g for g in sound if g.abandoned] if len(current) >= keep else [])
+    kept = keep.chosen(current)
+    doomed = [g for g in current if g.name not in kept]
+    doomed += [g for g in sound if g.abandoned] if len(current) >= keep.last else []
     for generation in doomed:
         _delete(storage, generation)
     return [g.name for g in doomed]

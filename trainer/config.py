@@ -181,6 +181,8 @@ class Checkpoint:
     dir: str = "${run.dir}/checkpoints"
     every: int = option(100, low=0)  # steps; 0: only after the last
     keep: int = option(2, low=1)  # newest generations that stay
+    keep_every: int = option(0, low=0)  # and those of every so many steps, for ever; 0: none
+    keep_best: int = option(0, low=0)  # and so many of the lowest held-out loss, of those saved where it was evaluated
 
 
 class Tracker(Enum):

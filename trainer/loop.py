@@ -49,7 +49,10 @@ def train(
         if len(held_out) and due(step, config.eval.every, last):
             row["eval_loss"] = evaluate(engine, feed.evenly(held_out, config.eval.samples))
         tracker.step(row)
-        blocked_s = saver.save(done.step, done.tokens) if due(step, config.checkpoint.every, last) else 0.0
+        blocked_s = 0.0
+        if due(step, config.checkpoint.every, last):
+            losses: dict[str, float] = {key: row[key] for key in ("loss", "eval_loss") if key in row}
+            blocked_s = saver.save(done.step, done.tokens, losses)
 
 
 def train_step(config: Config, engine: TrainingEngine, feed: Feed, step: int) -> dict[str, Any]:

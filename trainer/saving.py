@@ -11,7 +11,7 @@ from typing import Any
 from checkpointing import CheckpointError, LeaseHeldError, save
 from checkpointing.collective import Team
 from checkpointing.lease import Lease
-from checkpointing.retention import prune
+from checkpointing.retention import Keep, prune
 from checkpointing.storage import FileStorage
 from trainer.config import Config, as_json
 from trainer.errors import TrainingFailed
@@ -34,7 +34,7 @@ class Saver:
     architecture: str  # of the model
     lease: Lease | None
 
-    def save(self, step: int, tokens: int) -> float:
+    def save(self, step: int, tokens: int, metrics: dict[str, float]) -> float:
         """Save and commit step `step`; returns the seconds that training waited for it. Collective."""
         began = time.perf_counter()
         try:
@@ -46,6 +46,7 @@ class Saver:
                 {"trainer": self._state(step, tokens)},
                 run_id=self.run_id,
                 incarnation=self.incarnation,
+                metrics=metrics,
                 guard=self.lease.check if self.lease is not None else None,
             )
         except LeaseHeldError:
@@ -70,7 +71,8 @@ class Saver:
     def _prune(self) -> None:
         """On rank 0. Space that cannot be freed is worth a warning, not the run."""
         try:
-            prune(FileStorage(self.config.checkpoint.dir), self.config.checkpoint.keep)
+            options = self.config.checkpoint
+            prune(FileStorage(options.dir), Keep(options.keep, options.keep_every, options.keep_best))
         except OSError as error:
             logger.warning("old generations in %s cannot be deleted: %s", self.config.checkpoint.dir, error)
 

@@ -137,6 +137,8 @@ def test_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path: P
     for bad in ({"x": {1, 2}}, {"x": float("inf")}, {"x": torch.ones(1)}, {"x": {1: 2}}, {"x": (1, 2)}):
         with pytest.raises(LayoutError, match=r"objects must be plain (finite )?JSON values"):
             save(tmp_path, 1, one_piece(), bad)  # type: ignore[arg-type]
+    with pytest.raises(LayoutError, match="metrics must be finite numbers, and these are not: loss"):
+        save(tmp_path, 1, one_piece(), metrics={"loss": float("nan"), "fine": 1.0})
     with pytest.raises(LayoutError, match="step -1 cannot be saved"):
         save(tmp_path, -1, one_piece())
     assert list(tmp_path.iterdir()) == []

@@ -48,6 +48,7 @@ MANIFEST = Manifest(
     created=1.5,
     world_size=2,
     versions={"torch": "2"},
+    metrics={"loss": 0.5},
     writers=[Writer(0, 4096, 77, "aa", "bb")],
     tensors={"s": LogicalTensor("F32", ()), "w": LogicalTensor("F32", (4, 8))},
 )
@@ -194,3 +195,10 @@ def test_checksums_follow_the_blocks() -> None:
         i for i in range(3) if sums[16 * i : 16 * i + 16] != checksums(memoryview(changed), PAGE)[16 * i :][:16]
     ]
     assert differing == [1]
+
+
+@pytest.mark.parametrize("value", ['"1"', "null", "true", "[1]"])
+def test_metrics_that_are_no_numbers_are_refused(value: str) -> None:
+    text = encode_manifest(MANIFEST).replace(b'"loss":0.5', f'"loss":{value}'.encode())
+    with pytest.raises(DamagedError, match="is not a finite number"):
+        decode_manifest(text, "m")

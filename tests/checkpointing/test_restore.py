@@ -13,7 +13,7 @@ import torch
 from checkpointing import DamagedError, MismatchError, NotFoundError, Piece, VersionError, load, restore, save
 from checkpointing.format import digest
 from checkpointing.generations import abandon, scan
-from checkpointing.retention import prune
+from checkpointing.retention import Keep, prune
 from checkpointing.storage import FileStorage
 from tests.threads import ThreadTeam, all_of, on_ranks
 
@@ -224,7 +224,7 @@ def test_a_run_that_goes_on_while_it_is_read_does_not_look_damaged(
     def overtaken(storage: FileStorage, name: str) -> object:
         monkeypatch.setattr(restore, "read_manifest", read)
         save(tmp_path, 2, pieces(2.0))
-        prune(FileStorage(tmp_path), 1)
+        prune(FileStorage(tmp_path), Keep(1))
         return read(storage, name)
 
     monkeypatch.setattr(restore, "read_manifest", overtaken)

@@ -9,7 +9,7 @@ import torch
 
 from checkpointing import Piece, load, save
 from checkpointing.generations import abandon, scan
-from checkpointing.retention import clear_leftovers, prune
+from checkpointing.retention import Keep, clear_leftovers, prune
 from checkpointing.storage import FileStorage
 
 PIECES = [Piece("model/w", torch.ones(4), (0,), (4,))]
@@ -22,18 +22,18 @@ def steps(directory: Path) -> list[int]:
 def test_the_newest_stay(tmp_path: Path) -> None:
     for step in range(1, 6):
         save(tmp_path, step, PIECES)
-    assert len(prune(FileStorage(tmp_path), 2)) == 3
+    assert len(prune(FileStorage(tmp_path), Keep(2))) == 3
     assert steps(tmp_path) == [5, 4]
-    assert prune(FileStorage(tmp_path), 2) == []
-    prune(FileStorage(tmp_path), 1)
+    assert prune(FileStorage(tmp_path), Keep(2)) == []
+    prune(FileStorage(tmp_path), Keep(1))
     assert steps(tmp_path) == [5]
     load(tmp_path, PIECES)
 
 
 def test_keeping_none_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 1, PIECES)
-    with pytest.raises(ValueError, match="at least 1"):
-        prune(FileStorage(tmp_path), 0)
+    with pytest.raises(ValueError, match="last is 1 or more"):
+        prune(FileStorage(tmp_path), Keep(0))
     assert steps(tmp_path) == [1]
 
 
@@ -42,10 +42,10 @@ def test_abandoned_ones_go_once_enough_others_exist(tmp_path: Path) -> None:
     save(tmp_path, 9, PIECES)
     abandon(storage, scan(storage))
     save(tmp_path, 5, PIECES, incarnation=1)
-    prune(storage, 2)
+    prune(storage, Keep(2))
     assert steps(tmp_path) == [5, 9]
     save(tmp_path, 6, PIECES, incarnation=1)
-    prune(storage, 2)
+    prune(storage, Keep(2))
     assert steps(tmp_path) == [6, 5]
 
 
@@ -70,7 +70,7 @@ def test_a_deletion_cut_short_leaves_no_generation(tmp_path: Path) -> None:
     for step in (1, 2):
         save(tmp_path, step, PIECES)
     with pytest.raises(KeyboardInterrupt):
-        prune(Dying(tmp_path), 1)
+        prune(Dying(tmp_path), Keep(1))
     assert [(g.step, g.committed) for g in scan(FileStorage(tmp_path))] == [(2, True), (1, False)]
 
 
@@ -79,7 +79,37 @@ def test_only_what_is_complete_counts(tmp_path: Path) -> None:
         save(tmp_path, step, PIECES)
     for step in (2, 3):
         next(tmp_path.glob(f"step-{step:08d}-*/shard-*")).unlink()
-    assert prune(FileStorage(tmp_path), 2) == prune(FileStorage(tmp_path), 1) == []
+    assert prune(FileStorage(tmp_path), Keep(2)) == prune(FileStorage(tmp_path), Keep(1)) == []
     load(tmp_path, PIECES)
     save(tmp_path, 4, PIECES)
-    assert [name[:13] for name in prune(FileStorage(tmp_path), 1)] == ["step-00000001"]
+    assert [name[:13] for name in prune(FileStorage(tmp_path), Keep(1))] == ["step-00000001"]
+
+
+def test_every_kth_and_the_best_stay_as_well(tmp_path: Path) -> None:
+    losses = {1: 5.0, 2: 1.0, 3: None, 4: 2.0, 5: 2.0, 6: 9.0, 7: 8.0}
+    for step, loss in losses.items():
+        save(tmp_path, step, PIECES, metrics={} if loss is None else {"eval_loss": loss})
+    kept = {
+        Keep(1): {7},
+        Keep(2, every=3): {7, 6, 3},
+        Keep(1, best=1): {7, 2},
+        Keep(1, best=2): {7, 2, 5},  # of equal ones the newer
+        Keep(1, best=2, largest=True): {7, 6},
+        Keep(1, best=3, metric="other"): {7},
+        Keep(1, every=4, best=1): {7, 4, 2},
+    }
+    current = scan(FileStorage(tmp_path))
+    for keep, expected in kept.items():
+        assert {g.step for g in current if g.name in keep.chosen(current)} == expected, keep
+    prune(FileStorage(tmp_path), Keep(1, every=4, best=1))
+    assert sorted(steps(tmp_path)) == [2, 4, 7]
+    # As the run goes on they stay, until something better comes.
+    save(tmp_path, 8, PIECES, metrics={"eval_loss": 0.5})
+    prune(FileStorage(tmp_path), Keep(1, every=4, best=1))
+    assert sorted(steps(tmp_path)) == [4, 8]
+
+
+@pytest.mark.parametrize("bad", [{"last": 0}, {"every": -1}, {"best": -1}])
+def test_what_keeps_nothing_is_refused(bad: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="the newest generation always stays"):
+        Keep(**bad)

@@ -56,7 +56,8 @@ class Sinks:
         self.told.append(("row", row["step"]))
         self.rows.append(row)
 
-    def save(self, step: int, tokens: int) -> float:
+    def save(self, step: int, tokens: int, metrics: dict[str, float]) -> float:
+        assert metrics == {key: self.rows[-1][key] for key in ("loss", "eval_loss") if key in self.rows[-1]}
         self.told.append(("save", step))
         assert tokens == self.rows[-1]["tokens"]
         return 0.25

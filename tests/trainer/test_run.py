@@ -327,3 +327,12 @@ def test_a_model_that_cannot_write_is_worth_a_warning_and_not_the_run(
     go(tmp_path, "eval.generate_tokens=3")
     assert "no text can be sampled from this model: NotImplementedError: no cache" in caplog.text
     assert events(tmp_path)[-1] == ("finish", 12)
+
+
+def test_what_stays_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest, every eighth, and the one with the lowest held-out loss of those saved where it was evaluated."""
+    losses = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr("trainer.loop.evaluate", lambda engine, share: next(losses))
+    options = ["checkpoint.every=2", "eval.every=4", "checkpoint.keep=1", "checkpoint.keep_every=8"]
+    go(tmp_path, *options, "checkpoint.keep_best=1")
+    assert {g.step for g in scan(FileStorage(tmp_path / "checkpoints"))} == {12, 8, 4}
