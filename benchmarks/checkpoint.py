@@ -34,10 +34,14 @@ from torch.multiprocessing.spawn import spawn
 
 from benchmarks.report import Row, absolute, compared, cores, finish
 from checkpointing import Piece, load, pieces_of, save
+from checkpointing.collective import Team
 from checkpointing.format import tensor_bytes
+from checkpointing.plan import layout_rows
+from checkpointing.planner import agree_on_plan
 
 SIDE = 2048  # of the square matrices: 16.8 MB each in fp32
 FULL_MEGABYTES = 1300
+SMALL_TENSORS = 5000
 Series = dict[str, list[float]]
 
 
@@ -152,6 +156,20 @@ def rotated(names: list[str], by: int) -> list[str]:
     return names[by % len(names) :] + names[: by % len(names)]
 
 
+def measure_planning(count: int = SMALL_TENSORS) -> dict[str, float]:
+    """Seconds to agree on a plan for many small tensors, the first time and again; `describe` apart."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    local = torch.zeros(64 // dist.get_world_size(), 32)
+    pieces = [p for n in range(count) for p in pieces_of(f"model/{n}", DTensor.from_local(local, mesh, [Shard(0)]))]
+    team = Team()
+    cold = timed(lambda: void(agree_on_plan(team, layout_rows(pieces))))
+    return {"cold": cold, "cached": timed(lambda: void(agree_on_plan(team, layout_rows(pieces))))}
+
+
+def void(_: object) -> None:
+    pass
+
+
 @contextmanager
 def counted_reads() -> Iterator[list[int]]:
     """How many bytes each read call of this process asks for."""
@@ -183,6 +201,7 @@ def work(rank: int, size: int, port: int, directory: str, megabytes: int, rounds
     found["across"] = measure_loads(reference, target, top, rounds)
     with counted_reads() as asked:
         load_ours(target, top / "ours")
+    found["planning"] = measure_planning()
     both = torch.tensor([sum(asked), target.local_bytes], dtype=torch.float64)
     dist.all_reduce(both)
     found["read_factor"] = float(both[0] / both[1])
@@ -226,6 +245,17 @@ def run(size: int, megabytes: int, rounds: int) -> list[Row]:
             found["read_factor"],
             better="lower",
             bar=1.05,
+        ),
+        *(
+            absolute(
+                f"planning {SMALL_TENSORS:,} small tensors, {size} ranks, {when}",
+                "s",
+                found["planning"][when],
+                better="lower",
+                bar=bar,
+                full=full,
+            )
+            for when, bar in (("cold", 1.5), ("cached", 0.05))
         ),
     ]
 

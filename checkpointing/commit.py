@@ -28,9 +28,10 @@ from checkpointing.format import (
     index_name,
     shard_name,
 )
-from checkpointing.generations import check_files, newest, scan
+from checkpointing.generations import check_files, scan
 from checkpointing.geometry import Piece
-from checkpointing.plan import layout_rows, plan_save
+from checkpointing.plan import Row, layout_rows
+from checkpointing.planner import agree_on_plan
 from checkpointing.storage import FileStorage, Storage
 from checkpointing.writer import write_shard
 
@@ -56,10 +57,17 @@ def save(
     called on rank 0 right before the commit, and stops it by raising.
     """
     team, storage = as_team(group), as_storage(directory)
-    described = team.together(lambda: _describe(step, pieces, objects or {}, metrics or {}))
-    if others := [rank for rank, (theirs, _) in enumerate(described) if theirs != described[0][0]]:
-        raise LayoutError(f"rank {others[0]} saves step {described[others[0]][0]}, rank 0 step {described[0][0]}")
-    plan = plan_save([rows for _, rows in described])
+    rows: list[Row] = []
+
+    def describe() -> int:
+        nonlocal rows
+        rows = _describe(step, pieces, objects or {}, metrics or {})
+        return step
+
+    steps = team.together(describe)
+    if others := [rank for rank, other in enumerate(steps) if other != steps[0]]:
+        raise LayoutError(f"rank {others[0]} saves step {steps[others[0]]}, rank 0 step {steps[0]}")
+    plan = agree_on_plan(team, rows)
     begun = team.together(lambda: asdict(_begin(storage, incarnation)) if team.rank == 0 else None)[0]
     start = _Start(**begun)
     name = generation_name(step, start.save_id)
@@ -106,10 +114,8 @@ class _Start:
     serial: int
 
 
-def _describe(
-    step: int, pieces: Sequence[Piece], objects: dict[str, Any], metrics: dict[str, float]
-) -> tuple[int, list[Any]]:
-    """This rank's layout for the others; what it cannot store is refused before anything is written."""
+def _describe(step: int, pieces: Sequence[Piece], objects: dict[str, Any], metrics: dict[str, float]) -> list[Row]:
+    """This rank's layout; what it cannot store is refused before anything is written."""
     if step < 0:
         raise LayoutError(f"step {step} cannot be saved: steps are counted from 0")
     if bad := [name for name, value in metrics.items() if not isfinite(value)]:
@@ -120,16 +126,15 @@ def _describe(
         raise LayoutError(f"objects must be plain finite JSON values: {error}") from None
     if not same:
         raise LayoutError("objects must be plain JSON values: tuples and keys that are no strings come back changed")
-    return step, layout_rows(pieces)
+    return layout_rows(pieces)
 
 
 def _begin(storage: Storage, incarnation: int | None) -> _Start:
-    known = [g.manifest for g in scan(storage) if g.manifest]
-    last = newest(storage)
-    parent = last.manifest if last else None
+    found = scan(storage)
+    parent = next((g.manifest for g in found if g.sound and not g.abandoned), None)
     if incarnation is None:
         incarnation = parent.incarnation if parent else 0
-    serial = 1 + max((manifest.serial for manifest in known), default=0)
+    serial = 1 + max((g.manifest.serial for g in found if g.manifest), default=0)
     return _Start(secrets.token_hex(16), parent.save_id if parent else "", incarnation, serial)
 
 

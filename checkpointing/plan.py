@@ -27,12 +27,24 @@ def layout_rows(pieces: Sequence[Piece]) -> list[Row]:
 
 
 @dataclass(frozen=True, slots=True)
+class RankPlan:
+    """The logical tensors in order of names, and the boxes and scalars that one rank writes."""
+
+    tensors: dict[str, LogicalTensor]
+    boxes: list[tuple[str, Box]]
+    scalars: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class SavePlan:
-    """The logical tensors by name, and for every rank the boxes and the scalars that it writes."""
+    """The same for all ranks."""
 
     tensors: dict[str, LogicalTensor]
     boxes: list[list[tuple[str, Box]]]
     scalars: list[list[str]]
+
+    def of(self, rank: int) -> RankPlan:
+        return RankPlan(self.tensors, self.boxes[rank], self.scalars[rank])
 
 
 def plan_save(layouts: Sequence[Sequence[Row]]) -> SavePlan:
@@ -44,10 +56,12 @@ def plan_save(layouts: Sequence[Sequence[Row]]) -> SavePlan:
     holders: dict[str, dict[Box, list[int]]] = defaultdict(lambda: defaultdict(list))
     for rank, rows in enumerate(layouts):
         for name, dtype, shape, offset, size in rows:
-            tensor = LogicalTensor(dtype, tuple(shape))
-            if (known := tensors.setdefault(name, tensor)) != tensor:
+            whole = tuple(shape)
+            if (known := tensors.get(name)) is None:
+                known = tensors[name] = LogicalTensor(dtype, whole)
+            if (known.dtype, known.shape) != (dtype, whole):
                 raise LayoutError(
-                    f"{name}: rank {rank} holds {tensor.dtype} {tensor.shape}, another rank {known.dtype} {known.shape}"
+                    f"{name}: rank {rank} holds {dtype} {whole}, another rank {known.dtype} {known.shape}"
                 )
             ranks = holders[name][Box(tuple(offset), tuple(size))]
             if rank in ranks:
@@ -66,15 +80,21 @@ def _elect(
     boxes: list[list[tuple[str, Box]]] = [[] for _ in range(num_ranks)]
     scalars: list[list[str]] = [[] for _ in range(num_ranks)]
     load = [0] * num_ranks
-    held = [(name, box, ranks) for name, by_box in holders.items() for box, ranks in by_box.items() if box.numel]
-    held.sort(key=lambda item: (-item[1].numel * tensors[item[0]].itemsize, item[0], item[1].offset))
-    for name, box, ranks in held:
-        writer = min(ranks, key=lambda rank: (load[rank], rank))
+    held = [
+        (-box.numel * tensors[name].itemsize, name, box.offset, box, ranks)
+        for name, by_box in holders.items()
+        for box, ranks in by_box.items()
+    ]
+    held.sort(key=lambda item: item[:3])
+    for negative, name, _, box, ranks in held:
+        if negative == 0:
+            break  # only empty boxes are left
+        writer = ranks[0] if len(ranks) == 1 else min(ranks, key=lambda rank: (load[rank], rank))
         if tensors[name].shape == ():
             scalars[writer].append(name)
         else:
             boxes[writer].append((name, box))
-            load[writer] += box.numel * tensors[name].itemsize
+            load[writer] -= negative
     return boxes, scalars
 
 

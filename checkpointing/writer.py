@@ -26,7 +26,7 @@ from checkpointing.format import (
     tensor_bytes,
 )
 from checkpointing.geometry import Box, Piece, intersect
-from checkpointing.plan import SavePlan
+from checkpointing.plan import RankPlan
 from checkpointing.storage import Storage
 
 CHUNK_BYTES = 32 * 1024 * 1024  # what is copied at a time from a tensor that is not contiguous host memory
@@ -35,14 +35,14 @@ CHUNK_BYTES = 32 * 1024 * 1024  # what is copied at a time from a tensor that is
 def write_shard(
     storage: Storage,
     directory: str,
-    plan: SavePlan,
+    plan: RankPlan,
     pieces: Sequence[Piece],
     rank: int,
     save_id: str,
     objects: dict[str, Any],
 ) -> Writer | None:
     """Write what the plan elects this rank to write. None where that is nothing; rank 0 always writes an index."""
-    boxes, scalars = plan.boxes[rank], plan.scalars[rank]
+    boxes, scalars = plan.boxes, plan.scalars
     if not (boxes or scalars or rank == 0):
         return None
     by_name: dict[str, list[Piece]] = defaultdict(list)
