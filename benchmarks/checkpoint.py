@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -33,11 +34,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.multiprocessing.spawn import spawn
 
 from benchmarks.report import Row, absolute, compared, cores, finish
-from checkpointing import Piece, load, pieces_of, save
+from checkpointing import Piece, load, pieces_of, planner, save
 from checkpointing.collective import Team
 from checkpointing.format import tensor_bytes
 from checkpointing.plan import layout_rows
-from checkpointing.planner import agree_on_plan
 
 SIDE = 2048  # of the square matrices: 16.8 MB each in fp32
 FULL_MEGABYTES = 1300
@@ -157,13 +157,17 @@ def rotated(names: list[str], by: int) -> list[str]:
 
 
 def measure_planning(count: int = SMALL_TENSORS) -> dict[str, float]:
-    """Seconds to agree on a plan for many small tensors, the first time and again; `describe` apart."""
+    """Median seconds to agree on a plan for many small tensors, when it is new and again; `describe` apart."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     local = torch.zeros(64 // dist.get_world_size(), 32)
     pieces = [p for n in range(count) for p in pieces_of(f"model/{n}", DTensor.from_local(local, mesh, [Shard(0)]))]
     team = Team()
-    cold = timed(lambda: void(agree_on_plan(team, layout_rows(pieces))))
-    return {"cold": cold, "cached": timed(lambda: void(agree_on_plan(team, layout_rows(pieces))))}
+    seconds: Series = {"cold": [], "cached": []}
+    for _ in range(5):
+        planner.forget()
+        for series in seconds.values():
+            series.append(timed(lambda: void(planner.agree_on_plan(team, layout_rows(pieces)))))
+    return {name: statistics.median(series) for name, series in seconds.items()}
 
 
 def void(_: object) -> None:

@@ -40,6 +40,11 @@ def agree_on_plan(team: Team, rows: Sequence[Row]) -> RankPlan:
     return plan
 
 
+def forget() -> None:
+    """As in a new process."""
+    _plans.clear()
+
+
 def _make(team: Team, text: str) -> RankPlan:
     """Texts travel unread by those who need not: only rank 0 reads all layouts, and each rank only its own share."""
     texts = team.together(lambda: text)

@@ -31,7 +31,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return plan_save(layouts)
 
     monkeypatch.setattr(planner, "plan_save", counting)
-    planner._plans.clear()
+    planner.forget()
     return made
 
 
