@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks.report import Row, absolute, compared, cores, finish
+from benchmarks.report import Row, absolute, compared, cores, finish, free_port
 from checkpointing import Piece, load, pieces_of, planner, save
 from checkpointing.collective import Team
 from checkpointing.format import tensor_bytes
@@ -218,7 +218,7 @@ def work(rank: int, size: int, port: int, directory: str, megabytes: int, rounds
 def run(size: int, megabytes: int, rounds: int) -> list[Row]:
     full = megabytes >= FULL_MEGABYTES and rounds >= 5
     with tempfile.TemporaryDirectory() as directory:
-        spawn(work, args=(size, _free_port(), directory, megabytes, rounds), nprocs=size)  # type: ignore[no-untyped-call]
+        spawn(work, args=(size, free_port(), directory, megabytes, rounds), nprocs=size)  # type: ignore[no-untyped-call]
         found = json.loads(Path(directory, "found.json").read_text())
     what = f"{megabytes / 1000:g} GB on {size} ranks"
     saves, same, across = found["save"], found["same"], found["across"]
@@ -262,14 +262,6 @@ def run(size: int, megabytes: int, rounds: int) -> list[Row]:
             for when, bar in (("cold", 1.5), ("cached", 0.05))
         ),
     ]
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def main() -> int:

@@ -27,7 +27,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.report import Row, compared, cores, finish
+from benchmarks.report import Row, compared, cores, finish, free_port
 from trainer.compose import compose
 from trainer.config import Config
 from trainer.data.dataset import Windows
@@ -148,19 +148,11 @@ def measure(rank: int, size: int, steps: int, directory: str, threads: int) -> N
 def run(size: int, steps: int, full: bool) -> Row:
     with tempfile.TemporaryDirectory() as directory:
         threads = max(1, cores() // size)
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
         spawn(measure, args=(size, steps, directory, threads), nprocs=size)  # type: ignore[no-untyped-call]
         seconds = json.loads(Path(directory, "seconds.json").read_text())
     name = f"training step, {size} process{'es (DDP)' if size > 1 else ''}, {threads} threads each"
     return compared(name, "s", seconds["ours"], seconds["peer"], "hand-written loop", bar=BAR, full=full)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import socket
 import statistics
 import sys
 from collections.abc import Sequence
@@ -82,6 +83,13 @@ def machine() -> str:
     except (OSError, StopIteration):
         pass
     return f"{cores()} cores, {model}, Python {platform.python_version()}, torch {_torch_version()}"
+
+
+def free_port() -> int:
+    """For a process group on this machine."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def cores() -> int:
