@@ -161,3 +161,11 @@ def test_a_refused_command_leaves_no_directories_behind(tmp_path: Path) -> None:
     with pytest.raises(KeyError), hold_run_directory(configure(tmp_path / "failed"), World()):
         raise KeyError
     assert (tmp_path / "failed" / "checkpoints").exists()
+
+
+def test_one_directory_may_serve_for_both(tmp_path: Path) -> None:
+    config = configure(tmp_path, f"checkpoint.dir={tmp_path}/../{tmp_path.name}")
+    with hold_run_directory(config, World()) as lease:
+        assert lease is not None
+        with pytest.raises(Refused, match="Another run uses"), hold_run_directory(config, World()):
+            pass
