@@ -110,7 +110,8 @@ def test_ddp_before_and_fsdp_after(tmp_path: Path) -> None:
     done = launch(2, [*common, *FSDP, f"run.dir={b}"])
     assert done.returncode == 0, done.stderr
     assert "parallel.dp_shard was 1, is -1" in done.stdout
-    assert_same_run(rows(a), rows(b), last=40)
+    worst = assert_same_run(rows(a), rows(b), last=40)
+    print(f"DDP before, FSDP2 after: the losses of 40 steps differ by at most {worst:.1e}")
 
 
 @pytest.mark.parametrize("broken", ["moments", "cursor"])
