@@ -21,6 +21,7 @@ from checkpointing.reader import GenerationReader
 from checkpointing.storage import Storage
 
 logger = logging.getLogger("checkpointing")
+_UNUSABLE = "The tensors passed to load must not be used."
 
 
 def load(
@@ -53,9 +54,6 @@ def load(
             if team.rank == 0:
                 logger.warning("generation %s is damaged and is passed over: %s", name, error)
             tried[name] = str(error)
-
-
-_UNUSABLE = "The tensors passed to load must not be used."
 
 
 def _choose(storage: Storage, step: int | None, generation: str | None, tried: Mapping[str, str]) -> str:

@@ -102,7 +102,7 @@ def check_state(
         refused["parallel.local_batch"] = "parallel.local_batch (the model has dropout, drawn for each part)"
     if fingerprint != state["fingerprint"] and "data" not in refused:
         refused["data"] = "data (what it holds has changed)"
-    different = architecture(model) != state.get("architecture", architecture(model))
+    different = architecture(model) != state["architecture"]
     if different and not any(key.startswith("model") for key in refused):  # as where model.path holds another one
         refused["model"] = "model (its configuration has changed)"
     allowed = config.resume_allow
@@ -210,7 +210,7 @@ def _newest_readable(
 
 def _trainer_state(storage: FileStorage, generation: Generation, manifest: Manifest) -> dict[str, Any]:
     state = read_index(storage, manifest, 0).objects.get("trainer")
-    if not isinstance(state, dict) or not {"config", "fingerprint", "step"} <= state.keys():
+    if not isinstance(state, dict) or not {"config", "fingerprint", "architecture", "step"} <= state.keys():
         raise Refused(
             f"The checkpoint {storage}/{generation.name} was not written by this trainer, so it cannot go on from it."
         )
