@@ -19,6 +19,7 @@ from typing import Any
 
 NUM_PROCESSES = 4
 WAIT_S = 180
+LEAVE_S = 20
 
 
 class World:
@@ -45,10 +46,13 @@ class World:
         return [value for _, value in replies]
 
     def stop(self) -> None:
+        """They leave by themselves, so that what they registered goes with them; who does not is killed."""
+        for pipe in self._pipes:
+            pipe.close()
         for process in self._processes:
+            process.join(LEAVE_S)
             process.kill()
-        for process in self._processes:
-            process.join(30)
+            process.join(LEAVE_S)
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
