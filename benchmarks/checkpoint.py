@@ -36,8 +36,8 @@ from torch.multiprocessing.spawn import spawn
 from benchmarks.report import Row, absolute, compared, cores, finish, free_port
 from checkpointing import Piece, load, pieces_of, planner, save
 from checkpointing.collective import Team
-from checkpointing.format import tensor_bytes
 from checkpointing.plan import layout_rows
+from checkpointing.tensors import tensor_bytes
 
 SIDE = 2048  # of the square matrices: 16.8 MB each in fp32
 FULL_MEGABYTES = 1300

@@ -16,17 +16,20 @@ from checkpointing.errors import (
     MismatchError,
     NotFoundError,
     PeerError,
+    ReplicaError,
     VersionError,
 )
-from checkpointing.geometry import Box, Piece
-from checkpointing.layouts import describe, materialize, pieces_of
+from checkpointing.geometry import Box, External, Piece
+from checkpointing.layouts import describe, materialize, param_groups, pieces_of, restore_param_groups
 from checkpointing.restore import load
 from checkpointing.retention import Keep, prune
+from checkpointing.tensors import external_of
 
 __all__ = [
     "Box",
     "CheckpointError",
     "DamagedError",
+    "External",
     "Keep",
     "LayoutError",
     "LeaseHeldError",
@@ -34,11 +37,15 @@ __all__ = [
     "NotFoundError",
     "PeerError",
     "Piece",
+    "ReplicaError",
     "VersionError",
     "describe",
+    "external_of",
     "load",
     "materialize",
+    "param_groups",
     "pieces_of",
     "prune",
+    "restore_param_groups",
     "save",
 ]

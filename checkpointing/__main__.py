@@ -19,10 +19,12 @@ from typing import Any
 
 from checkpointing.diff import compare
 from checkpointing.errors import CheckpointError, DamagedError, NotFoundError, VersionError
-from checkpointing.format import DTYPES, scalar_from_hex
+from checkpointing.format import DTYPES
 from checkpointing.generations import Generation, scan
+from checkpointing.lease import hold
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
+from checkpointing.tensors import scalar_from_hex
 from checkpointing.tree import human_bytes, render_boxes, render_tree
 
 
@@ -45,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "diff":
-            return diff(open_newest(*find(arguments.a)), open_newest(*find(arguments.b)), arguments.json)
+            a, b = open_newest(*find(arguments.a)), open_newest(*find(arguments.b))
+            with hold(a.storage, a.manifest.generation), hold(b.storage, b.manifest.generation):
+                return diff(a, b, arguments.json)
         storage, found = find(arguments.dir)
         if arguments.command == "inspect":
             return inspect(open_newest(storage, found), arguments.json, arguments.tensor)
@@ -125,7 +129,10 @@ def inspect(reader: GenerationReader, as_json: bool, tensor: str | None = None) 
         for name in {b.name for b in index.boxes} | index.scalars.keys():
             writers[name].append(writer.rank)
     if as_json:
-        tensors = {n: {**asdict(t), "bytes": t.nbytes, "written_by": writers[n]} for n, t in manifest.tensors.items()}
+        tensors = {
+            name: {"dtype": t.dtype, "shape": t.shape, "bytes": t.nbytes, "written_by": writers[name]}
+            for name, t in manifest.tensors.items()
+        }
         print(json.dumps({**asdict(manifest), "tensors": tensors, "objects": reader.objects}))
         return 0
     parameters = sum(t.nbytes // t.itemsize for n, t in manifest.tensors.items() if n.startswith("model/"))
@@ -136,6 +143,13 @@ def inspect(reader: GenerationReader, as_json: bool, tensor: str | None = None) 
     print(f"  {len(manifest.tensors)} tensors, {human_bytes(manifest.nbytes)}; model {parameters:,} elements")
     print("\ntensors")
     print("\n".join(render_tree(manifest.tensors, writers)))
+    if manifest.aliases:
+        print("\ntied")
+        print("\n".join(f"  {name} is {stored}" for name, stored in manifest.aliases.items()))
+    if manifest.external:
+        print("\nexternal")
+        for name, t in manifest.external.items():
+            print(f"  {name}  {t.dtype} {_by(t.shape)}  from {t.source}  SHA-256 {t.sha256}")
     print("\nobjects")
     print("\n".join(_object_lines(reader.objects)))
     return 0
@@ -143,22 +157,30 @@ def inspect(reader: GenerationReader, as_json: bool, tensor: str | None = None) 
 
 def inspect_tensor(reader: GenerationReader, name: str, as_json: bool) -> int:
     manifest = reader.manifest
+    name = manifest.stored_name(name)
     if name not in manifest.tensors:
         close = get_close_matches(name, manifest.tensors, n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        hint = f"; its bytes lie in {manifest.external[name].source}" if name in manifest.external else hint
         raise NotFoundError(f"{manifest.generation} holds no tensor {name}{hint}")
     tensor = manifest.tensors[name]
-    boxes = [(stored.box, manifest.writers[writer].rank) for writer, stored in reader.stored.get(name, [])]
+    indexes = list(zip((writer.rank for writer in manifest.writers), reader.indexes, strict=True))
+    boxes = [(stored.box, rank) for rank, index in indexes for stored in index.boxes if stored.name == name]
+    value = next((index.scalars[name] for _, index in indexes if name in index.scalars), None)
     if as_json:
         held = [{"offset": box.offset, "size": box.size, "rank": rank} for box, rank in boxes]
-        print(json.dumps({"name": name, **asdict(tensor), "value": reader.scalars.get(name), "boxes": held}))
+        described = {"name": name, "dtype": tensor.dtype, "shape": tensor.shape, "value": value, "boxes": held}
+        print(json.dumps(described))
         return 0
-    shape = "x".join(map(str, tensor.shape)) or "scalar"
-    print(f"{name}  {tensor.dtype} {shape}, {human_bytes(tensor.nbytes)}, in {len(boxes)} boxes")
-    if name in reader.scalars:
-        print(f"  {scalar_from_hex(reader.scalars[name], DTYPES[tensor.dtype], name).item()}")
+    print(f"{name}  {tensor.dtype} {_by(tensor.shape)}, {human_bytes(tensor.nbytes)}, in {len(boxes)} boxes")
+    if value is not None:
+        print(f"  {scalar_from_hex(value, DTYPES[tensor.dtype], name).item()}")
     print("\n".join(f"  {line}" for line in render_boxes(tensor, boxes)))
     return 0
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def diff(a: GenerationReader, b: GenerationReader, as_json: bool) -> int:
@@ -206,14 +228,14 @@ def _verify_one(storage: FileStorage, generation: Generation) -> dict[str, Any]:
     if generation.manifest is None:
         return {"generation": generation.name, "bytes": 0, "damage": [str(generation.damage)]}
     try:
-        for _, nbytes, error in GenerationReader(storage, generation.manifest).verify():
-            checked += nbytes
-            if error is not None and str(error) not in damage:
-                damage.append(str(error))
-            if nbytes and sys.stderr.isatty():
-                print(
-                    f"\r{human_bytes(checked)} of {human_bytes(generation.manifest.nbytes)}", end="\r", file=sys.stderr
-                )
+        with hold(storage, generation.name):
+            for _, nbytes, error in GenerationReader(storage, generation.manifest).verify():
+                checked += nbytes
+                if error is not None and str(error) not in damage:
+                    damage.append(str(error))
+                if nbytes and sys.stderr.isatty():
+                    progress = f"{human_bytes(checked)} of {human_bytes(generation.manifest.nbytes)}"
+                    print(f"\r{progress}", end="\r", file=sys.stderr)
     except CheckpointError as error:
         damage.append(str(error))
     return {"generation": generation.name, "bytes": checked, "damage": damage}

@@ -2,79 +2,84 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
 import torch.distributed as dist
 
+from checkpointing import replicas
+from checkpointing.codec import encode_manifest
 from checkpointing.collective import Team, as_team
 from checkpointing.errors import CheckpointError, LayoutError, first_few
 from checkpointing.format import (
     COMMIT,
+    DTYPE_NAMES,
     MANIFEST,
+    METADATA_BYTES,
+    ExternalTensor,
     Manifest,
     Writer,
     digest,
-    encode_manifest,
+    flaw_of_name,
     generation_name,
     index_name,
     shard_name,
 )
 from checkpointing.generations import check_files, scan
-from checkpointing.geometry import Piece
-from checkpointing.plan import Row, layout_rows
+from checkpointing.geometry import External, Piece
+from checkpointing.lease import Hold
+from checkpointing.plan import RankPlan, Row, layout_rows
 from checkpointing.planner import agree_on_plan
 from checkpointing.storage import FileStorage, Storage
-from checkpointing.writer import write_shard
+from checkpointing.writer import DEFAULT_BUDGET, write_shard
 
 
 def save(
     directory: str | os.PathLike[str] | Storage,
     step: int,
-    pieces: Sequence[Piece],
+    pieces: Sequence[Piece | External],
     objects: dict[str, Any] | None = None,
     group: dist.ProcessGroup | Team | None = None,
     *,
     run_id: str = "",
     incarnation: int | None = None,
     metrics: dict[str, float] | None = None,
+    check_replicas: bool = False,
     guard: Callable[[], None] | None = None,
+    memory_budget: int = DEFAULT_BUDGET,
 ) -> str:
     """Save the pieces of all ranks as a new generation, and return its name. Collective; synchronous.
 
     `objects` are JSON values, rank 0's are kept. The generation is durable when this returns. If any rank fails,
     all raise with its reason and the previous generation stays the newest. `incarnation` counts the run's resumes:
     the newest generation is the greatest by (incarnation, step), and of one step the one saved last; by default it is
-    that of the newest generation there. `metrics` are finite numbers, rank 0's, for retention to choose by. `guard` is
-    called on rank 0 right before the commit, and stops it by raising.
+    that of the newest generation there. `metrics` are finite numbers, rank 0's, for retention to choose by.
+
+    Of a box that several ranks hold one rank's copy is saved; `check_replicas` compares them first, at the price of
+    reading all pieces once more (`ReplicaError`). `guard` is called on rank 0 right before the commit, and stops it by
+    raising. `memory_budget` bounds the bytes of copies beside the state.
     """
     team, storage = as_team(group), as_storage(directory)
-    rows: list[Row] = []
-
-    def describe() -> int:
-        nonlocal rows
-        rows = _describe(step, pieces, objects or {}, metrics or {})
-        return step
-
-    steps = team.together(describe)
-    if others := [rank for rank, other in enumerate(steps) if other != steps[0]]:
-        raise LayoutError(f"rank {others[0]} saves step {steps[others[0]]}, rank 0 step {steps[0]}")
-    plan = agree_on_plan(team, rows)
-    begun = team.together(lambda: asdict(_begin(storage, incarnation)) if team.rank == 0 else None)[0]
-    start = _Start(**begun)
+    plan, external = _agree(team, step, pieces, objects or {}, metrics or {})
+    held = [piece for piece in pieces if isinstance(piece, Piece)]
+    if check_replicas:
+        replicas.check_replicas(team, held)
+    written = replicas.averaged(team, plan, held)
+    start = _Start(**team.together(lambda: asdict(_begin(storage, incarnation)) if team.rank == 0 else None)[0])
     name = generation_name(step, start.save_id)
 
     def prepare() -> dict[str, Any] | None:
         own = (objects or {}) if team.rank == 0 else {}
-        writer = write_shard(storage, name, plan, pieces, team.rank, start.save_id, own)
+        writer = write_shard(storage, name, plan, written, team.rank, start.save_id, own, memory_budget)
         return asdict(writer) if writer else None
 
     def commit(writers: list[Writer]) -> None:
@@ -87,21 +92,71 @@ def save(
             metrics=metrics or {},
             writers=writers,
             tensors=plan.tensors,
+            aliases=plan.aliases,
+            external=external,
             **asdict(start),
         )
         _commit(storage, manifest, guard)
 
-    try:
-        prepared = [Writer(**record) for record in team.together(prepare) if record is not None]
-        team.together(lambda: commit(prepared) if team.rank == 0 else None)
-    except Exception:
-        _discard(storage, name, team.rank)
-        raise
+    def hold() -> None:
+        """Whoever clears up sees by it that what is not committed yet is not dead."""
+        if team.rank == 0:
+            opened.enter_context(Hold(storage, name, "write"))
+
+    with ExitStack() as opened:
+        team.together(hold)
+        try:
+            prepared = [_as_writer(record) for record in team.together(prepare) if record is not None]
+            team.together(lambda: commit(prepared) if team.rank == 0 else None)
+        except Exception:
+            _discard(storage, name, team.rank)
+            raise
     return name
+
+
+def _agree(
+    team: Team, step: int, pieces: Sequence[Piece | External], objects: dict[str, Any], metrics: dict[str, float]
+) -> tuple[RankPlan, dict[str, ExternalTensor]]:
+    """What all ranks save together, after each has found that it can save its part."""
+    external: dict[str, ExternalTensor] = {}
+    rows: list[Row] = []
+
+    def describe() -> list[Any]:
+        nonlocal rows, external
+        external = _declared([piece for piece in pieces if isinstance(piece, External)])
+        rows = _describe(step, [piece for piece in pieces if isinstance(piece, Piece)], objects, metrics)
+        return [step, digest(json.dumps({name: asdict(tensor) for name, tensor in external.items()}).encode())]
+
+    told = team.together(describe)
+    for rank, (other, declared) in enumerate(told):
+        if other != told[0][0]:
+            raise LayoutError(f"rank {rank} saves step {other}, rank 0 step {told[0][0]}")
+        if declared != told[0][1]:
+            raise LayoutError(f"rank {rank} and rank 0 declare different external tensors; every rank declares all")
+    plan = agree_on_plan(team, rows)
+    if both := sorted(external.keys() & (plan.tensors.keys() | plan.aliases.keys())):
+        raise LayoutError(f"declared external, and held as well: {first_few(both)}")
+    return plan, external
 
 
 def as_storage(directory: str | os.PathLike[str] | Storage) -> Storage:
     return FileStorage(directory) if isinstance(directory, str | os.PathLike) else directory
+
+
+def _as_writer(record: dict[str, Any]) -> Writer:
+    """What came from another rank as JSON, which knows no tuples."""
+    return Writer(**{**record, "cover": tuple((low, high) for low, high in record["cover"])})
+
+
+def _declared(given: Sequence[External]) -> dict[str, ExternalTensor]:
+    external: dict[str, ExternalTensor] = {}
+    for one in given:
+        if flaw := flaw_of_name(one.name):
+            raise LayoutError(flaw)
+        if one.dtype not in DTYPE_NAMES or not re.fullmatch("[0-9a-f]{64}", one.sha256) or one.name in external:
+            raise LayoutError(f"{one.name}: declared twice, of an unknown dtype, or with something else than a SHA-256")
+        external[one.name] = ExternalTensor(DTYPE_NAMES[one.dtype], one.shape, one.source, one.sha256)
+    return dict(sorted(external.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +201,8 @@ def _commit(storage: Storage, manifest: Manifest, guard: Callable[[], None] | No
     prefix = f"{manifest.generation}/"
     check_files(manifest, {name.removeprefix(prefix): size for name, size in storage.list(prefix).items()})
     data = encode_manifest(manifest)
+    if len(data) > METADATA_BYTES:
+        raise LayoutError(f"the manifest would have {len(data):,} bytes, and at most {METADATA_BYTES:,} are read again")
     storage.put(f"{prefix}{MANIFEST}", [data])
     if guard is not None:
         guard()
@@ -155,7 +212,7 @@ def _commit(storage: Storage, manifest: Manifest, guard: Callable[[], None] | No
 
 def _discard(storage: Storage, name: str, rank: int) -> None:
     """Give back the room that a failed save took, unless it was committed; what cannot be deleted is cleared later."""
-    with contextlib.suppress(OSError, CheckpointError):
+    with suppress(OSError, CheckpointError):
         if f"{name}/{COMMIT}" not in storage.list(f"{name}/"):
             own = [shard_name(rank), index_name(rank), *([MANIFEST] if rank == 0 else [])]
             storage.delete(f"{name}/{file}" for file in own)

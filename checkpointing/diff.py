@@ -8,11 +8,10 @@ from math import inf, prod
 
 import torch
 
-from checkpointing.errors import DamagedError
-from checkpointing.format import DTYPES, scalar_from_hex, tensor_bytes
+from checkpointing.format import DTYPES, ExternalTensor, LogicalTensor
 from checkpointing.geometry import Box, Piece
-from checkpointing.plan import plan_load
 from checkpointing.reader import GenerationReader
+from checkpointing.tensors import tensor_bytes
 
 CHUNK_BYTES = 64 * 1024 * 1024  # of one side, compared at a time
 
@@ -22,27 +21,43 @@ class Difference:
     """How one tensor compares. `max_abs` and `max_rel` (over the larger magnitude) are None where nothing differs."""
 
     name: str
-    state: str  # equal, different, only in a, only in b, another shape or dtype
+    state: str  # equal, different, only in a, only in b, external in a, external in b, another shape or dtype
     max_abs: float | None = None
     max_rel: float | None = None
 
 
 def compare(a: GenerationReader, b: GenerationReader) -> Iterator[Difference]:
-    """Every tensor of either, in order of names. Equal means every bit; `DamagedError` if one cannot be read."""
-    ours, theirs = a.manifest.tensors, b.manifest.tensors
+    """Every tensor of either by all its names, in order. Equal means every bit; `DamagedError` if one cannot be read.
+
+    External tensors are equal where the hashes of their content are.
+    """
+    ours, theirs = _names(a), _names(b)
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in theirs or name not in ours:
             yield Difference(name, "only in a" if name in ours else "only in b")
-        elif ours[name] != theirs[name]:
+            continue
+        left, right = ours[name], theirs[name]
+        if isinstance(left, ExternalTensor) and isinstance(right, ExternalTensor):
+            yield Difference(name, "equal" if left.sha256 == right.sha256 else "different")
+        elif isinstance(left, ExternalTensor) or isinstance(right, ExternalTensor):
+            yield Difference(name, f"external in {'a' if isinstance(left, ExternalTensor) else 'b'}")
+        elif left != right:
             yield Difference(name, "another shape or dtype")
         else:
             yield _compare_tensor(name, a, b)
 
 
+def _names(reader: GenerationReader) -> dict[str, LogicalTensor | ExternalTensor]:
+    manifest = reader.manifest
+    aliases = {name: manifest.tensors[stored] for name, stored in manifest.aliases.items()}
+    return {**manifest.tensors, **aliases, **manifest.external}
+
+
 def _compare_tensor(name: str, a: GenerationReader, b: GenerationReader) -> Difference:
     worst_abs, worst_rel, equal = 0.0, 0.0, True
-    for box in _chunks(a.manifest.tensors[name].shape, a.manifest.tensors[name].itemsize):
-        left, right = (_part(reader, name, box) for reader in (a, b))
+    tensor = a.manifest.tensors[a.manifest.stored_name(name)]
+    for box in _chunks(tensor.shape, tensor.itemsize):
+        left, right = (_part(reader, reader.manifest.stored_name(name), box) for reader in (a, b))
         if tensor_bytes(left) == tensor_bytes(right):
             continue
         equal = False
@@ -63,12 +78,8 @@ def _chunks(shape: tuple[int, ...], itemsize: int) -> Iterator[Box]:
 
 def _part(reader: GenerationReader, name: str, box: Box) -> torch.Tensor:
     tensor = reader.manifest.tensors[name]
-    if tensor.shape == ():
-        if name not in reader.scalars:
-            raise DamagedError(f"{name} has no value in any index of {reader.manifest.generation}")
-        return scalar_from_hex(reader.scalars[name], DTYPES[tensor.dtype], name)
     piece = Piece(name, torch.empty(box.size, dtype=DTYPES[tensor.dtype]), box.offset, tensor.shape)
-    reader.fill(plan_load([piece], reader.stored))
+    reader.load([piece])
     return piece.tensor
 
 

@@ -11,6 +11,10 @@ class LayoutError(CheckpointError):
     """The pieces do not describe whole tensors: a hole, an overlap, two shapes or dtypes for one name."""
 
 
+class ReplicaError(CheckpointError):
+    """Ranks that should hold the same bytes hold different ones."""
+
+
 class MismatchError(CheckpointError):
     """The checkpoint and the pieces disagree: a tensor missing, left over, or of another shape or dtype."""
 

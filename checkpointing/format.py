@@ -1,26 +1,28 @@
-"""The files of a generation: shard file, index, manifest, COMMIT. Encoding and strict decoding; no I/O.
+"""The files of a generation: shard file, index, manifest, COMMIT. What they hold and how it is laid out; no I/O.
 
-`docs/format.md` describes the same on one page, with an example.
+`docs/format.md` describes the same on one page, with an example; `codec.py` turns manifests and indexes into bytes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
-from math import isfinite, prod
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
 
 import torch
 import xxhash
 
-from checkpointing.errors import DamagedError, VersionError
-from checkpointing.geometry import Box, Shape, panel_lines, panels
+from checkpointing.geometry import Box, Shape, panels
 
 FORMAT = "evershard-checkpoint"
 VERSION = 1
 MANIFEST, COMMIT, ABANDONED = "manifest.json", "COMMIT", "ABANDONED"
+
+METADATA_BYTES = 256 * 1024 * 1024  # of a manifest, an index or a header: larger ones are neither written nor read
+FEW_WRITERS = 16  # a tensor's writers are named up to so many; those of the others are found by what they cover
+COVER_PARTS = 1 << 16  # a cover counts in these parts of a dimension
 
 PAGE = 4096  # shard data starts on a page, so that it can be mapped and written with direct I/O
 PACK_BELOW = 64 * 1024  # smaller pieces share one entry per dtype: a header line each would cost more than the data
@@ -32,6 +34,9 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
@@ -75,10 +80,11 @@ def checksums(data: memoryview, block: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LogicalTensor:
-    """What a user knows of a tensor: dtype (a safetensors name) and global shape."""
+    """What a user knows of a tensor: dtype (a safetensors name) and global shape; and who wrote it, if they are few."""
 
     dtype: str
     shape: Shape
+    writers: tuple[int, ...] | None = field(default=None, compare=False)  # ranks, ascending; None: see the covers
 
     @property
     def itemsize(self) -> int:
@@ -87,6 +93,16 @@ class LogicalTensor:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalTensor:
+    """A logical tensor whose bytes lie elsewhere: where, and the SHA-256 of its row-major bytes."""
+
+    dtype: str
+    shape: Shape
+    source: str
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +120,20 @@ class StoredBox:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What one writer wrote: its boxes, the scalars it was elected for, and (rank 0) the caller's objects."""
+    """What one writer wrote: its boxes in the order of the file, the scalars it was elected for, the caller's objects.
+
+    Objects are rank 0's.
+    """
 
     save_id: str
     boxes: list[StoredBox]
     scalars: dict[str, str]  # the little-endian bytes of 0-dimensional tensors, in hexadecimal
     objects: dict[str, Any] = field(default_factory=dict)
+
+
+# Of every dimension the range, in parts of `COVER_PARTS`, that a writer's boxes lie in: of those of tensors with many
+# writers. Shards of one layout lie alike in all tensors, so this tells a reader whose indexes it need not read.
+Cover = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +145,7 @@ class Writer:
     index_bytes: int
     header: str
     index: str
+    cover: Cover = ()
 
     @property
     def files(self) -> dict[str, int]:
@@ -142,6 +167,8 @@ class Manifest:
     metrics: dict[str, float]  # of that step, to tell the best generations by
     writers: list[Writer]
     tensors: dict[str, LogicalTensor]
+    aliases: dict[str, str] = field(default_factory=dict)  # further names of tensors that are stored once
+    external: dict[str, ExternalTensor] = field(default_factory=dict)
 
     @property
     def generation(self) -> str:
@@ -150,6 +177,30 @@ class Manifest:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def stored_name(self, name: str) -> str:
+        """The name that a tensor is stored under, of one that may be tied to another."""
+        return self.aliases.get(name, name)
+
+
+def cover(boxes: Iterable[tuple[Box, Shape]]) -> Cover:
+    """The least range in parts of every dimension that holds all the boxes, each given with its tensor's shape."""
+    ranges: list[list[int]] = []
+    for box, shape in boxes:
+        if box.numel == 0:
+            continue
+        for dim, (offset, size, whole) in enumerate(zip(box.offset, box.size, shape, strict=True)):
+            low, high = offset * COVER_PARTS // whole, -(-(offset + size) * COVER_PARTS // whole)
+            if dim == len(ranges):
+                ranges.append([low, high])
+            else:
+                ranges[dim][0], ranges[dim][1] = min(ranges[dim][0], low), max(ranges[dim][1], high)
+    return tuple((low, high) for low, high in ranges)
+
+
+def meet(a: Cover, b: Cover) -> bool:
+    """Whether two covers have a common part. Dimensions that only one of them has say nothing."""
+    return bool(a) and all(low < other and start < high for (low, high), (start, other) in zip(a, b, strict=False))
 
 
 def is_packed(box: Box, tensor: LogicalTensor) -> bool:
@@ -217,149 +268,8 @@ def lay_out(
     return len(padded).to_bytes(8, "little") + padded, placed
 
 
-def encode_index(index: Index, names: Sequence[str]) -> bytes:
-    """Columns rather than rows: a tensor is the position of its name in `names`, the manifest's order."""
-    position = {name: i for i, name in enumerate(names)}
-    return _dump(
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "save_id": index.save_id,
-            "boxes": {
-                "tensor": [position[b.name] for b in index.boxes],
-                "offset": [b.box.offset for b in index.boxes],
-                "size": [b.box.size for b in index.boxes],
-                "start": [b.start for b in index.boxes],
-                "checksums": [b.checksums for b in index.boxes],
-            },
-            "scalars": index.scalars,
-            "objects": index.objects,
-        }
-    )
-
-
-def decode_index(data: bytes, manifest: Manifest, source: str) -> Index:
-    raw = _load(data, source)
-    names = list(manifest.tensors)
-    try:
-        columns = raw["boxes"]
-        boxes = [
-            StoredBox(names[tensor], Box(tuple(offset), tuple(size)), start, sums)
-            for tensor, offset, size, start, sums in zip(
-                *(columns[key] for key in ("tensor", "offset", "size", "start", "checksums")), strict=True
-            )
-        ]
-        index = Index(str(raw["save_id"]), boxes, dict(raw["scalars"]), dict(raw["objects"]))
-        for stored in boxes:
-            _check_stored(stored, manifest.tensors[stored.name])
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise DamagedError(f"{source} is not an index of format version {VERSION}: {error!r}") from None
-    if index.save_id != manifest.save_id:
-        raise DamagedError(f"{source} belongs to save {index.save_id}, not to {manifest.save_id}")
-    return index
-
-
-def _check_stored(stored: StoredBox, tensor: LogicalTensor) -> None:
-    box = stored.box
-    if not box.within(tensor.shape) or box.numel == 0 or stored.start < 0:
-        raise ValueError(f"a box of {stored.name} does not lie in it")
-    nbytes = box.numel * tensor.itemsize
-    if is_packed(box, tensor) or len(box.size) < 2:
-        digits = num_digits(nbytes)
-    else:
-        column = nbytes // box.size[-1]
-        digits = sum(num_digits(column * (right - left)) for left, right in pairwise(panel_lines(box, tensor.shape)))
-    if len(stored.checksums) != digits:
-        raise ValueError(f"a box of {stored.name} has checksums for another size")
-
-
-def encode_manifest(manifest: Manifest) -> bytes:
-    columns = asdict(manifest)
-    return _dump({"format": FORMAT, "version": VERSION, **columns})
-
-
-def decode_manifest(data: bytes, source: str) -> Manifest:
-    raw = _load(data, source)
-    try:
-        tensors = {
-            str(name): LogicalTensor(str(t["dtype"]), tuple(int(n) for n in t["shape"]))
-            for name, t in sorted(raw["tensors"].items())  # indexes count the names in ascending order
-        }
-        if unknown := {t.dtype for t in tensors.values()} - DTYPES.keys():
-            raise ValueError(f"unknown dtypes {sorted(unknown)}")
-        return Manifest(
-            step=int(raw["step"]),
-            save_id=str(raw["save_id"]),
-            parent=str(raw["parent"]),
-            run_id=str(raw["run_id"]),
-            incarnation=int(raw["incarnation"]),
-            serial=int(raw["serial"]),
-            created=float(raw["created"]),
-            world_size=int(raw["world_size"]),
-            versions={str(k): str(v) for k, v in raw["versions"].items()},
-            metrics={str(k): _finite_number(v) for k, v in raw["metrics"].items()},
-            writers=[
-                Writer(int(w["rank"]), int(w["shard_bytes"]), int(w["index_bytes"]), str(w["header"]), str(w["index"]))
-                for w in raw["writers"]
-            ],
-            tensors=tensors,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedError(f"{source} is not a manifest of format version {VERSION}: {error!r}") from None
-
-
-def _dump(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _load(data: bytes, source: str) -> dict[str, Any]:
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
-
-    def finite(text: str) -> float:
-        number = float(text)
-        return number if isfinite(number) else refuse(text)
-
-    try:
-        raw = json.loads(data, parse_constant=refuse, parse_float=finite)
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{source} is not JSON: {error}") from None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise DamagedError(f"{source} is not part of a checkpoint of this format")
-    if raw.get("version") != VERSION:
-        raise VersionError(
-            f"{source} has format version {raw.get('version')}, and this library reads version {VERSION}: "
-            "read it with the release that wrote it, or a newer one"
-        )
-    return raw
-
-
-def _finite_number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-        raise ValueError(f"{value!r} is not a finite number")
-    return float(value)
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The row-major bytes of a tensor, on the CPU; a copy only where the tensor is elsewhere or not contiguous."""
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers
-
-
-def tensor_over(data: memoryview, dtype: torch.dtype) -> torch.Tensor:
-    """A one-dimensional tensor over bytes, without a copy."""
-    return torch.frombuffer(data, dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
-
-
-def scalar_hex(tensor: torch.Tensor) -> str:
-    return tensor_bytes(tensor.reshape(1)).hex()
-
-
-def scalar_from_hex(text: str, dtype: torch.dtype, source: str) -> torch.Tensor:
-    try:
-        data = bytes.fromhex(text)
-    except ValueError:
-        data = b""
-    if len(data) != dtype.itemsize:
-        raise DamagedError(f"{source} is not a scalar of {dtype}")
-    return torch.frombuffer(bytearray(data), dtype=dtype)[0]
+def flaw_of_name(name: str) -> str | None:
+    """What keeps a name from being that of a tensor, if anything."""
+    if not name or not name.isprintable():
+        return f"{name!r} is no name of a tensor: names are printable and not empty"
+    return None

@@ -6,18 +6,9 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
+from checkpointing.codec import decode_index, decode_manifest
 from checkpointing.errors import CheckpointError, DamagedError
-from checkpointing.format import (
-    ABANDONED,
-    COMMIT,
-    MANIFEST,
-    Index,
-    Manifest,
-    decode_index,
-    decode_manifest,
-    digest,
-    index_name,
-)
+from checkpointing.format import ABANDONED, COMMIT, MANIFEST, METADATA_BYTES, Index, Manifest, digest, index_name
 from checkpointing.storage import Storage
 
 _NAME = re.compile(r"step-(\d{8,19})-[0-9a-f]{8}")
@@ -120,10 +111,12 @@ def read_index(storage: Storage, manifest: Manifest, position: int) -> Index:
 
 
 def read(storage: Storage, name: str) -> bytes:
-    """A whole small object."""
+    """A whole small object. `DamagedError` if it is missing, or is none of ours by its size."""
     size = storage.list(name).get(name)
     if size is None:
         raise DamagedError(f"{name} is missing")
+    if size > METADATA_BYTES:
+        raise DamagedError(f"{name} has {size:,} bytes, and none of its kind is written with over {METADATA_BYTES:,}")
     return bytes(storage.read_ranges(name, [(0, size)])[0])
 
 

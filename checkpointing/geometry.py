@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from math import prod
+from itertools import accumulate, pairwise, product
+from math import isfinite, prod
 
 import torch
 
 from checkpointing.errors import LayoutError
 
 Shape = tuple[int, ...]
+Interval = tuple[int, int]  # start and length, in elements of one dimension
 
 # The grid that stored pieces are cut on along their last dimension. Sixteen makes column shards of 2, 4, 8 and 16
 # ways start on a cut, so that a reader of columns does not read its neighbours' columns too.
@@ -152,12 +153,19 @@ class Piece:
 
     `offset` and `global_shape` count elements of the logical tensor, without padding; the box has the size of
     `tensor`. The tensor may live on any device and need not be contiguous.
+
+    With a `divisor` the local tensor holds the logical one divided by it, such as a bias that tensor-parallel ranks
+    add up: powers of two lose nothing, others may round the last bit at each load and save. With `mean` the logical
+    tensor is the mean over all ranks that hold the box, such as replicas that drifted apart between two averagings; a
+    load gives all of them the mean. Both are for floating-point tensors.
     """
 
     name: str
     tensor: torch.Tensor
     offset: Shape
     global_shape: Shape
+    divisor: float = 1
+    mean: bool = False
 
     def __post_init__(self) -> None:
         for name in ("offset", "global_shape"):  # numpy's integers and lists are welcome
@@ -173,10 +181,21 @@ class Piece:
                 f"{self.name}: a local tensor of shape {tuple(self.tensor.shape)} at {self.offset} "
                 f"does not lie in a tensor of shape {self.global_shape}"
             )
+        if (self.divisor != 1 or self.mean) and not self.tensor.is_floating_point():
+            raise LayoutError(f"{self.name}: only floating-point tensors are divided or averaged")
+        if not (isfinite(self.divisor) and self.divisor > 0):
+            raise LayoutError(f"{self.name}: divisor {self.divisor} is not a positive finite number")
 
     @property
     def box(self) -> Box:
         return Box(self.offset, tuple(self.tensor.shape))
+
+    @property
+    def memory(self) -> tuple[object, ...]:
+        """Equal for pieces that hold the same box in the same memory in the same form."""
+        t = self.tensor
+        layout = (self.offset, self.global_shape, t.shape, t.stride(), t.dtype)
+        return (t.data_ptr(), t.device, *layout, self.divisor, self.mean)
 
     @staticmethod
     def flat(name: str, tensor: torch.Tensor, start: int, global_shape: Shape) -> list[Piece]:
@@ -193,3 +212,43 @@ class Piece:
             part = tensor[first - start : first - start + box.numel]
             pieces.append(Piece(name, part.view(box.size), box.offset, global_shape))
         return pieces
+
+    @staticmethod
+    def runs(
+        name: str, tensor: torch.Tensor, runs: Sequence[Sequence[Interval]], global_shape: Shape, mean: bool = False
+    ) -> list[Piece]:
+        """The pieces of a local tensor that is made of several ranges in some dimension, as views of it.
+
+        `runs` has, for every dimension, the (start, length) of the logical ranges that lie there one after the other:
+        a tensor-parallel rank's rows of a fused query, key and value are `[(q0, q), (k0, k), (v0, v)]`. What reaches
+        past the end of the logical tensor is padding and is left out.
+        """
+        if tuple(sum(length for _, length in held) for held in runs) != tuple(tensor.shape):
+            raise LayoutError(f"{name}: ranges {list(runs)} do not add up to a local shape {tuple(tensor.shape)}")
+        pieces = []
+        for combination in product(*(_placed(held, size) for held, size in zip(runs, global_shape, strict=True))):
+            view = tensor[tuple(slice(at, at + length) for at, _, length in combination)]
+            pieces.append(Piece(name, view, tuple(start for _, start, _ in combination), global_shape, mean=mean))
+        return pieces
+
+
+def _placed(held: Sequence[Interval], size: int) -> list[tuple[int, int, int]]:
+    """Each range with where it lies in the local tensor, without padding: (local start, logical start, length)."""
+    ends = accumulate(length for _, length in held)
+    placed = [(end - length, start, min(length, size - start)) for end, (start, length) in zip(ends, held, strict=True)]
+    return [(at, start, length) for at, start, length in placed if length > 0]
+
+
+@dataclass(frozen=True, slots=True)
+class External:
+    """A logical tensor whose bytes are not stored, such as a frozen base: where they come from and their SHA-256.
+
+    It stands among the pieces. A load must bring one of the same name, dtype, shape and hash, which says that its
+    tensor holds those bytes; a different `source` is welcome.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: Shape
+    source: str
+    sha256: str

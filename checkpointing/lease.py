@@ -1,4 +1,7 @@
-"""One live writer per directory: a lease file with a heartbeat, because locks of the kernel fail on shared filesystems.
+"""Who is alive: lease files with a heartbeat, because locks of the kernel fail on shared filesystems.
+
+A `Lease` makes its holder the one writer of a directory; a `Hold` keeps others from deleting a generation that is being
+read or written.
 
 Leases are numbered and created exclusively, so of two processes that both take over a dead one only one succeeds,
 and a holder that was only asleep finds out that it was replaced.
@@ -7,16 +10,20 @@ and a holder that was only asleep finds out that it was replaced.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import socket
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from checkpointing.errors import CheckpointError, LeaseHeldError
 from checkpointing.storage import Storage
+
+logger = logging.getLogger("checkpointing")
 
 HEARTBEAT_S = 5.0
 EXPIRY_S = 30.0  # a holder on another machine that has not beaten for this long is dead
@@ -109,6 +116,89 @@ class Lease:
                 continue  # a filesystem that hiccups costs a beat; one that stays away lets the lease expire
 
 
+class Hold:
+    """Keeps a generation from being deleted while this process reads or writes it. A context manager.
+
+    `purpose` is a word: "read" or "write".
+    """
+
+    def __init__(self, storage: Storage, generation: str, purpose: str) -> None:
+        holder = Holder.this_process()
+        self._storage = storage
+        self._name = f"{HOLDS}/{generation}.{purpose}-{holder.token}"
+        storage.create_if_absent(f"{self._name}.json", json.dumps(asdict(holder)).encode())
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="hold-heartbeat", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        with suppress(OSError, CheckpointError):  # it is dead from now on; whoever clears up deletes what is left
+            self._storage.delete([f"{self._name}.json", f"{self._name}.beat"])
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._stop.wait(HEARTBEAT_S):
+            count += 1
+            with suppress(OSError, CheckpointError):
+                self._storage.put(f"{self._name}.beat", [str(count).encode()])
+
+
+def hold(storage: Storage, generation: str) -> AbstractContextManager[object]:
+    """Keep a generation while it is read. To be taken before COMMIT is looked for.
+
+    Then either who deletes it sees the hold, or the reader sees that COMMIT is gone.
+    """
+    try:
+        return Hold(storage, generation, "read")
+    except OSError as error:  # a checkpoint that this user may only read
+        logger.info("%s is read without a hold (%s); nothing keeps it from being deleted meanwhile", generation, error)
+        return nullcontext()
+
+
+HOLDS = "leases"
+_last_beats: dict[tuple[str, str], tuple[bytes | None, float]] = {}  # of holds elsewhere: the beat, and since when
+
+
+def held_generations(storage: Storage, purpose: str = "") -> set[str]:
+    """The generations that a living process holds (for one purpose, or any). Forgets holds of dead ones.
+
+    Whether a process of this machine lives is seen at once. One elsewhere counts as living until its beat has not
+    changed for `EXPIRY_S` between two calls of this function, which does not wait.
+    """
+    found = set()
+    for path in storage.list(f"{HOLDS}/"):
+        name = path.removesuffix(".json")
+        if name == path:
+            continue
+        if not _lives(storage, name):
+            storage.delete([f"{name}.json", f"{name}.beat"])
+            continue
+        generation, _, what = name.removeprefix(f"{HOLDS}/").partition(".")
+        if what.startswith(purpose):
+            found.add(generation)
+    return found
+
+
+def _lives(storage: Storage, name: str) -> bool:
+    holder = _parse_holder(_read(storage, f"{name}.json"))
+    if holder and holder.machine == _machine():
+        return _start_time(holder.pid) == holder.started
+    beat, now = _read(storage, f"{name}.beat"), time.monotonic()
+    last, since = _last_beats.setdefault((str(storage), name), (beat, now))
+    if beat != last:
+        _last_beats[str(storage), name] = (beat, now)
+        return True
+    return now - since < EXPIRY_S
+
+
 def _living_holder(storage: Storage, number: int, expiry_s: float) -> Holder | None:
     """Whoever holds this lease, or None where it is dead or gone."""
     holder = _read_holder(storage, number)
@@ -126,8 +216,12 @@ def _living_holder(storage: Storage, number: int, expiry_s: float) -> Holder | N
 
 
 def _read_holder(storage: Storage, number: int) -> Holder | None:
+    return _parse_holder(_read(storage, _name(number)))
+
+
+def _parse_holder(data: bytes | None) -> Holder | None:
     try:
-        return Holder(**json.loads(_read(storage, _name(number)) or b""))
+        return Holder(**json.loads(data or b""))
     except (ValueError, TypeError):
         return None  # absent, or being written at this moment
 

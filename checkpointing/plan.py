@@ -3,36 +3,91 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
 
-from checkpointing.errors import LayoutError, MismatchError, first_few
-from checkpointing.format import DTYPE_NAMES, Index, LogicalTensor, StoredBox, stored_panels
+from checkpointing.errors import LayoutError, MismatchError
+from checkpointing.format import (
+    DTYPE_NAMES,
+    FEW_WRITERS,
+    Cover,
+    Index,
+    LogicalTensor,
+    Manifest,
+    StoredBox,
+    cover,
+    flaw_of_name,
+    meet,
+    stored_panels,
+)
 from checkpointing.geometry import Box, Piece, check_tiling, find_hole, intersect
 
-Row = tuple[str, str, list[int], list[int], list[int]]  # name, dtype, global shape, offset, size
+# One piece of a layout as plain values: name, the name it is tied to on this rank (or its own), dtype, global shape,
+# offset, size, whether it is averaged.
+Row = tuple[str, str, str, Sequence[int], Sequence[int], Sequence[int], bool]
 
 
 def layout_rows(pieces: Sequence[Piece]) -> list[Row]:
     """One rank's layout as plain values, for the other ranks. Errors here are about this rank's pieces alone."""
+    tied = find_tied(pieces)
     rows: list[Row] = []
     for piece in pieces:
-        if piece.tensor.dtype not in DTYPE_NAMES:
-            raise LayoutError(f"{piece.name}: dtype {piece.tensor.dtype} has no safetensors name")
-        dtype = DTYPE_NAMES[piece.tensor.dtype]
-        rows.append((piece.name, dtype, list(piece.global_shape), list(piece.offset), list(piece.tensor.shape)))
+        name, tensor = piece.name, piece.tensor
+        if (dtype := DTYPE_NAMES.get(tensor.dtype)) is None:
+            raise LayoutError(f"{name}: dtype {tensor.dtype} has no safetensors name")
+        rows.append((name, tied.get(name, name), dtype, piece.global_shape, piece.offset, tensor.shape, piece.mean))
+    for name in {row[0] for row in rows}:
+        if flaw := flaw_of_name(name):
+            raise LayoutError(flaw)
     return rows
+
+
+def find_tied(pieces: Sequence[Piece]) -> dict[str, str]:
+    """Names whose pieces are the very memory of another's: each with the first such name in order of names.
+
+    Pieces without elements have no memory and say nothing.
+    """
+    by_memory: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    for piece in pieces:
+        if piece.tensor.numel():
+            by_memory[piece.memory].append(piece.name)
+    if len(by_memory) == len(pieces):  # by far the most common
+        return {}
+    firsts: dict[str, set[str]] = defaultdict(set)
+    count: dict[str, int] = defaultdict(int)
+    for names in by_memory.values():
+        for name in names:
+            firsts[name].add(min(names))
+            count[name] += 1
+    return {
+        name: first
+        for name, (first, *others) in ((name, sorted(found)) for name, found in firsts.items())
+        if first != name and not others and count[first] == count[name]
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A box that is stored as the mean over its holders. Ascending ranks; the first one named writes it."""
+
+    name: str
+    box: Box
+    holders: tuple[int, ...]
+    writer: int
 
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """The logical tensors in order of names, and the boxes and scalars that one rank writes."""
+    """What all ranks save, by names in ascending order; and the boxes and scalars that one rank writes."""
 
     tensors: dict[str, LogicalTensor]
+    aliases: dict[str, str]
+    means: list[Mean]
     boxes: list[tuple[str, Box]]
     scalars: list[str]
+    cover: Cover
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +95,17 @@ class SavePlan:
     """The same for all ranks."""
 
     tensors: dict[str, LogicalTensor]
+    aliases: dict[str, str]
+    means: list[Mean]
     boxes: list[list[tuple[str, Box]]]
     scalars: list[list[str]]
+    covers: list[Cover]
 
     def of(self, rank: int) -> RankPlan:
-        return RankPlan(self.tensors, self.boxes[rank], self.scalars[rank])
+        return RankPlan(self.tensors, self.aliases, self.means, self.boxes[rank], self.scalars[rank], self.covers[rank])
+
+
+Held = dict[str, dict[Box, list[int]]]  # by tensor and box: the ranks that hold it, ascending
 
 
 def plan_save(layouts: Sequence[Sequence[Row]]) -> SavePlan:
@@ -52,29 +113,80 @@ def plan_save(layouts: Sequence[Sequence[Row]]) -> SavePlan:
 
     `LayoutError` if ranks disagree on a tensor, or if their boxes leave a hole or overlap without being equal.
     """
+    tensors, held, averaged = _merge(layouts)
+    aliases = _aliases(layouts, tensors)
+    for name in aliases:
+        del tensors[name], held[name]
+    for name, boxes in held.items():
+        check_tiling(name, list(boxes), tensors[name].shape)
+    boxes_by_rank, scalars_by_rank = _elect(tensors, held, len(layouts))
+    writers: dict[str, set[int]] = {name: set() for name in tensors}
+    for rank, (boxes_, scalars) in enumerate(zip(boxes_by_rank, scalars_by_rank, strict=True)):
+        for name in [name for name, _ in boxes_] + scalars:
+            writers[name].add(rank)
+    named = {
+        name: LogicalTensor(t.dtype, t.shape, tuple(sorted(by)) if len(by) <= FEW_WRITERS else None)
+        for name, t in sorted(tensors.items())
+        for by in (writers[name],)
+    }
+    covers = [
+        cover((box, tensors[name].shape) for name, box in own if named[name].writers is None) for own in boxes_by_rank
+    ]
+    means = _means(held, averaged, boxes_by_rank, scalars_by_rank)
+    return SavePlan(named, dict(sorted(aliases.items())), means, boxes_by_rank, scalars_by_rank, covers)
+
+
+def _merge(layouts: Sequence[Sequence[Row]]) -> tuple[dict[str, LogicalTensor], Held, set[str]]:
+    """Every tensor, who holds which box of it, and which tensors are averaged."""
     tensors: dict[str, LogicalTensor] = {}
-    holders: dict[str, dict[Box, list[int]]] = defaultdict(lambda: defaultdict(list))
+    averaged: dict[str, bool] = {}
+    held: Held = {}
     for rank, rows in enumerate(layouts):
-        for name, dtype, shape, offset, size in rows:
-            whole = tuple(shape)
+        for name, _, dtype, shape, offset, size, mean in rows:
             if (known := tensors.get(name)) is None:
-                known = tensors[name] = LogicalTensor(dtype, whole)
-            if (known.dtype, known.shape) != (dtype, whole):
+                known = tensors[name] = LogicalTensor(dtype, tuple(shape))
+                averaged[name], held[name] = mean, {}
+            if known.dtype != dtype or known.shape != tuple(shape):
                 raise LayoutError(
-                    f"{name}: rank {rank} holds {dtype} {whole}, another rank {known.dtype} {known.shape}"
+                    f"{name}: rank {rank} holds {dtype} {tuple(shape)}, another rank {known.dtype} {known.shape}"
                 )
-            ranks = holders[name][Box(tuple(offset), tuple(size))]
-            if rank in ranks:
+            if averaged[name] != mean:
+                raise LayoutError(f"{name}: rank {rank} and another rank disagree on whether it is averaged")
+            ranks = held[name].setdefault(Box(tuple(offset), tuple(size)), [])
+            if ranks and ranks[-1] == rank:
                 raise LayoutError(f"{name}: rank {rank} describes the box at {tuple(offset)} twice")
             ranks.append(rank)
-    for name, boxes in holders.items():
-        check_tiling(name, list(boxes), tensors[name].shape)
-    boxes_by_rank, scalars_by_rank = _elect(tensors, holders, len(layouts))
-    return SavePlan(dict(sorted(tensors.items())), boxes_by_rank, scalars_by_rank)
+    return tensors, held, {name for name, mean in averaged.items() if mean}
+
+
+def _aliases(layouts: Sequence[Sequence[Row]], tensors: dict[str, LogicalTensor]) -> dict[str, str]:
+    """Names that every rank that holds some of them has tied to the same other one."""
+    ties: dict[str, set[str]] = defaultdict(set)
+    for rows in layouts:
+        for name, tied, _, _, _, size, _ in rows:
+            if prod(size):
+                ties[name].add(tied)
+    return {
+        name: next(iter(tied))
+        for name, tied in ties.items()
+        if len(tied) == 1 and name not in tied and ties[next(iter(tied))] == tied
+    }
+
+
+def _means(held: Held, averaged: set[str], boxes: list[list[tuple[str, Box]]], scalars: list[list[str]]) -> list[Mean]:
+    """In the order of names and offsets, so that all ranks go through them alike."""
+    elected = {(name, box): rank for rank, own in enumerate(boxes) for name, box in own}
+    elected |= {(name, Box((), ())): rank for rank, own in enumerate(scalars) for name in own}
+    return [
+        Mean(name, box, tuple(ranks), elected[name, box])
+        for name in sorted(averaged & held.keys())
+        for box, ranks in sorted(held[name].items(), key=lambda item: item[0].offset)
+        if box.numel and len(ranks) > 1
+    ]
 
 
 def _elect(
-    tensors: dict[str, LogicalTensor], holders: dict[str, dict[Box, list[int]]], num_ranks: int
+    tensors: dict[str, LogicalTensor], holders: Held, num_ranks: int
 ) -> tuple[list[list[tuple[str, Box]]], list[list[str]]]:
     """Largest boxes first, each to its least loaded holder, so that replicas share the writing evenly."""
     boxes: list[list[tuple[str, Box]]] = [[] for _ in range(num_ranks)]
@@ -111,35 +223,59 @@ class Read:
 Stored = dict[str, list[tuple[int, StoredBox]]]  # by tensor: each stored box and the position of its writer
 
 
-def stored_by_name(indexes: Sequence[Index]) -> Stored:
+def stored_by_name(indexes: Mapping[int, Index]) -> Stored:
     found: Stored = defaultdict(list)
-    for writer, index in enumerate(indexes):
+    for writer, index in indexes.items():
         for box in index.boxes:
             found[box.name].append((writer, box))
     return found
 
 
-def plan_load(pieces: Iterable[Piece], stored_boxes: Stored) -> list[Read]:
-    """The stored boxes that this rank needs. `MismatchError` if its pieces would not be filled completely."""
+def writers_needed(pieces: Iterable[Piece], manifest: Manifest) -> set[int]:
+    """Positions of the writers whose indexes a rank must read to find its pieces: all that it needs, and few others."""
+    position = {writer.rank: i for i, writer in enumerate(manifest.writers)}
+    needed: set[int] = set()
+    seen: set[Cover] = set()  # tensors that are sharded alike are looked for in the same places
+    for piece in pieces:
+        tensor = manifest.tensors[piece.name]
+        if tensor.writers is not None:
+            needed.update(position[rank] for rank in tensor.writers)
+        elif (wanted := cover([(piece.box, tensor.shape)])) not in seen:
+            seen.add(wanted)
+            needed.update(i for i, writer in enumerate(manifest.writers) if meet(writer.cover, wanted))
+    return needed
+
+
+def plan_load(pieces: Iterable[Piece], stored_boxes: Stored, tensors: Mapping[str, LogicalTensor]) -> list[Read]:
+    """The stored boxes that this rank needs. `MismatchError` if its pieces would not be filled exactly once."""
     reads: list[Read] = []
     for piece in pieces:
         if piece.global_shape == ():
             continue  # scalars lie in the index
         box = piece.box
-        tensor = LogicalTensor(DTYPE_NAMES[piece.tensor.dtype], piece.global_shape)
+        tensor = tensors[piece.name]
         found = [
             Read(writer, panel, part, piece)
-            for writer, stored in stored_boxes[piece.name]
+            for writer, stored in stored_boxes.get(piece.name, ())
             if intersect(stored.box, box) is not None
             for panel in stored_panels(stored, tensor, box)
             if (part := intersect(panel.box, box)) is not None
         ]
-        if (covered := sum(read.part.numel for read in found)) != box.numel:
+        covered = sum(read.part.numel for read in found)
+        if covered != box.numel or (len(found) > 1 and _overlap(found)):
             raise MismatchError(
-                f"{piece.name}: the checkpoint holds {covered} of the {box.numel} elements needed at {piece.offset}"
+                f"{piece.name}: the checkpoint holds {covered} of the {box.numel} elements needed at {piece.offset}, "
+                "each of which it should hold once"
             )
         reads += found
     return reads
+
+
+def _overlap(reads: Sequence[Read]) -> bool:
+    """Whether parts of a piece overlap; as they add up to it, they would then leave a hole as well."""
+    origin, shape = reads[0].piece.offset, reads[0].piece.box.size
+    moved = (Box(tuple(o - b for o, b in zip(r.part.offset, origin, strict=True)), r.part.size) for r in reads)
+    return find_hole(moved, shape) is not None
 
 
 CHUNK_BYTES = 16 * 1024 * 1024  # of a stored box, read at a time: bounds the memory of a load
@@ -183,42 +319,3 @@ def position_in(stored: Box, window: Box) -> int:
     for at, origin, size in zip(window.offset, stored.offset, stored.size, strict=True):
         index = index * size + at - origin
     return index
-
-
-def check_nothing_left(layouts: Sequence[Sequence[Row]], stored: dict[str, LogicalTensor]) -> None:
-    """Raise `MismatchError` if all ranks together do not ask for everything that is stored."""
-    asked: dict[str, list[Box]] = defaultdict(list)
-    for rows in layouts:
-        for name, _, _, offset, size in rows:
-            asked[name].append(Box(tuple(offset), tuple(size)))
-    if left_over := sorted(stored.keys() - asked.keys()):
-        raise MismatchError(
-            f"the checkpoint holds {len(left_over)} tensors that nothing asks for: {first_few(left_over)}; "
-            "pass `only` to load less than everything"
-        )
-    holes = [(name, hole) for name, boxes in asked.items() if (hole := find_hole(boxes, stored[name].shape))]
-    if holes:
-        parts = [f"{name} at {hole.offset} of size {hole.size}" for name, hole in holes]
-        raise MismatchError(
-            f"the checkpoint holds parts of {len(holes)} tensors that nothing asks for: {first_few(parts)}; "
-            "pass `only` to load less than everything"
-        )
-
-
-def check_complete(pieces: Sequence[Piece], stored: dict[str, LogicalTensor]) -> None:
-    """Raise `MismatchError` if this rank asks for a tensor that the checkpoint lacks or has in another form."""
-    missing = sorted({p.name for p in pieces if p.name not in stored})
-    if missing:
-        raise MismatchError(
-            f"the checkpoint does not hold {len(missing)} of the tensors asked for: {first_few(missing)}"
-        )
-    wrong = []
-    for piece in pieces:
-        tensor = stored[piece.name]
-        dtype = DTYPE_NAMES.get(piece.tensor.dtype, str(piece.tensor.dtype))
-        if (tensor.dtype, tensor.shape) != (dtype, piece.global_shape):
-            wrong.append(
-                f"{piece.name} ({tensor.dtype} {list(tensor.shape)} stored, {dtype} {list(piece.global_shape)} here)"
-            )
-    if wrong:
-        raise MismatchError(f"the checkpoint's tensors are of another shape or dtype: {first_few(sorted(set(wrong)))}")

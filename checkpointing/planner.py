@@ -1,51 +1,106 @@
-"""One plan for all ranks: rank 0 makes it from their layouts when one of them has changed since the last save."""
+"""One plan for all ranks: rank 0 makes it from their layouts when one of them has changed since the last time."""
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 from checkpointing.collective import Team
-from checkpointing.format import LogicalTensor, digest
+from checkpointing.format import LogicalTensor, Manifest, digest
 from checkpointing.geometry import Box
-from checkpointing.plan import RankPlan, Row, SavePlan, plan_save
+from checkpointing.match import check_nothing_left
+from checkpointing.plan import Mean, RankPlan, Row, SavePlan, plan_save
 
 REMEMBERED = 8  # layouts of this process: a run that saves several models takes turns between them
 
-# By the digest of this rank's own layout: the digest of all ranks' layouts the last time, and its share of the plan.
-_plans: OrderedDict[str, tuple[str, RankPlan]] = OrderedDict()
+Result = TypeVar("Result")
+
+
+class Agreement(Generic[Result]):
+    """What all ranks found out together about their layouts, remembered while no rank's layout changes.
+
+    The digest covers every row in order, what else the result depends on, and the ranks they are on. A result is used
+    again only where every rank remembers it under the digest of all, so a rank that is new, or has forgotten, costs an
+    exchange; where nothing changed only digests travel.
+    """
+
+    def __init__(self) -> None:
+        # By the digest of this rank's own layout: that layout, the digest of all ranks' the last time, and the result.
+        self.remembered: OrderedDict[str, tuple[Sequence[Row], str, Result]] = OrderedDict()
+
+    def reach(self, team: Team, rows: Sequence[Row], about: str, find: Callable[[str], Result]) -> Result:
+        """The result for these layouts; `find` gets this rank's as text and is collective. Collective."""
+        mark = f"{team.rank} of {team.size} {about} "
+        own, text = self._digest(mark, rows)
+        before = self.remembered.get(own)
+        told = team.together(lambda: [own, before[1] if before else ""])
+        everyone = digest("".join(mine for mine, _ in told).encode())
+        if before and all(known == everyone for _, known in told):
+            self.remembered.move_to_end(own)
+            return before[2]
+        with _collecting_later():
+            result = find(text or _as_text(rows))
+        self.remembered[own] = (rows, everyone, result)
+        self.remembered.move_to_end(own)
+        while len(self.remembered) > REMEMBERED:
+            self.remembered.popitem(last=False)
+        return result
+
+    def _digest(self, mark: str, rows: Sequence[Row]) -> tuple[str, str]:
+        """The digest of a layout, and its text where it had to be made: comparing costs far less than writing."""
+        for known, (before, _, _) in self.remembered.items():
+            if known.startswith(mark) and before == rows:
+                return known, ""
+        text = _as_text(rows)
+        return mark + digest(text.encode()), text
+
+
+_plans: Agreement[RankPlan] = Agreement()
+_complete: Agreement[None] = Agreement()
 
 
 def agree_on_plan(team: Team, rows: Sequence[Row]) -> RankPlan:
-    """This rank's share of the plan; the same object again while no rank's layout changes. Collective.
+    """This rank's share of the plan of a save; the same object again while no rank's layout changes. Collective."""
+    return _plans.reach(team, rows, "save", lambda text: _plan(team, text))
 
-    The digest covers every name, dtype, shape and box in order, and the ranks they are on. A plan is used again only
-    where every rank remembers it under the digest of all, so a rank that is new, or has forgotten, costs an exchange.
-    """
-    text = json.dumps(rows, separators=(",", ":"))
-    own = digest(f"{team.rank} {text}".encode())
-    remembered = _plans.get(own)
-    found = team.together(lambda: [own, remembered[0] if remembered else ""])
-    everyone = digest("".join(mine for mine, _ in found).encode())
-    if remembered and all(known == everyone for _, known in found):
-        _plans.move_to_end(own)
-        return remembered[1]
-    plan = _make(team, text)
-    _plans[own] = (everyone, plan)
-    _plans.move_to_end(own)
-    while len(_plans) > REMEMBERED:
-        _plans.popitem(last=False)
-    return plan
+
+def agree_on_completeness(team: Team, rows: Sequence[Row], manifest: Manifest) -> None:
+    """`MismatchError` on all ranks if not all that a generation holds is asked for by some rank. Collective."""
+
+    def check(text: str) -> None:
+        texts = team.together(lambda: text)
+        team.together(lambda: check_nothing_left([json.loads(t) for t in texts], manifest) if team.rank == 0 else None)
+
+    _complete.reach(team, rows, f"load {manifest.save_id}", check)
 
 
 def forget() -> None:
     """As in a new process."""
-    _plans.clear()
+    _plans.remembered.clear()
+    _complete.remembered.clear()
 
 
-def _make(team: Team, text: str) -> RankPlan:
+def _as_text(rows: Sequence[Row]) -> str:
+    return json.dumps(rows, separators=(",", ":"))
+
+
+@contextmanager
+def _collecting_later() -> Iterator[None]:
+    """Planning makes many small objects and no cycles: the garbage collector would walk them, and the heap, in vain."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _plan(team: Team, text: str) -> RankPlan:
     """Texts travel unread by those who need not: only rank 0 reads all layouts, and each rank only its own share."""
     texts = team.together(lambda: text)
 
@@ -54,24 +109,37 @@ def _make(team: Team, text: str) -> RankPlan:
             return None
         return _encode(plan_save([json.loads(layout) for layout in texts]))
 
-    tensors, *shares = team.together(plan)[0]
-    return _decode(json.loads(tensors), json.loads(shares[team.rank]))
+    common, *shares = team.together(plan)[0]
+    return _decode(json.loads(common), json.loads(shares[team.rank]))
 
 
 def _encode(plan: SavePlan) -> list[str]:
-    tensors = [[name, tensor.dtype, tensor.shape] for name, tensor in plan.tensors.items()]
+    common = {
+        "tensors": [[name, tensor.dtype, tensor.shape, tensor.writers] for name, tensor in plan.tensors.items()],
+        "aliases": plan.aliases,
+        "means": [[mean.name, mean.box.offset, mean.box.size, mean.holders, mean.writer] for mean in plan.means],
+    }
     number = {name: n for n, name in enumerate(plan.tensors)}
     shares = [
-        {"boxes": [[number[name], box.offset, box.size] for name, box in boxes], "scalars": scalars}
-        for boxes, scalars in zip(plan.boxes, plan.scalars, strict=True)
+        {"boxes": [[number[name], box.offset, box.size] for name, box in boxes], "scalars": scalars, "cover": cover}
+        for boxes, scalars, cover in zip(plan.boxes, plan.scalars, plan.covers, strict=True)
     ]
-    return [json.dumps(part, separators=(",", ":")) for part in (tensors, *shares)]
+    return [json.dumps(part, separators=(",", ":")) for part in (common, *shares)]
 
 
-def _decode(tensors: list[Any], share: dict[str, Any]) -> RankPlan:
-    names = [name for name, _, _ in tensors]
+def _decode(common: dict[str, Any], share: dict[str, Any]) -> RankPlan:
+    names = [name for name, *_ in common["tensors"]]
     return RankPlan(
-        {name: LogicalTensor(dtype, tuple(shape)) for name, dtype, shape in tensors},
-        [(names[number], Box(tuple(offset), tuple(size))) for number, offset, size in share["boxes"]],
-        share["scalars"],
+        tensors={
+            name: LogicalTensor(dtype, tuple(shape), None if writers is None else tuple(writers))
+            for name, dtype, shape, writers in common["tensors"]
+        },
+        aliases=common["aliases"],
+        means=[
+            Mean(name, Box(tuple(offset), tuple(size)), tuple(holders), writer)
+            for name, offset, size, holders, writer in common["means"]
+        ],
+        boxes=[(names[number], Box(tuple(offset), tuple(size))) for number, offset, size in share["boxes"]],
+        scalars=share["scalars"],
+        cover=tuple((low, high) for low, high in share["cover"]),
     )

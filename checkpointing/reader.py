@@ -1,4 +1,7 @@
-"""Read planned parts of stored boxes, verify the checksums of every block touched, and copy them into place."""
+"""Read planned parts of stored boxes, verify the checksums of every block touched, and copy them into place.
+
+Only the indexes that are asked for are read, and shard files only where the plan says.
+"""
 
 from __future__ import annotations
 
@@ -14,41 +17,70 @@ import torch
 from checkpointing.errors import CheckpointError, DamagedError
 from checkpointing.format import (
     DTYPES,
+    METADATA_BYTES,
     Index,
     Manifest,
     StoredBox,
     block_size,
     checksums,
     digest,
+    index_name,
+    lay_out,
     shard_name,
     stored_panels,
-    tensor_over,
 )
 from checkpointing.generations import read_index
 from checkpointing.geometry import Box, Piece
-from checkpointing.plan import Read, Stored, position_in, stored_by_name, windows
+from checkpointing.plan import CHUNK_BYTES, Read, plan_load, position_in, stored_by_name, windows, writers_needed
 from checkpointing.storage import Storage
+from checkpointing.tensors import divided, scalar_from_hex, tensor_over
+from checkpointing.writer import DEFAULT_BUDGET
 
 
 class GenerationReader:
-    """One committed generation, opened: its manifest and every index, verified; shard files are read on demand."""
+    """One committed generation: its manifest; indexes and shard files are read, and verified, on demand.
 
-    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+    `budget` bounds the bytes that are on their way from storage into tensors.
+    """
+
+    def __init__(self, storage: Storage, manifest: Manifest, budget: int = DEFAULT_BUDGET) -> None:
         self.storage = storage
         self.manifest = manifest
-        self.indexes: list[Index] = [read_index(storage, manifest, i) for i in range(len(manifest.writers))]
-        self.stored: Stored = stored_by_name(self.indexes)
+        # A window is read, and cast where it must be, by every thread; what waits for a thread has not been read.
+        self._limit = max(64 * 1024, min(CHUNK_BYTES, budget // (4 * num_threads())))
+        self._indexes: dict[int, Index] = {}
         self._sizes = storage.list(f"{manifest.generation}/")
         self._data_starts: dict[int, int] = {}
         self._targets: dict[int, torch.Tensor | np.ndarray[Any, Any]] = {}  # by id of the piece, while it is filled
 
-    @property
-    def objects(self) -> dict[str, object]:
-        return self.indexes[0].objects
+    def index(self, position: int) -> Index:
+        """That of the manifest's writer at `position`."""
+        if position not in self._indexes:
+            self._indexes[position] = read_index(self.storage, self.manifest, position)
+        return self._indexes[position]
 
     @property
-    def scalars(self) -> dict[str, str]:
-        return {name: value for index in self.indexes for name, value in index.scalars.items()}
+    def indexes(self) -> list[Index]:
+        """All of them, in the order of the manifest's writers."""
+        return [self.index(i) for i in range(len(self.manifest.writers))]
+
+    @property
+    def objects(self) -> dict[str, object]:
+        return self.index(0).objects
+
+    def load(self, pieces: Sequence[Piece]) -> None:
+        """Fill pieces, which are named as stored, from the boxes and scalars of the generation."""
+        indexes = {i: self.index(i) for i in sorted(writers_needed(pieces, self.manifest))}
+        self.fill(plan_load(pieces, stored_by_name(indexes), self.manifest.tensors))
+        scalars = {name: value for index in indexes.values() for name, value in index.scalars.items()}
+        for piece in pieces:
+            if piece.global_shape == ():
+                if piece.name not in scalars:
+                    raise DamagedError(f"{piece.name} has no value in any index of {self.manifest.generation}")
+                dtype = DTYPES[self.manifest.tensors[piece.name].dtype]
+                value = scalar_from_hex(scalars[piece.name], dtype, piece.name)
+                with torch.no_grad():
+                    piece.tensor.detach().copy_(divided(value, piece.divisor, piece.tensor.dtype))
 
     def fill(self, reads: Iterable[Read]) -> None:
         """Copy every planned part into its piece, in place. Several threads read, check and copy at a time."""
@@ -56,18 +88,18 @@ class GenerationReader:
         fetches = [
             self._fetch(read.writer, read.stored, window, part, read.piece)
             for read in reads
-            for window, part in windows(read.stored.box, read.part, self._itemsize(read.stored))
+            for window, part in windows(read.stored.box, read.part, self._itemsize(read.stored), self._limit)
         ]
         for writer in {fetch.writer for fetch in fetches}:
             self._data_start(writer)  # opened here, not by several threads at once
         if num_threads() == 1:
-            for run in join_neighbours(fetches):
+            for run in join_neighbours(fetches, min(JOINED_BYTES, self._limit)):
                 self._execute(run)
             return
         with ThreadPoolExecutor(num_threads(), thread_name_prefix="checkpoint-read") as pool:
             running: deque[Future[None]] = deque()
             try:
-                for run in join_neighbours(fetches):
+                for run in join_neighbours(fetches, min(JOINED_BYTES, self._limit)):
                     running.append(pool.submit(self._execute, run))
                     while len(running) > 2 * num_threads():  # errors are seen early, and little is queued
                         running.popleft().result()
@@ -79,11 +111,16 @@ class GenerationReader:
 
     def verify(self) -> Iterator[tuple[str, int, CheckpointError | None]]:
         """Check every stored box: its shard file, its bytes, and what is wrong with it, if anything."""
-        for position, index in enumerate(self.indexes):
+        for position in range(len(self.manifest.writers)):
+            try:
+                index = self.index(position)
+            except CheckpointError as error:
+                yield index_name(self.manifest.writers[position].rank), 0, error
+                continue
             name = shard_name(self.manifest.writers[position].rank)
             panels = (p for b in index.boxes for p in stored_panels(b, self.manifest.tensors[b.name]))
             for panel in panels:
-                for window, part in windows(panel.box, panel.box, self._itemsize(panel)):
+                for window, part in windows(panel.box, panel.box, self._itemsize(panel), self._limit):
                     nbytes = window.numel * self._itemsize(panel)
                     try:
                         self._execute([self._fetch(position, panel, window, part, None)])
@@ -92,7 +129,7 @@ class GenerationReader:
                     else:
                         yield name, nbytes, None
             try:
-                self._data_start(position)  # also of a shard without boxes
+                self._check_header(position)
             except CheckpointError as error:
                 yield name, 0, error
 
@@ -138,14 +175,16 @@ class GenerationReader:
 
     def _copy(self, fetch: Fetch, piece: Piece, blocks: memoryview) -> None:
         window, part = fetch.window, fetch.part
+        dtype = DTYPES[self.manifest.tensors[fetch.stored.name].dtype]
         target = self._target(piece)
-        if isinstance(target, np.ndarray):
+        if isinstance(target, np.ndarray) and dtype == piece.tensor.dtype and piece.divisor == 1:
             source = np.frombuffer(blocks, target.dtype, window.numel, fetch.begin).reshape(window.size)
             target[part.slices(piece.offset)] = source[part.slices(window.offset)]
             return
-        dtype = DTYPES[self.manifest.tensors[fetch.stored.name].dtype]
         whole = tensor_over(blocks[fetch.begin : fetch.begin + window.numel * dtype.itemsize], dtype)
-        target[part.slices(piece.offset)].copy_(whole.view(window.size)[part.slices(window.offset)])
+        source_part = whole.view(window.size)[part.slices(window.offset)]
+        local = piece.tensor.detach()
+        local[part.slices(piece.offset)].copy_(divided(source_part, piece.divisor, local.dtype))
 
     def _target(self, piece: Piece) -> torch.Tensor | np.ndarray[Any, Any]:
         """A piece's tensor to copy into; on the CPU as an array of words, which costs less for each small copy."""
@@ -159,18 +198,31 @@ class GenerationReader:
     def _data_start(self, position: int) -> int:
         """Where a shard's data starts, after its size and its header have been checked."""
         if position not in self._data_starts:
-            writer = self.manifest.writers[position]
-            name = f"{self.manifest.generation}/{shard_name(writer.rank)}"
-            if (size := self._sizes.get(name)) != writer.shard_bytes:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise DamagedError(f"{name} {found}; {writer.shard_bytes} bytes were committed")
-            itemsize = {stored_name: t.itemsize for stored_name, t in self.manifest.tensors.items()}
-            data = sum(b.box.numel * itemsize[b.name] for b in self.indexes[position].boxes)
-            (header,) = self.storage.read_ranges(name, [(0, writer.shard_bytes - data)])
-            if digest(memoryview(header)) != writer.header:
-                raise DamagedError(f"{name}: the header is not the one that was committed")
-            self._data_starts[position] = writer.shard_bytes - data
+            self._data_starts[position] = len(self._header(position))
         return self._data_starts[position]
+
+    def _header(self, position: int) -> memoryview | bytearray:
+        """A shard's header with its length before it, as it was committed."""
+        writer = self.manifest.writers[position]
+        name = f"{self.manifest.generation}/{shard_name(writer.rank)}"
+        if (size := self._sizes.get(name)) != writer.shard_bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise DamagedError(f"{name} {found}; {writer.shard_bytes} bytes were committed")
+        data = sum(b.box.numel * self._itemsize(b) for b in self.index(position).boxes)
+        if not 8 <= writer.shard_bytes - data <= METADATA_BYTES:
+            raise DamagedError(f"{name}: the index has boxes of {data} bytes, which the file does not hold")
+        (header,) = self.storage.read_ranges(name, [(0, writer.shard_bytes - data)])
+        if digest(memoryview(header)) != writer.header:
+            raise DamagedError(f"{name}: the header is not the one that was committed")
+        return header
+
+    def _check_header(self, position: int) -> None:
+        """That a shard's header says what the index does: other programs read it by the header alone."""
+        index = self.index(position)
+        header, _ = lay_out([(b.name, b.box) for b in index.boxes], self.manifest.tensors, index.save_id)
+        if bytes(self._header(position)) != header:
+            name = shard_name(self.manifest.writers[position].rank)
+            raise DamagedError(f"{self.manifest.generation}/{name}: the header does not tell what the index does")
 
 
 # Read with one call: enough for a disk, and little enough that checking and copying find it in the processor's cache.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +15,16 @@ import torch.distributed as dist
 from checkpointing.collective import Team, as_team
 from checkpointing.commit import as_storage
 from checkpointing.errors import DamagedError, MismatchError, NotFoundError, VersionError, first_few
-from checkpointing.format import scalar_from_hex
 from checkpointing.generations import candidates, read_manifest, scan
-from checkpointing.geometry import Piece
-from checkpointing.plan import check_complete, check_nothing_left, layout_rows, plan_load
+from checkpointing.geometry import External, Piece
+from checkpointing.lease import hold
+from checkpointing.match import check_complete, check_external
+from checkpointing.plan import Row, layout_rows
+from checkpointing.planner import agree_on_completeness
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import Storage
+from checkpointing.tensors import tensor_bytes
+from checkpointing.writer import DEFAULT_BUDGET
 
 logger = logging.getLogger("checkpointing")
 _UNUSABLE = "The tensors passed to load must not be used."
@@ -26,34 +32,63 @@ _UNUSABLE = "The tensors passed to load must not be used."
 
 def load(
     directory: str | os.PathLike[str] | Storage,
-    pieces: Sequence[Piece],
+    pieces: Sequence[Piece | External],
     step: int | None = None,
     group: dist.ProcessGroup | Team | None = None,
     *,
     only: Sequence[str] | None = None,
     generation: str | None = None,
+    cast: bool = False,
+    memory_budget: int = DEFAULT_BUDGET,
 ) -> dict[str, Any]:
     """Fill the pieces of all ranks from a generation, and return its objects. Collective.
 
     With neither `step` nor `generation` (a name) the newest sound generation is loaded: damage is logged as a
     warning and the next older one taken, by all ranks together. With one of them, damage raises `DamagedError`.
     `MismatchError` if a piece is not in the generation, or an element of a stored tensor in no rank's pieces; `only`
-    (prefixes of names) loads less, and other pieces stay as they are. `VersionError` if a newer release wrote what
-    would be chosen. After an error the pieces' tensors must not be used.
+    (prefixes of names) loads less, and other pieces stay as they are. A piece may be of another dtype where that keeps
+    every value; `cast` rounds. Tensors that the generation calls external must be declared with the same content.
+    `VersionError` if a newer release wrote what would be chosen. After an error the pieces' tensors must not be used.
+    `memory_budget` bounds the bytes on their way from storage. What is being loaded is held: retention leaves it.
     """
     team, storage = as_team(group), as_storage(directory)
+    wanted = _Wanted.of(pieces, only, cast)
     tried: dict[str, str] = {}  # in vain, and why
     while True:
-        # Listed anew each time: while it was read, the run may have deleted one and committed another.
-        name = team.together(lambda: _choose(storage, step, generation, tried) if team.rank == 0 else "")[0]
-        try:
-            return _load_one(team, storage, name, pieces, only)
-        except (DamagedError, NotFoundError) as error:
-            if step is not None or generation is not None:
-                raise DamagedError(f"generation {name} in {storage} is damaged: {error}. {_UNUSABLE}") from error
-            if team.rank == 0:
-                logger.warning("generation %s is damaged and is passed over: %s", name, error)
-            tried[name] = str(error)
+        with ExitStack() as held:
+
+            def choose() -> str:
+                # Listed anew each time: while it was read, the run may have deleted one and committed another.
+                name = _choose(storage, step, generation, tried)
+                held.enter_context(hold(storage, name))
+                return name
+
+            name = team.together(lambda: choose() if team.rank == 0 else "")[0]
+            try:
+                return _load_one(team, storage, name, wanted, memory_budget)
+            except (DamagedError, NotFoundError) as error:
+                if step is not None or generation is not None:
+                    raise DamagedError(f"generation {name} in {storage} is damaged: {error}. {_UNUSABLE}") from error
+                if team.rank == 0:
+                    logger.warning("generation %s is damaged and is passed over: %s", name, error)
+                tried[name] = str(error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What a load asks for on this rank, without what `only` leaves out."""
+
+    pieces: list[Piece]
+    external: list[External]
+    only: Sequence[str] | None
+    cast: bool
+
+    @staticmethod
+    def of(given: Sequence[Piece | External], only: Sequence[str] | None, cast: bool) -> _Wanted:
+        prefixes = ("",) if only is None else tuple(only)
+        kept = [one for one in given if one.name.startswith(prefixes)]
+        external = [one for one in kept if isinstance(one, External)]
+        return _Wanted([one for one in kept if isinstance(one, Piece)], external, only, cast)
 
 
 def _choose(storage: Storage, step: int | None, generation: str | None, tried: Mapping[str, str]) -> str:
@@ -92,26 +127,26 @@ def _choose_of_step(storage: Storage, step: int) -> str:
     return found[0].name
 
 
-def _load_one(
-    team: Team, storage: Storage, name: str, pieces: Sequence[Piece], only: Sequence[str] | None
-) -> dict[str, Any]:
+def _load_one(team: Team, storage: Storage, name: str, wanted: _Wanted, budget: int) -> dict[str, Any]:
     reader: GenerationReader | None = None
-    pieces = [p for p in pieces if only is None or p.name.startswith(tuple(only))]
+    rows: list[Row] = []
 
-    def open_and_check() -> list[Any]:
-        nonlocal reader
-        reader = GenerationReader(storage, read_manifest(storage, name))
-        stored = reader.manifest.tensors
-        _check_prefixes(only, [*stored, *(p.name for p in pieces)])
-        check_complete(pieces, stored)
-        return layout_rows(pieces) if only is None else []
+    def open_and_check() -> None:
+        nonlocal reader, rows
+        reader = GenerationReader(storage, read_manifest(storage, name), budget)
+        manifest = reader.manifest
+        stored = [*manifest.tensors, *manifest.aliases, *manifest.external]
+        _check_prefixes(wanted.only, [*stored, *(p.name for p in wanted.pieces)])
+        check_external(wanted.external, manifest, all_of_them=wanted.only is None)
+        check_complete(wanted.pieces, manifest, wanted.cast)
+        rows = layout_rows(wanted.pieces) if wanted.only is None else []
 
-    layouts = team.together(open_and_check)
+    team.together(open_and_check)
     assert reader is not None
     opened = reader
-    if only is None:
-        check_nothing_left(layouts, opened.manifest.tensors)
-    team.together(lambda: _fill(opened, pieces))
+    if wanted.only is None:
+        agree_on_completeness(team, rows, opened.manifest)
+    team.together(lambda: _fill(opened, wanted.pieces))
     return dict(opened.objects)
 
 
@@ -124,12 +159,22 @@ def _check_prefixes(only: Sequence[str] | None, names: Sequence[str]) -> None:
 
 
 def _fill(reader: GenerationReader, pieces: Sequence[Piece]) -> None:
-    reader.fill(plan_load(pieces, reader.stored))
-    scalars = reader.scalars
+    """Each memory once. Where two tensors of the checkpoint are one here, the second must equal the first."""
+    first: dict[tuple[object, ...], Piece] = {}
+    own, again = [], []
     for piece in pieces:
-        if piece.global_shape == ():
-            if piece.name not in scalars:
-                raise DamagedError(f"{piece.name} has no value in any index")
-            value = scalar_from_hex(scalars[piece.name], piece.tensor.dtype, piece.name)
-            with torch.no_grad():
-                piece.tensor.detach().copy_(value)
+        stored = reader.manifest.stored_name(piece.name)
+        named = piece if stored == piece.name else replace(piece, name=stored)
+        same = first.setdefault(piece.memory, named) if piece.tensor.numel() else named
+        if same is named:
+            own.append(named)
+        elif same.name != stored:
+            again.append((piece, same, replace(named, tensor=torch.empty_like(piece.tensor))))
+    reader.load(own)
+    reader.load([copy for _, _, copy in again])
+    for piece, same, copy in again:
+        if tensor_bytes(copy.tensor) != tensor_bytes(piece.tensor):
+            raise MismatchError(
+                f"{piece.name} and {same.name} are tied here, one tensor with two names, and hold different values in "
+                f"{reader.manifest.generation}: load them into a model that keeps them apart"
+            )

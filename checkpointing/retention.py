@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from checkpointing.format import COMMIT, Manifest
 from checkpointing.generations import Generation, scan
+from checkpointing.lease import held_generations
 from checkpointing.storage import Storage
 
 
@@ -41,30 +42,50 @@ class Keep:
 
 
 def prune(storage: Storage, keep: Keep) -> list[str]:
-    """Delete sound generations but those that stay; returns the names deleted. For one process at a time.
+    """Delete sound generations but those that stay and those being read; returns the names deleted.
 
-    Abandoned generations go once `keep.last` others are there; damaged ones do not count, and stay for a person to look
-    at.
+    For one process at a time. Abandoned generations go once `keep.last` others are there; damaged ones do not count,
+    and stay for a person to look at.
     """
     sound = [g for g in scan(storage) if g.sound]
     current = [g for g in sound if not g.abandoned]
     kept = keep.chosen(current)
     doomed = [g for g in current if g.name not in kept]
     doomed += [g for g in sound if g.abandoned] if len(current) >= keep.last else []
-    for generation in doomed:
-        _delete(storage, generation)
-    return [g.name for g in doomed]
+    return _delete(storage, doomed)
 
 
 def clear_leftovers(storage: Storage) -> list[str]:
-    """Delete what saves that never committed left behind; returns the names. The caller must hold the run's lease."""
+    """Delete what saves that never committed left behind; returns the names.
+
+    A save that is still being written holds what it writes, and so does a load: what a living process holds stays.
+    """
     dead = [g for g in scan(storage) if not g.committed]
+    if not dead:
+        return []
+    held = held_generations(storage)
+    # Looked at again after the holds: a save that ended meanwhile has committed before it let go.
+    committed = {g.name for g in scan(storage) if g.committed}
+    dead = [g for g in dead if g.name not in held | committed]
     for generation in dead:
-        _delete(storage, generation)
+        storage.delete(f"{generation.name}/{name}" for name in generation.files)
     return [g.name for g in dead]
 
 
-def _delete(storage: Storage, generation: Generation) -> None:
-    """COMMIT first: a deletion that is interrupted leaves something that is no generation, not half of one."""
-    storage.delete([f"{generation.name}/{COMMIT}"])
-    storage.delete(f"{generation.name}/{name}" for name in generation.files)
+def _delete(storage: Storage, generations: Sequence[Generation]) -> list[str]:
+    """COMMIT first: a deletion that is interrupted leaves something that is no generation, not half of one.
+
+    A reader takes its hold before it looks for COMMIT. So one that came after the look at the holds and still found
+    COMMIT is seen by the second look, and is left the files; they are cleared away later.
+    """
+    if not generations:
+        return []
+    held = held_generations(storage)
+    free = [g for g in generations if g.name not in held]
+    for generation in free:
+        storage.delete([f"{generation.name}/{COMMIT}"])
+    held = held_generations(storage)
+    for generation in free:
+        if generation.name not in held:
+            storage.delete(f"{generation.name}/{name}" for name in generation.files)
+    return [g.name for g in free]

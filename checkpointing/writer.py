@@ -7,29 +7,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 import xxhash
 
+from checkpointing.codec import encode_index
+from checkpointing.errors import LayoutError
 from checkpointing.format import (
+    METADATA_BYTES,
     Index,
     StoredBox,
     Writer,
     block_size,
     checksums,
     digest,
-    encode_index,
     index_name,
     lay_out,
     panels_of,
-    scalar_hex,
     shard_name,
-    tensor_bytes,
 )
 from checkpointing.geometry import Box, Piece, intersect
 from checkpointing.plan import RankPlan
-from checkpointing.storage import Storage
+from checkpointing.storage import WRITES_BEHIND, Storage
+from checkpointing.tensors import multiplied, row_bytes, scalar_hex
 
-CHUNK_BYTES = 32 * 1024 * 1024  # what is copied at a time from a tensor that is not contiguous host memory
+# The memory for copies of state on its way to storage, or from it, that a rank may use beside the state.
+DEFAULT_BUDGET = 256 * 1024 * 1024
 
 
 def write_shard(
@@ -40,8 +41,12 @@ def write_shard(
     rank: int,
     save_id: str,
     objects: dict[str, Any],
+    budget: int = DEFAULT_BUDGET,
 ) -> Writer | None:
-    """Write what the plan elects this rank to write. None where that is nothing; rank 0 always writes an index."""
+    """Write what the plan elects this rank to write. None where that is nothing; rank 0 always writes an index.
+
+    Copies of what is not contiguous host memory take at most `budget` bytes at a time.
+    """
     boxes, scalars = plan.boxes, plan.scalars
     if not (boxes or scalars or rank == 0):
         return None
@@ -49,8 +54,10 @@ def write_shard(
     for piece in pieces:
         by_name[piece.name].append(piece)
     header, placed = lay_out(boxes, plan.tensors, save_id)
+    _check_size(header, "header", rank)
     written: list[StoredBox] = []
     shard_bytes = 0
+    limit = budget // (2 * (WRITES_BEHIND + 2))  # a chunk is copied, hashed and written, and a cast may double it
 
     def chunks() -> Iterator[bytes | memoryview]:
         nonlocal shard_bytes
@@ -61,7 +68,7 @@ def write_shard(
             tensor = plan.tensors[stored.name]
             for panel in panels_of(stored.box, tensor):
                 hasher = BlockHasher(block_size(panel.numel * tensor.itemsize))
-                for chunk in box_bytes(by_name[stored.name], panel):
+                for chunk in box_bytes(by_name[stored.name], panel, limit):
                     hasher.update(chunk)
                     shard_bytes += len(chunk)
                     yield chunk
@@ -69,20 +76,25 @@ def write_shard(
             written.append(replace(stored, checksums="".join(sums)))
 
     storage.put(f"{directory}/{shard_name(rank)}", chunks())
-    values = {name: scalar_hex(by_name[name][0].tensor) for name in scalars}
-    index = encode_index(Index(save_id, written, values, objects), list(plan.tensors))
+    values = {name: scalar_hex(multiplied(by_name[name][0].tensor, by_name[name][0].divisor)) for name in scalars}
+    index = encode_index(Index(save_id, written, values, objects), plan.tensors)
+    _check_size(index, "index", rank)
     storage.put(f"{directory}/{index_name(rank)}", [index])
-    return Writer(rank, shard_bytes, len(index), digest(header), digest(index))
+    return Writer(rank, shard_bytes, len(index), digest(header), digest(index), plan.cover)
 
 
-def box_bytes(pieces: Sequence[Piece], box: Box) -> Iterator[memoryview]:
+def _check_size(data: bytes, what: str, rank: int) -> None:
+    if len(data) > METADATA_BYTES:
+        raise LayoutError(
+            f"the {what} of rank {rank} would have {len(data):,} bytes, and at most {METADATA_BYTES:,} are read again; "
+            "keep large values in tensors rather than in objects, or save with more ranks"
+        )
+
+
+def box_bytes(pieces: Sequence[Piece], box: Box, limit: int | None = None) -> Iterator[memoryview]:
     """The row-major bytes of a box that one of the pieces holds, a bounded number of bytes at a time."""
     piece = next(p for p in pieces if intersect(p.box, box) == box)
-    view = piece.tensor.detach()[box.slices(piece.offset)]
-    # Only whole leading rows are split off: the bytes of a row-major box are those of its rows, one after the other.
-    rows = max(1, CHUNK_BYTES * box.size[0] // (box.numel * view.element_size()))
-    for part in torch.split(view, rows):
-        yield tensor_bytes(part)
+    return row_bytes(piece.tensor.detach()[box.slices(piece.offset)], limit, piece.divisor)
 
 
 class BlockHasher:

@@ -14,11 +14,11 @@ from tests.conftest import ROOT
 
 def test_the_code_on_the_page_runs(in_tmp: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "checkpointing.md").read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 8
     scope: dict[str, object] = {}
     for block in blocks:
         exec(block, scope)  # the page's own lines
     assert [g.step for g in scan(FileStorage(in_tmp / "checkpoints"))] == [40, 30]
     # Its assertions can fail.
     with pytest.raises(AssertionError):
-        exec(blocks[3].replace("start=30", "start=29"), scope)
+        exec(blocks[4].replace("start=30", "start=29"), scope)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from checkpointing import Piece, load
-from checkpointing.format import PAGE, decode_index, decode_manifest, digest
+from checkpointing import External, Piece, load
+from checkpointing.codec import decode_index, decode_manifest
+from checkpointing.format import PAGE, digest
 from tests.conftest import ROOT
 
 
@@ -31,6 +32,7 @@ def test_the_example_can_be_loaded(tmp_path: Path) -> None:
     (directory / "manifest.json").write_bytes(text)
     (directory / "COMMIT").write_text(digest(text))
     w, b, step = torch.zeros(2, 3), torch.zeros(2), torch.tensor(0.0)
-    pieces = [Piece("model/w", w, (0, 0), (2, 3)), Piece("model/b", b, (0,), (2,)), Piece("optim/w/step", step, (), ())]
-    assert load(tmp_path, pieces) == {"cursor": 30}
+    pieces = [Piece("model/z", w, (0, 0), (2, 3)), Piece("model/b", b, (0,), (2,)), Piece("optim/w/step", step, (), ())]
+    base = External("model/base", torch.bfloat16, (4, 4), "elsewhere", "5e" * 32)
+    assert load(tmp_path, [*pieces, base]) == {"cursor": 30}
     assert w.tolist() == [[0, 1, 2], [3, 4, 5]] and b.tolist() == [1, 1] and step.item() == 30

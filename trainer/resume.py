@@ -228,7 +228,9 @@ def _changes(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, A
 def _check_model(name: str, manifest: Manifest, model: nn.Module) -> None:
     """Refuse a checkpoint of another model before any process group starts."""
     here = {piece.name: piece.global_shape for piece in describe(model)}
-    there = {name: t.shape for name, t in manifest.tensors.items() if not name.startswith("optim/")}
+    stored = {name: t.shape for name, t in manifest.tensors.items()}
+    stored |= {alias: stored[name] for alias, name in manifest.aliases.items()}
+    there = {name: shape for name, shape in stored.items() if not name.startswith("optim/")}
     wrong = []
     if missing := sorted(here.keys() - there.keys()):
         wrong.append(f"it lacks {len(missing)} of this model's tensors, such as {missing[0]}")

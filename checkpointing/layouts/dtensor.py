@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
 from checkpointing.errors import LayoutError
-from checkpointing.geometry import Piece
-
-Interval = tuple[int, int]  # start and length, in elements of one dimension
+from checkpointing.geometry import Interval, Piece, Shape
 
 
-def pieces_of(name: str, tensor: torch.Tensor) -> list[Piece]:
-    """The pieces of one logical tensor that this rank holds; a plain tensor is one piece, the whole."""
+def pieces_of(name: str, tensor: torch.Tensor, logical_shape: Shape | None = None) -> list[Piece]:
+    """The pieces of one logical tensor that this rank holds; a plain tensor is one piece, the whole.
+
+    With `logical_shape` the tensor is padded at the ends of some dimensions, such as a vocabulary, and only what lies
+    in that shape is described; padding is left as it is by a load. A `Partial("avg")` placement is stored as the mean.
+    """
+    shape = tuple(tensor.shape) if logical_shape is None else tuple(logical_shape)
+    if len(shape) != tensor.dim() or any(n > padded for n, padded in zip(shape, tensor.shape, strict=True)):
+        raise LayoutError(f"{name}: a tensor of shape {tuple(tensor.shape)} does not hold one of shape {shape}")
     if not isinstance(tensor, DTensor):
-        return [Piece(name, tensor, (0,) * tensor.dim(), tuple(tensor.shape))]
+        whole = tensor if logical_shape is None else tensor[tuple(map(slice, shape))]
+        return [Piece(name, whole, (0,) * len(shape), shape)]
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:  # this rank is not part of the mesh
         return []
-    shape = tuple(tensor.shape)
     if 0 in shape:  # nothing to hold, but a tensor that must be named
         return [Piece(name, tensor.to_local().detach().new_empty(shape), (0,) * len(shape), shape)]
-    held = held_intervals(shape, tuple(tensor.device_mesh.shape), tuple(coordinate), tensor.placements)
+    held = held_intervals(tuple(tensor.shape), tuple(tensor.device_mesh.shape), tuple(coordinate), tensor.placements)
     local = tensor.to_local()
     expected = tuple(sum(length for _, length in runs) for runs in held)
     if tuple(local.shape) != expected:
         raise LayoutError(f"{name}: {tensor.placements} should hold {expected} here, and holds {tuple(local.shape)}")
-    return _pieces(name, local, shape, held)
+    mean = any(placement.is_partial("avg") for placement in tensor.placements)
+    return Piece.runs(name, local, held, shape, mean)
 
 
 def held_intervals(
@@ -41,7 +45,7 @@ def held_intervals(
     """
     held: list[list[Interval]] = [[(0, size)] for size in shape]
     for size, at, placement in zip(mesh, coordinate, placements, strict=True):
-        if isinstance(placement, Replicate):
+        if isinstance(placement, Replicate) or placement.is_partial("avg"):
             continue
         # torch chooses whether a strided shard is a Shard by class: ask for the narrower kind first.
         if isinstance(placement, _StridedShard):
@@ -84,19 +88,3 @@ def _merge(runs: list[Interval]) -> list[Interval]:
         else:
             merged.append((start, length))
     return merged
-
-
-def _pieces(name: str, local: torch.Tensor, shape: tuple[int, ...], held: list[list[Interval]]) -> list[Piece]:
-    """One piece for every combination of ranges, each a view of the local tensor."""
-    placed = []
-    for runs in held:
-        positions, position = [], 0
-        for start, length in runs:
-            positions.append((position, start, length))
-            position += length
-        placed.append(positions)
-    pieces = []
-    for combination in product(*placed):
-        view = local[tuple(slice(at, at + length) for at, _, length in combination)]
-        pieces.append(Piece(name, view, tuple(start for _, start, _ in combination), shape))
-    return pieces

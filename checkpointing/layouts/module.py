@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
-from checkpointing.errors import LayoutError
-from checkpointing.geometry import Piece
+from checkpointing.errors import LayoutError, MismatchError, first_few
+from checkpointing.geometry import Piece, Shape
 from checkpointing.layouts.dtensor import pieces_of
 
 logger = logging.getLogger("checkpointing")
@@ -21,32 +22,169 @@ logger = logging.getLogger("checkpointing")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
 
 
-def describe(model: nn.Module, optimizer: Optimizer | None = None) -> list[Piece]:
+Entry = tuple[nn.Module | None, Optimizer | None]
+
+
+def describe(
+    model: nn.Module | Mapping[str, Entry],
+    optimizer: Optimizer | None = None,
+    *,
+    logical_shapes: Mapping[str, Shape] | None = None,
+) -> list[Piece]:
     """The pieces of a model's parameters and persistent buffers, and of its optimizer's state, on this rank.
 
-    Names are `model/<fqn>`, `buffer/<fqn>` and `optim/<fqn>/<key>`, with the names of wrappers removed. Tensors may
-    be plain or DTensors of any mesh; what FSDP2 keeps gathered is sharded again. Optimizer state that does not exist
-    yet is created (`materialize`), so that a fresh optimizer can be loaded into. Options of param groups are not state
-    here: pass them in `objects`. `LayoutError` for FSDP1, whose flat parameters do not say what they hold.
+    Names are `model/<fqn>`, `buffer/<fqn>` and `optim/<fqn>/<key>`, with the names of wrappers removed; a tied tensor
+    has a piece under each of its names. Tensors may be plain or DTensors of any mesh; what FSDP2 keeps gathered is
+    sharded again. Optimizer state that does not exist yet is created (`materialize`), so that a fresh optimizer can be
+    loaded into. Options of param groups are not tensors: see `param_groups`.
+
+    Several models and optimizers are given as `{"actor": (model, optimizer), "ema": (model, None)}` and named
+    `model/actor/<fqn>`, `optim/actor/<fqn>/<key>`, ...; one without a model holds parameters of the others'. Where the
+    engine pads a parameter, `logical_shapes` has its shape without padding under its name (`<fqn>`, `actor/<fqn>`), for
+    its optimizer state as well. `LayoutError` for FSDP1, whose flat parameters do not say what they hold.
     """
-    bare = _unwrapped(model)
-    for path, module in bare.named_modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # after a forward without a backward the root's parameters are gathered copies
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            logger.warning("the extra state of %s (%s) is not described", path or "the model", type(module).__name__)
-    pieces = [p for name, t in _named(bare.named_parameters()) for p in pieces_of(f"model/{name}", t)]
-    pieces += [p for name, t in _named(_persistent_buffers(bare)) for p in pieces_of(f"buffer/{name}", t)]
+    entries = _entries(model, optimizer)
+    shapes = logical_shapes or {}
+    padded = {name: parameter.shape for name, parameter in _all_parameters(entries) if name in shapes}
+    if unknown := sorted(shapes.keys() - padded.keys()):
+        raise LayoutError(f"logical_shapes: there is no parameter named {first_few(unknown)}")
+    pieces: list[Piece] = []
+    for prefix, module in _modules(entries):
+        _prepare(module)
+        for name, tensor in _parameters(module, prefix):
+            pieces += pieces_of(f"model/{name}", tensor, shapes.get(name))
+        for name, tensor in _named(_persistent_buffers(module)):
+            pieces += pieces_of(f"buffer/{prefix}{name}", tensor)
+    for owner, name, key, value in _optimizer_state(entries):
+        shape = shapes[name] if name in shapes and value.shape == padded[name] else None
+        pieces += pieces_of(f"optim/{owner}{name.removeprefix(owner)}/{key}", value, shape)
+    return pieces
+
+
+def param_groups(model: nn.Module | Mapping[str, Entry], optimizer: Optimizer | None = None) -> dict[str, Any]:
+    """The options of all param groups by the names of their parameters, as plain JSON for `objects`.
+
+    Every group is `{"parameters": [names], "options": {...}}` under its optimizer's name (empty by default).
+    """
+    entries = _entries(model, optimizer)
+    names = _first_names(entries)
+    return {
+        owner.removesuffix("/"): [
+            {
+                "parameters": [names[p] for p in group["params"] if p in names],
+                "options": {key: _plain(key, value) for key, value in group.items() if key != "params"},
+            }
+            for group in held.param_groups
+        ]
+        for owner, (_, held) in entries.items()
+        if held is not None
+    }
+
+
+def restore_param_groups(
+    saved: Mapping[str, Any], model: nn.Module | Mapping[str, Entry], optimizer: Optimizer | None = None
+) -> None:
+    """Give every param group the options that its parameters were saved with, however they were grouped.
+
+    `MismatchError` if a parameter was not saved, or parameters of one group were saved with different options.
+    """
+    entries = _entries(model, optimizer)
+    names = _first_names(entries)
+    found: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for owner, (_, held) in entries.items():
+        if held is None:
+            continue
+        options = {name: g["options"] for g in saved.get(owner.removesuffix("/"), ()) for name in g["parameters"]}
+        for group in held.param_groups:
+            own = [names[p] for p in group["params"]]
+            if missing := [name for name in own if name not in options]:
+                raise MismatchError(f"no options of a param group were saved for {first_few(missing)}")
+            if other := next((name for name in own if options[name] != options[own[0]]), None):
+                raise MismatchError(
+                    f"{own[0]} and {other} are in one param group here and were saved with different options; "
+                    "group them as they were"
+                )
+            if own:
+                found.append((group, options[own[0]]))
+    for group, chosen in found:
+        for key, value in chosen.items():
+            before = group.get(key)
+            if isinstance(before, torch.Tensor):
+                before.fill_(value)  # a compiled or captured step holds on to the tensor
+            else:
+                group[key] = tuple(value) if isinstance(value, list) else value
+
+
+def _plain(key: str, value: Any) -> Any:
+    """An option as JSON; tuples, such as Adam's betas, as lists."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, tuple | list):
+        return [_plain(key, one) for one in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise LayoutError(f"the option {key} of a param group is a {type(value).__name__}, which JSON does not know")
+
+
+def _entries(model: nn.Module | Mapping[str, Entry], optimizer: Optimizer | None) -> dict[str, Entry]:
+    """By the name that goes before what they hold: empty, or with a slash."""
+    if isinstance(model, nn.Module):
+        return {"": (model, optimizer)}
     if optimizer is not None:
-        names = {parameter: name for name, parameter in _named(bare.named_parameters())}
+        raise LayoutError("give the optimizer of each model with it: describe({name: (model, optimizer), ...})")
+    for name in model:
+        if "/" in name:
+            raise LayoutError(f"{name!r} cannot name a model: names of models have no slash")
+    return {f"{name}/" if name else "": entry for name, entry in model.items()}
+
+
+def _modules(entries: Mapping[str, Entry]) -> Iterator[tuple[str, nn.Module]]:
+    for prefix, (module, _) in entries.items():
+        if module is not None:
+            yield prefix, _unwrapped(module)
+
+
+def _parameters(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Under all their names, where they are tied."""
+    return ((prefix + name, p) for name, p in _named(module.named_parameters(remove_duplicate=False)))
+
+
+def _all_parameters(entries: Mapping[str, Entry]) -> Iterator[tuple[str, torch.Tensor]]:
+    for prefix, module in _modules(entries):
+        yield from _parameters(module, prefix)
+
+
+def _first_names(entries: Mapping[str, Entry]) -> dict[torch.Tensor, str]:
+    names: dict[torch.Tensor, str] = {}
+    for name, parameter in _all_parameters(entries):
+        names.setdefault(parameter, name)
+    return names
+
+
+def _prepare(module: nn.Module) -> None:
+    for path, child in module.named_modules():
+        if isinstance(child, FSDPModule):
+            child.reshard()  # after a forward without a backward the root's parameters are gathered copies
+        if type(child).get_extra_state is not nn.Module.get_extra_state:
+            logger.warning("the extra state of %s (%s) is not described", path or "the model", type(child).__name__)
+
+
+def _optimizer_state(entries: Mapping[str, Entry]) -> Iterator[tuple[str, str, str, torch.Tensor]]:
+    """The optimizer's name, the parameter's, the key and the tensor; under all names of a tied parameter."""
+    names: dict[torch.Tensor, list[str]] = {}
+    for name, parameter in _all_parameters(entries):
+        names.setdefault(parameter, []).append(name)
+    for owner, (_, optimizer) in entries.items():
+        if optimizer is None:
+            continue
         materialize(optimizer)
         for parameter, key, value in _state(optimizer):
             if parameter not in names:
                 raise LayoutError(
                     f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the model"
                 )
-            pieces += pieces_of(f"optim/{names[parameter]}/{key}", value)
-    return pieces
+            for name in names[parameter]:
+                yield owner, name, key, value
 
 
 def materialize(optimizer: Optimizer) -> None:

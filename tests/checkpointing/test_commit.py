@@ -181,7 +181,7 @@ def test_nothing_is_committed_that_rank_0_does_not_see(tmp_path: Path) -> None:
 
 def test_the_guard_has_the_last_word(tmp_path: Path) -> None:
     def refuse() -> None:
-        (directory,) = tmp_path.iterdir()
+        (directory,) = tmp_path.glob("step-*")
         assert {p.name for p in directory.iterdir()} >= {"manifest.json", "shard-00000.safetensors"}
         raise LeaseHeldError("another process took over")
 
@@ -221,8 +221,7 @@ def test_everything_is_durable_before_commit_exists(tmp_path: Path) -> None:
             unsynced.discard(os.readlink(f"/proc/self/fd/{arguments[0]}"))
         elif (name == "open" and arguments[1] & os.O_CREAT) or name == "mkdir":
             unsynced.add(str(Path(arguments[0]).parent))
-        elif name == "link":
-            assert Path(arguments[1]).name == "COMMIT"
+        elif name == "link" and Path(arguments[1]).name == "COMMIT":
             assert unsynced - {str(Path(arguments[1]).parent)} == set()  # the draft beside it needs no directory
             unsynced.add(str(Path(arguments[1]).parent))
 

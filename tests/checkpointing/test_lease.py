@@ -1,4 +1,4 @@
-"""One live writer a directory; a dead one is replaced, by one process only."""
+"""One live writer a directory; a dead one is replaced, by one process only. And what is in use stays."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from checkpointing import LeaseHeldError, lease
-from checkpointing.lease import Holder, Lease
-from checkpointing.storage import FileStorage
+from checkpointing.lease import EXPIRY_S, Hold, Holder, Lease, held_generations, hold
+from checkpointing.storage import FileStorage, MemoryStorage
 
 
 def write_lease(directory: Path, holder: Holder, number: int = 1) -> None:
@@ -163,3 +163,56 @@ def test_a_holder_in_another_container_is_watched_and_not_looked_up(tmp_path: Pa
     began = time.monotonic()
     Lease.acquire(FileStorage(tmp_path), expiry_s=0.3).release()
     assert time.monotonic() - began >= 0.3
+
+
+def test_a_hold_lasts_while_its_process_lives_or_until_it_is_released(tmp_path: Path) -> None:
+    storage = FileStorage(tmp_path)
+    with hold(storage, "step-00000001-aaaaaaaa"), Hold(storage, "step-00000002-bbbbbbbb", "write"):
+        assert held_generations(storage) == {"step-00000001-aaaaaaaa", "step-00000002-bbbbbbbb"}
+        assert held_generations(storage, "read") == {"step-00000001-aaaaaaaa"}
+    assert held_generations(storage) == set() and list(tmp_path.iterdir()) == []
+
+
+def hold_of(storage: MemoryStorage, holder: Holder, name: str = "step-00000001-aaaaaaaa") -> str:
+    path = f"leases/{name}.read-{holder.token}"
+    storage.put(f"{path}.json", [json.dumps(asdict(holder)).encode()])
+    return path
+
+
+def test_a_hold_of_a_dead_process_of_this_machine_is_forgotten_at_once() -> None:
+    storage, this = MemoryStorage(), Holder.this_process()
+    hold_of(storage, replace(this, started="before"))  # the pid was given to another process since
+    assert held_generations(storage) == set() and storage.list() == {}
+
+
+def test_a_hold_elsewhere_counts_until_its_beat_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, elsewhere = MemoryStorage(), replace(Holder.this_process(), host="another", boot_id="another")
+    path = hold_of(storage, elsewhere)
+    now = [100.0]
+    monkeypatch.setattr(lease.time, "monotonic", lambda: now[0])
+    for beat in range(5):  # it beats, however seldom one looks
+        now[0] += 2 * EXPIRY_S
+        storage.put(f"{path}.beat", [str(beat).encode()])
+        assert held_generations(storage)
+    now[0] += EXPIRY_S - 1
+    assert held_generations(storage)
+    now[0] += 2
+    assert held_generations(storage) == set() and storage.list() == {}
+
+
+def test_a_hold_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.01)
+    with Hold(FileStorage(tmp_path), "step-00000001-aaaaaaaa", "read"):
+        deadline = time.monotonic() + 20
+        while not list(tmp_path.glob("leases/*.beat")):
+            assert time.monotonic() < deadline
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_may_only_be_read_is_read_without_a_hold(tmp_path: Path) -> None:
+    class ReadOnly(FileStorage):
+        def create_if_absent(self, name: str, data: bytes) -> bool:
+            raise PermissionError(13, "Permission denied", name)
+
+    with hold(ReadOnly(tmp_path), "step-00000001-aaaaaaaa"):
+        assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,17 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpointing import LayoutError, MismatchError, Piece, plan
-from checkpointing.format import Index, LogicalTensor, StoredBox
+from checkpointing.format import FEW_WRITERS, Index, LogicalTensor, Manifest, StoredBox, Writer
 from checkpointing.geometry import Box, intersect
 from checkpointing.plan import (
-    check_complete,
+    Mean,
+    SavePlan,
+    find_tied,
     layout_rows,
     plan_load,
     plan_save,
     position_in,
     stored_by_name,
     windows,
+    writers_needed,
 )
+from checkpointing.planner import _decode, _encode
 
 
 def rows(*pieces: Piece) -> list:
@@ -65,23 +71,113 @@ def test_a_dtype_without_a_name_is_refused() -> None:
         rows(Piece("w", torch.zeros(3, dtype=torch.complex128), (0,), (3,)))
 
 
-def test_reads_cover_each_piece_or_are_refused() -> None:
-    def index(*boxes: Box) -> Index:
-        return Index("id", [StoredBox("w", box, 0, "0" * 16) for box in boxes], {})
+def index(*boxes: Box) -> Index:
+    return Index("id", [StoredBox("w", box, 0, "0" * 16) for box in boxes], {})
 
+
+def test_reads_cover_each_piece_once_or_are_refused() -> None:
     piece = Piece("w", torch.zeros(2, 4), (1, 0), (4, 4))
-    reads = plan_load([piece], stored_by_name([index(Box((0, 0), (2, 4))), index(Box((2, 0), (2, 4)))]))
+    tensors = {"w": LogicalTensor("F32", (4, 4))}
+    halves = {0: index(Box((0, 0), (2, 4))), 1: index(Box((2, 0), (2, 4)))}
+    reads = plan_load([piece], stored_by_name(halves), tensors)
     assert [(r.writer, r.part) for r in reads] == [(0, Box((1, 0), (1, 4))), (1, Box((2, 0), (1, 4)))]
     with pytest.raises(MismatchError, match="holds 4 of the 8 elements needed"):
-        plan_load([piece], stored_by_name([index(Box((0, 0), (2, 4)))]))
+        plan_load([piece], stored_by_name({0: halves[0]}), tensors)
+    # As many elements as are needed, one row twice and another not at all.
+    twice = {0: halves[0], 1: index(Box((1, 0), (1, 4)))}
+    with pytest.raises(MismatchError, match="each of which it should hold once"):
+        plan_load([piece], stored_by_name(twice), tensors)
 
 
-def test_missing_and_misshapen_tensors_are_named() -> None:
-    stored = {"w": LogicalTensor("F32", (4,))}
-    with pytest.raises(MismatchError, match="does not hold 2 of the tensors asked for: a, b"):
-        check_complete([whole("a", 1), whole("b", 1), whole("w", 4)], stored)
-    with pytest.raises(MismatchError, match=r"w \(F32 \[4\] stored, F32 \[5\] here\)"):
-        check_complete([whole("w", 5)], stored)
+def shards(name: str, size: int, ranks: int) -> list[list]:
+    step = -(-size // ranks)
+    cuts = [(min(r * step, size), min((r + 1) * step, size)) for r in range(ranks)]
+    return [
+        rows(Piece(name, torch.zeros(stop - start, 2), (start, 0), (size, 2))) if stop > start else []
+        for start, stop in cuts
+    ]
+
+
+def manifest_of(plan: SavePlan, ranks: int) -> Manifest:
+    writers = [Writer(r, 0, 0, "", "", plan.covers[r]) for r in range(ranks) if plan.boxes[r] or plan.scalars[r]]
+    return Manifest(1, "", "", "", 0, 1, 0.0, ranks, {}, {}, writers, plan.tensors)
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=4), st.integers(1, 40), st.integers(1, 12), st.data())
+def test_the_indexes_that_are_needed_are_among_those_read(
+    sizes: list[int], ranks: int, ways: int, data: st.DataObject
+) -> None:
+    layouts: list[list] = [[] for _ in range(ranks)]
+    for number, size in enumerate(sizes):
+        for rank, found in enumerate(shards(f"t{number}", size, ranks)):
+            layouts[rank] += found
+    plan = plan_save(layouts)
+    manifest = manifest_of(plan, ranks)
+    number = data.draw(st.integers(0, len(sizes) - 1))
+    start = data.draw(st.integers(0, sizes[number] - 1))
+    count = data.draw(st.integers(1, sizes[number] - start))
+    piece = Piece(f"t{number}", torch.zeros(count, 2), (start, 0), (sizes[number], 2))
+    holders = {r for r in range(ranks) for n, box in plan.boxes[r] if n == piece.name and intersect(box, piece.box)}
+    assert holders <= {manifest.writers[i].rank for i in writers_needed([piece], manifest)}
+
+
+def test_of_many_shards_a_rank_reads_few_indexes() -> None:
+    ranks = 8 * FEW_WRITERS
+    layouts = [a + b for a, b in zip(shards("a", 1024, ranks), shards("b", 5000, ranks), strict=True)]
+    plan = plan_save(layouts)
+    assert plan.tensors["a"].writers is None
+    manifest = manifest_of(plan, ranks)
+    quarter = [Piece(n, torch.zeros(size // 4, 2), (size // 4, 0), (size, 2)) for n, size in (("a", 1024), ("b", 5000))]
+    assert len(writers_needed(quarter, manifest)) <= ranks / 4 + 2
+    # Tensors that few wrote name them.
+    plan = plan_save([rows(whole("c", 4)), *shards("d", 8, 3)])
+    assert plan.tensors["c"].writers == (0,) and plan.tensors["d"].writers == (1, 2, 3)
+
+
+def test_tied_tensors_are_planned_once_under_the_first_name() -> None:
+    memory = torch.zeros(4, 2)
+    tied = [Piece(name, memory, (0, 0), (4, 2)) for name in ("head", "embedding")]
+    assert find_tied(tied) == {"head": "embedding"}
+    plan = plan_save([rows(*tied), rows(*tied)])
+    assert plan.aliases == {"head": "embedding"} and list(plan.tensors) == ["embedding"]
+    # Not tied on every rank that holds some of it: two tensors.
+    apart = rows(Piece("head", torch.zeros(4, 2), (0, 0), (4, 2)), tied[1])
+    plan = plan_save([rows(*tied), apart])
+    assert plan.aliases == {} and list(plan.tensors) == ["embedding", "head"]
+    # Another box of the same memory, or the same memory as another tensor, is no tie.
+    assert find_tied([tied[0], Piece("embedding", memory[:3], (0, 0), (4, 2))]) == {}
+    assert find_tied([tied[0], Piece("embedding", memory, (0, 0), (8, 2))]) == {}
+    # Nothing in memory ties nothing.
+    assert find_tied([Piece(n, torch.zeros(0), (0,), (0,)) for n in "ab"]) == {}
+
+
+def test_averaged_boxes_name_their_holders() -> None:
+    mean = rows(Piece("w", torch.zeros(3), (0,), (3,), mean=True))
+    plan = plan_save([mean, [], mean])
+    assert plan.means == [Mean("w", Box((0,), (3,)), (0, 2), 0)]
+    assert plan_save([mean]).means == []
+    with pytest.raises(LayoutError, match="w: rank 1 and another rank disagree on whether it is averaged"):
+        plan_save([mean, rows(whole("w", 3))])
+
+
+def test_a_plan_travels_whole() -> None:
+    tied = torch.zeros(4, 2)
+    layout = rows(
+        Piece("b", tied, (0, 0), (4, 2)),
+        Piece("a", tied, (0, 0), (4, 2)),
+        Piece("m", torch.zeros(3), (0,), (3,), mean=True),
+        whole("s"),
+    )
+    many = shards("z", 100, 2 * FEW_WRITERS)
+    plan = plan_save([layout + own for own in many])
+    common, *shares = map(json.loads, _encode(plan))
+    assert [_decode(common, share) for share in shares] == [plan.of(rank) for rank in range(len(many))]
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\ud800"])
+def test_names_that_no_file_could_hold_are_refused(name: str) -> None:
+    with pytest.raises(LayoutError, match="is no name of a tensor"):
+        rows(whole(name, 2))
 
 
 @st.composite

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from checkpointing import Piece, load, planner, save
+from checkpointing import MismatchError, Piece, load, planner, save
 from checkpointing.collective import Team
 from checkpointing.plan import layout_rows, plan_save
 from checkpointing.planner import agree_on_plan
@@ -77,7 +77,7 @@ def test_another_number_of_ranks_drops_the_plan(forgotten: list[int]) -> None:
 
 def test_a_rank_that_has_forgotten_makes_all_exchange(forgotten: list[int]) -> None:
     plans(halves)
-    del planner._plans[next(iter(planner._plans))]
+    del planner._plans.remembered[next(iter(planner._plans.remembered))]
     forgotten.clear()
     plans(halves)
     assert forgotten == [2]
@@ -92,7 +92,25 @@ def test_plans_are_remembered_in_turn_and_not_without_end(forgotten: list[int]) 
             agree_on_plan(Team(), layout_rows(numbered(number)))
     assert len(forgotten) == planner.REMEMBERED
     agree_on_plan(Team(), layout_rows(numbered(99)))
-    assert len(planner._plans) == planner.REMEMBERED
+    assert len(planner._plans.remembered) == planner.REMEMBERED
+
+
+def test_completeness_is_agreed_once_for_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, checked = MemoryStorage(), []
+    check = planner.check_nothing_left
+    monkeypatch.setattr(planner, "check_nothing_left", lambda *args: checked.append(1) or check(*args))
+    for step in (1, 2):
+        save(storage, step, halves_of_one())
+    for step in (1, 1, 2, 2, 1):
+        load(storage, halves_of_one(), step=step)
+    assert len(checked) == 2
+    with pytest.raises(MismatchError, match="nothing asks for"):
+        load(storage, halves_of_one()[:1], step=1)
+    assert len(checked) == 3
+
+
+def halves_of_one() -> list[Piece]:
+    return [piece for rank in range(2) for piece in halves(rank)][:3]
 
 
 def test_a_remembered_plan_saves_what_the_pieces_hold_now() -> None:

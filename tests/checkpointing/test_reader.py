@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpointing import Box, DamagedError, Piece, plan, save
+from checkpointing import Box, DamagedError, Piece, save
 from checkpointing import reader as reader_module
 from checkpointing.format import StoredBox, block_size, shard_name
 from checkpointing.generations import newest
-from checkpointing.plan import plan_load
+from checkpointing.geometry import COLUMN_GRID
 from checkpointing.reader import Fetch, GenerationReader, join_neighbours
 from checkpointing.storage import FileStorage
 
@@ -47,7 +47,7 @@ def test_any_box_is_filled_with_its_elements_and_nothing_else(stored: tuple[Path
     directory, tensor = stored
     reader = open_reader(directory)
     piece = Piece("w", torch.full(box.size, -1.0), box.offset, SHAPE)
-    reader.fill(plan_load([piece], reader.stored))
+    reader.load([piece])
     assert torch.equal(piece.tensor, tensor[box.slices((0, 0, 0))])
 
 
@@ -56,8 +56,7 @@ def test_only_the_blocks_that_are_touched_are_read(tmp_path: Path, monkeypatch: 
     save(tmp_path, 1, [Piece("w", torch.zeros(large), (0, 0, 0), large)])
     reader = open_reader(tmp_path)
     piece = Piece("w", torch.ones(1, 5, 3000), (3, 0, 0), large)
-    reads = plan_load([piece], reader.stored)
-    reader.fill(reads)  # opens the shard, whose header is read once
+    reader.load([piece])  # opens the index and the shard, whose header is read once
     ranges: list[tuple[int, int]] = []
     original = FileStorage.read_ranges
 
@@ -66,10 +65,10 @@ def test_only_the_blocks_that_are_touched_are_read(tmp_path: Path, monkeypatch: 
         return original(self, name, wanted)
 
     monkeypatch.setattr(FileStorage, "read_ranges", read_ranges)
-    reader.fill(reads)
-    block = block_size(reads[0].stored.box.numel * 4)
+    reader.load([piece])
+    panel = -(-3000 // COLUMN_GRID) * 64 * 5 * 4
     read = sum(stop - start for start, stop in ranges)
-    assert 5 * 3000 * 4 <= read <= 5 * 3000 * 4 + len(reads) * 2 * block < 64 * 5 * 3000 * 4 / 10
+    assert 5 * 3000 * 4 <= read <= 5 * 3000 * 4 + COLUMN_GRID * 2 * block_size(panel) < 64 * 5 * 3000 * 4 / 10
 
 
 def test_damage_elsewhere_does_not_matter_and_damage_in_the_way_does(
@@ -82,10 +81,10 @@ def test_damage_elsewhere_does_not_matter_and_damage_in_the_way_does(
     data[-1] ^= 1  # the last element of the last row
     shard.write_bytes(data)
     first, last = (Piece("w", torch.zeros(1, 5, 300), (row, 0, 0), SHAPE) for row in (0, 23))
-    reader.fill(plan_load([first], reader.stored))
+    reader.load([first])
     assert torch.equal(first.tensor[0], stored[1][0])
     with pytest.raises(DamagedError, match=r"checksum of bytes \d+ to \d+ does not match; they belong to w"):
-        reader.fill(plan_load([last], reader.stored))
+        reader.load([last])
     assert [name for name, _, error in reader.verify() if error] == [shard_name(0)]
 
 
@@ -115,8 +114,8 @@ def test_threads_and_memory_do_not_change_what_is_loaded(
     directory, tensor = stored
     monkeypatch.setattr(reader_module, "num_threads", lambda: threads)
     for limit in (100, 5000, 10**9):
-        monkeypatch.setattr(plan, "CHUNK_BYTES", limit)
         reader = open_reader(directory)
+        reader._limit = limit
         pieces = [Piece("w", torch.zeros(7, 5, 100), (r, 0, c), SHAPE) for r in (0, 7, 14) for c in (0, 100, 200)]
-        reader.fill(plan_load(pieces, reader.stored))
+        reader.load(pieces)
         assert all(torch.equal(p.tensor, tensor[p.box.slices((0, 0, 0))]) for p in pieces)

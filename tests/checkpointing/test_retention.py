@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpointing import Piece, load, save
+from checkpointing import Piece, load, retention, save
 from checkpointing.generations import abandon, scan
+from checkpointing.lease import hold
 from checkpointing.retention import Keep, clear_leftovers, prune
 from checkpointing.storage import FileStorage
 
@@ -113,3 +114,52 @@ def test_every_kth_and_the_best_stay_as_well(tmp_path: Path) -> None:
 def test_what_keeps_nothing_is_refused(bad: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="the newest generation always stays"):
         Keep(**bad)
+
+
+def test_what_is_being_read_stays_and_goes_later(tmp_path: Path) -> None:
+    storage = FileStorage(tmp_path)
+    names = [save(tmp_path, step, PIECES) for step in (1, 2, 3)]
+    with hold(storage, names[0]):
+        assert prune(storage, Keep(1)) == [names[1]]
+    assert prune(storage, Keep(1)) == [names[0]]
+
+
+def test_a_reader_that_comes_while_its_generation_is_being_deleted_keeps_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It found COMMIT after the first look at the holds; then COMMIT goes, and the rest stays until it is done."""
+    storage = FileStorage(tmp_path)
+    names = [save(tmp_path, step, PIECES) for step in (1, 2)]
+    looks = []
+
+    def look(where: FileStorage) -> set[str]:
+        looks.append(1)
+        return set() if len(looks) == 1 else {names[0]}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retention, "held_generations", look)
+        prune(storage, Keep(1))
+    left = {path.name for path in (tmp_path / names[0]).iterdir()}
+    assert left == {"manifest.json", "index-00000.json", "shard-00000.safetensors"}
+    assert clear_leftovers(storage) == [names[0]] and not (tmp_path / names[0]).exists()
+
+
+def test_a_save_that_is_going_on_is_no_leftover(tmp_path: Path) -> None:
+    """Also one that commits between the look at the directory and the look at the holds."""
+    storage, cleared = FileStorage(tmp_path), []
+    save(tmp_path, 1, PIECES, guard=lambda: cleared.extend(clear_leftovers(storage)))
+    assert cleared == [] and len(list(tmp_path.glob("step-*/COMMIT"))) == 1
+
+
+def test_a_save_that_ends_meanwhile_is_no_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = save(tmp_path, 1, PIECES)
+    commit = tmp_path / name / "COMMIT"
+    data = commit.read_bytes()
+    commit.unlink()
+
+    def ends(where: FileStorage) -> set[str]:
+        commit.write_bytes(data)
+        return set()
+
+    monkeypatch.setattr(retention, "held_generations", ends)
+    assert clear_leftovers(FileStorage(tmp_path)) == [] and commit.exists()

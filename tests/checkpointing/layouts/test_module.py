@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from checkpointing import LayoutError, describe, load, materialize, save
+from checkpointing import (
+    LayoutError,
+    MismatchError,
+    describe,
+    load,
+    materialize,
+    param_groups,
+    restore_param_groups,
+    save,
+)
+from checkpointing.generations import read_manifest
+from checkpointing.storage import FileStorage
 
 
 class Model(nn.Module):
@@ -37,7 +50,7 @@ def test_names_are_logical_and_complete() -> None:
     model = Model()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     names = {p.name for p in describe(model, optimizer)}
-    trained = {"module.weight", "module.bias", "norm.weight", "norm.bias"}
+    trained = {"module.weight", "module.bias", "tied.weight", "tied.bias", "norm.weight", "norm.bias"}
     expected = {f"model/{n}" for n in trained | {"frozen.weight"}}
     expected |= {f"buffer/norm.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")}
     expected |= {f"optim/{n}/{key}" for n in trained for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -180,3 +193,133 @@ def test_describing_before_the_first_step_changes_nothing(kind: str) -> None:
         train(model, optimizer, 3)
         results.append(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(results[0].values(), results[1].values(), strict=True))
+
+
+class Untied(nn.Module):
+    """The model above with two modules in the place of the one that is tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = Model()
+        self.module, self.norm, self.frozen = whole.module, whole.norm, whole.frozen
+        self.tied = nn.Linear(4, 3)
+
+
+def test_tied_tensors_are_stored_once_and_load_into_both_names(tmp_path: Path) -> None:
+    model = Model()
+    name = save(tmp_path, 1, describe(model))
+    manifest = read_manifest(FileStorage(tmp_path), name)
+    assert manifest.aliases == {"model/tied.weight": "model/module.weight", "model/tied.bias": "model/module.bias"}
+    assert sum(n.endswith(("module.weight", "tied.weight")) for n in manifest.tensors) == 1
+    untied, tied = Untied(), Model()
+    load(tmp_path, describe(untied))
+    load(tmp_path, describe(tied))
+    for other in (untied, tied):
+        assert torch.equal(other.tied.weight, model.module.weight)
+        assert torch.equal(other.module.weight, model.module.weight)
+
+
+def test_what_was_saved_apart_is_tied_only_where_it_is_equal(tmp_path: Path) -> None:
+    apart = Untied()
+    save(tmp_path, 1, describe(apart))
+    with pytest.raises(MismatchError, match=r"model/tied\.\w+ and model/module\.\w+ are tied here"):
+        load(tmp_path, describe(Model()))
+    apart.tied.load_state_dict(apart.module.state_dict())
+    save(tmp_path, 2, describe(apart))
+    model = Model()
+    load(tmp_path, describe(model))
+    assert torch.equal(model.tied.weight, apart.module.weight)
+
+
+def test_several_models_and_optimizers_have_names_of_their_own(tmp_path: Path) -> None:
+    def build() -> dict[str, Any]:
+        actor, critic = nn.Linear(3, 2), nn.Linear(3, 1)
+        return {
+            "actor": (actor, torch.optim.AdamW([actor.weight])),
+            "critic": (critic, torch.optim.SGD(critic.parameters(), momentum=0.9)),
+            "ema": (nn.Linear(3, 2), None),
+            "bias": (None, torch.optim.AdamW([actor.bias])),
+        }
+
+    first = build()
+    pieces = describe(first)
+    assert {p.name for p in pieces} >= {
+        "model/actor/weight",
+        "model/ema/bias",
+        "optim/actor/weight/exp_avg",
+        "optim/critic/weight/momentum_buffer",
+        "optim/bias/actor/bias/exp_avg",
+    }
+    save(tmp_path, 1, pieces)
+    second = build()
+    load(tmp_path, describe(second))
+    for name in ("actor", "critic", "ema"):
+        assert torch.equal(second[name][0].weight, first[name][0].weight)
+    with pytest.raises(LayoutError, match="cannot name a model"):
+        describe({"a/b": (nn.Linear(1, 1), None)})
+    with pytest.raises(LayoutError, match="give the optimizer of each model with it"):
+        describe({"a": (nn.Linear(1, 1), None)}, second["actor"][1])
+
+
+def test_a_padded_vocabulary_is_stored_without_padding_and_loads_with_any(tmp_path: Path) -> None:
+    def padded(rows: int) -> tuple[nn.Embedding, torch.optim.Optimizer]:
+        embedding = nn.Embedding(rows, 4)
+        return embedding, torch.optim.AdamW(embedding.parameters())
+
+    shapes = {"weight": (11, 4)}
+    model, optimizer = padded(16)
+    model(torch.arange(11)).sum().backward()
+    optimizer.step()
+    name = save(tmp_path, 1, describe(model, optimizer, logical_shapes=shapes))
+    stored = read_manifest(FileStorage(tmp_path), name).tensors
+    assert {n: t.shape for n, t in stored.items()} == {
+        "model/weight": (11, 4),
+        "optim/weight/exp_avg": (11, 4),
+        "optim/weight/exp_avg_sq": (11, 4),
+        "optim/weight/step": (),
+    }
+    for rows in (11, 12, 40):
+        other, state = padded(rows)
+        before = other.weight.detach().clone()
+        load(tmp_path, describe(other, state, logical_shapes=shapes))
+        assert torch.equal(other.weight[:11], model.weight[:11])
+        assert torch.equal(other.weight[11:], before[11:])
+        assert torch.equal(state.state[other.weight]["exp_avg"][:11], optimizer.state[model.weight]["exp_avg"][:11])
+    with pytest.raises(LayoutError, match="there is no parameter named embed"):
+        describe(model, logical_shapes={"embed": (11, 4)})
+    with pytest.raises(LayoutError, match="does not hold one of shape"):
+        describe(padded(8)[0], logical_shapes=shapes)
+
+
+def grouped(model: nn.Module, first: dict[str, Any], second: dict[str, Any]) -> torch.optim.Optimizer:
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() == 1]
+    return torch.optim.AdamW([{"params": decayed, **first}, {"params": plain, **second}])
+
+
+def test_options_of_param_groups_come_back_by_the_names_of_parameters() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    saved = param_groups(model, grouped(model, {"lr": 0.1, "betas": (0.8, 0.9)}, {"lr": 0.2, "weight_decay": 0.0}))
+    saved = json.loads(json.dumps(saved))
+    # In another order, with a tensor for a rate, and all of the second group apart.
+    other = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    rate = torch.tensor(9.0)
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "lr": rate} for p in other.parameters() if p.dim() == 1]
+        + [{"params": [p for p in other.parameters() if p.dim() > 1]}]
+    )
+    restore_param_groups(saved, other, optimizer)
+    assert [float(g["lr"]) for g in optimizer.param_groups] == pytest.approx([0.2, 0.2, 0.1])
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0, 0.0, 0.01]
+    assert [g["betas"] for g in optimizer.param_groups] == [(0.9, 0.999), (0.9, 0.999), (0.8, 0.9)]
+    with pytest.raises(MismatchError, match="were saved with different options"):
+        restore_param_groups(saved, other, torch.optim.AdamW(other.parameters()))
+    with pytest.raises(MismatchError, match=r"no options of a param group were saved for 0\.bias"):
+        restore_param_groups({}, other, optimizer)
+
+
+def test_an_option_that_is_no_json_is_refused() -> None:
+    model = nn.Linear(1, 1)
+    with pytest.raises(LayoutError, match="the option hook of a param group is a object"):
+        param_groups(model, torch.optim.SGD([{"params": model.parameters(), "hook": object()}]))

@@ -1,0 +1,108 @@
+"""What several ranks hold of one box: averaged where they drifted apart, compared where they should be equal."""
+
+from __future__ import annotations
+
+import base64
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+import xxhash
+
+from checkpointing.collective import Team
+from checkpointing.errors import ReplicaError, first_few
+from checkpointing.format import DTYPES
+from checkpointing.geometry import Box, Piece
+from checkpointing.plan import Mean, RankPlan
+from checkpointing.tensors import multiplied, row_bytes, tensor_bytes
+
+EXCHANGED_BYTES = 16 * 1024 * 1024  # of all ranks together, at a time
+
+Part = tuple[Mean, int, int]  # elements start to stop of an averaged box, row-major
+
+
+def averaged(team: Team, plan: RankPlan, pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces with those that this rank writes as a mean replaced by the mean. Collective.
+
+    Sums are made in double precision in the order of ranks, so that equal replicas keep their value. The mean takes the
+    room of the boxes that this rank writes.
+    """
+    if not plan.means:
+        return list(pieces)
+    held = {(piece.name, piece.box): piece for piece in pieces}
+    sums: dict[Mean, torch.Tensor] = {
+        mean: torch.zeros(mean.box.numel, dtype=torch.float64) for mean in plan.means if mean.writer == team.rank
+    }
+    for batch in _batches(plan, EXCHANGED_BYTES // team.size):
+        told = team.together(lambda batch=batch: [_part(part, held, team.rank) for part in batch])  # type: ignore[misc]
+        for number, (mean, start, stop) in enumerate(batch):
+            if mean.writer == team.rank:
+                for rank in mean.holders:
+                    data = bytearray(base64.b64decode(told[rank][number]))
+                    sums[mean][start:stop] += torch.frombuffer(data, dtype=DTYPES[plan.tensors[mean.name].dtype])
+    means = {(mean.name, mean.box): total / len(mean.holders) for mean, total in sums.items()}
+    return [_with_mean(piece, means.get((piece.name, piece.box))) for piece in pieces]
+
+
+def _with_mean(piece: Piece, mean: torch.Tensor | None) -> Piece:
+    if mean is None:
+        return piece
+    return Piece(piece.name, mean.to(piece.tensor.dtype).view(piece.tensor.shape), piece.offset, piece.global_shape)
+
+
+def _batches(plan: RankPlan, limit: int) -> Iterator[list[Part]]:
+    """All averaged elements, about `limit` bytes of a rank at a time."""
+    batch: list[Part] = []
+    room = limit
+    for mean in plan.means:
+        itemsize = plan.tensors[mean.name].itemsize
+        step = max(1, limit // itemsize)
+        for start in range(0, mean.box.numel, step):
+            stop = min(start + step, mean.box.numel)
+            if batch and (stop - start) * itemsize > room:
+                yield batch
+                batch, room = [], limit
+            batch.append((mean, start, stop))
+            room -= (stop - start) * itemsize
+    if batch:
+        yield batch
+
+
+def _part(part: Part, held: dict[tuple[str, Box], Piece], rank: int) -> str:
+    mean, start, stop = part
+    if rank not in mean.holders:
+        return ""
+    piece = held[mean.name, mean.box]
+    return base64.b64encode(tensor_bytes(multiplied(piece.tensor.reshape(-1)[start:stop], piece.divisor))).decode()
+
+
+def check_replicas(team: Team, pieces: Sequence[Piece]) -> None:
+    """`ReplicaError` on all ranks unless every box has the same bytes wherever it is held. Collective.
+
+    Every rank reads all its pieces once. Averaged pieces may differ.
+    """
+
+    def digests() -> list[tuple[str, tuple[int, ...], tuple[int, ...], str]]:
+        return [(p.name, p.offset, p.box.size, _digest(p)) for p in pieces if p.tensor.numel() and not p.mean]
+
+    seen: dict[tuple[str, tuple[int, ...], tuple[int, ...]], dict[str, int]] = defaultdict(dict)
+    for rank, told in enumerate(team.together(digests)):
+        for name, offset, size, found in told:
+            seen[name, tuple(offset), tuple(size)].setdefault(found, rank)
+    differing = [
+        f"{name} at {offset} (ranks {' and '.join(map(str, sorted(by.values())[:2]))})"
+        for (name, offset, _), by in sorted(seen.items())
+        if len(by) > 1
+    ]
+    if differing:
+        raise ReplicaError(
+            f"replicas of {len(differing)} boxes differ: {first_few(differing)}. Nothing was saved. Ranks that should "
+            "hold the same values have drifted apart; save with check_replicas=False to keep one rank's copy"
+        )
+
+
+def _digest(piece: Piece) -> str:
+    hasher = xxhash.xxh3_128()
+    for part in row_bytes(piece.tensor, divisor=piece.divisor):
+        hasher.update(part)
+    return hasher.hexdigest()
