@@ -1,0 +1,17 @@
+"""The planning benchmark, cut down: what it prints keeps its contract."""
+
+from __future__ import annotations
+
+import json
+
+from tests.runs import trainer
+
+
+def test_a_short_run_prints_one_object_that_is_not_judged() -> None:
+    done = trainer("--json", "--ranks", "2", "--tensors", "200", "--rounds", "2", module="benchmarks.planning")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert set(report) == {"benchmark", "machine", "rows"} and report["benchmark"] == "planning"
+    names = [row["name"].rpartition("ranks, ")[2] for row in report["rows"]]
+    assert names == ["save, cold", "save, cached", "load, cold", "load, again"]
+    assert all(row["ok"] is None and row["ours"] > 0 for row in report["rows"])
