@@ -302,13 +302,15 @@ def run(megabytes: int, rounds: int) -> list[Row]:
 
 
 def rows(whole: Series, parts: dict[str, list[list[float]]], what: str, full: bool) -> list[Row]:
-    """The judged row, the same with imports, and the three parts."""
+    """The judged row, the same with imports where it is judged, and the three parts."""
     judged = compared(
         f"saved, layout changed, next step taken, {what}", "s", whole["ours"], whole["peer"], PEER, bar=BAR, full=full
     )
-    # Both start a process for the new engine; DeepSpeed's users start one more, for the conversion.
-    starts = {"ours": import_seconds("checkpointing"), "peer": 2 * import_seconds("deepspeed")}
-    others = {"the same with starts and imports": {side: [t + starts[side] for t in whole[side]] for side in whole}}
+    others = {}
+    if full:
+        # Both start a process for the new engine; DeepSpeed's users start one more, for the conversion.
+        starts = {"ours": import_seconds("checkpointing"), "peer": 2 * import_seconds("deepspeed")}
+        others["the same with starts and imports"] = {side: [t + starts[side] for t in whole[side]] for side in whole}
     for index, part in enumerate(("of it saving", "of it converting", "of it new engine, loading, step")):
         others[part] = {side: [took[index] for took in parts[side]] for side in parts}
     return [
