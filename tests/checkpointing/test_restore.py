@@ -14,7 +14,7 @@ from checkpointing import DamagedError, MismatchError, NotFoundError, Piece, Ver
 from checkpointing.format import digest
 from checkpointing.generations import abandon, scan
 from checkpointing.retention import Keep, prune
-from checkpointing.storage import FileStorage
+from checkpointing.storage import FileStorage, MemoryStorage
 from tests.threads import ThreadTeam, all_of, on_ranks
 
 
@@ -158,25 +158,62 @@ def test_damage_that_one_rank_sees_sends_all_to_the_previous_generation(tmp_path
     assert [values(t) for t in targets] == [[1.0], [1.0]]
 
 
-def test_every_flipped_byte_of_a_small_checkpoint_is_detected(tmp_path: Path) -> None:
+class Changed(MemoryStorage):
+    """A storage that gives back one object other than it was written."""
+
+    def __init__(self, original: MemoryStorage) -> None:
+        super().__init__()
+        self._objects = dict(original._objects)
+
+    def replace(self, name: str, data: bytes) -> None:
+        self._objects[name] = data
+
+
+def test_every_flipped_byte_of_a_small_checkpoint_is_detected() -> None:
+    """Of every file, the padding of the header included; and what is not flipped loads."""
     small = [Piece("model/w", torch.randn(5, 7), (0, 0), (5, 7)), Piece("optim/w/step", torch.tensor(3.0), (), ())]
-    directory = tmp_path / save(tmp_path, 1, small, {"step": 1})
+    written = MemoryStorage()
+    save(written, 1, small, {"step": 1})
     target = [Piece("model/w", torch.zeros(5, 7), (0, 0), (5, 7)), Piece("optim/w/step", torch.tensor(0.0), (), ())]
     undetected = []
-    for path in sorted(directory.iterdir()):
-        original = path.read_bytes()
-        stride = 11 if path.suffix == ".safetensors" else 3
-        for position in range(0, len(original), stride):
-            flip(path, position)
+    for name, original in list(written._objects.items()):
+        storage = Changed(written)
+        for position in range(len(original)):
+            changed = bytearray(original)
+            changed[position] ^= 1 << position % 8
+            storage.replace(name, bytes(changed))
             try:
-                load(tmp_path, target, step=1)
-                undetected.append((path.name, position))
+                load(storage, target, step=1)
+                undetected.append((name, position))
             except DamagedError:
                 pass
-        path.write_bytes(original)
     assert undetected == []
-    load(tmp_path, target, step=1)
+    load(written, target, step=1)
     assert torch.equal(target[0].tensor, small[0].tensor) and target[1].tensor.item() == 3.0
+
+
+def test_truncation_at_every_page_sends_all_ranks_to_the_previous_generation() -> None:
+    def layout(value: float, rank: int) -> list[Piece]:
+        tensor = torch.full((50, 400), value) if rank == 0 else torch.full((30, 400), value)
+        return [Piece("model/w", tensor, (50 * rank, 0), (80, 400)), Piece("s", torch.tensor(value), (), ())]
+
+    written = MemoryStorage()
+    for step in (1, 2):
+        all_of(on_ranks(2, lambda team, s=step: save(written, s, layout(float(s), team.rank), {"step": s}, team)))
+    cuts = 0
+    for name, original in list(written._objects.items()):
+        if not name.startswith("step-00000002"):
+            continue
+        for size in range(0, len(original), 4096):
+            storage = Changed(written)
+            storage.replace(name, original[:size])
+            targets = [layout(0.0, rank) for rank in range(2)]
+            found = all_of(on_ranks(2, lambda team, t=targets, s=storage: load(s, t[team.rank], group=team)))
+            assert found == [{"step": 1}] * 2 and [values(t) for t in targets] == [[1.0, 1.0]] * 2, (name, size)
+            cuts += 1
+    assert cuts > 30
+    # The control: without a cut, the newer one.
+    assert all_of(on_ranks(2, lambda team: load(written, layout(0.0, team.rank), group=team))) == [{"step": 2}] * 2
 
 
 def test_a_damaged_last_save_of_a_step_is_not_replaced_by_the_one_before(tmp_path: Path) -> None:
