@@ -39,9 +39,9 @@ from benchmarks.crash_ranks import (
 )
 from benchmarks.report import Row, absolute, finish
 from checkpointing import load
-from checkpointing.format import tensor_bytes
 from checkpointing.generations import candidates
 from checkpointing.storage import MemoryStorage
+from checkpointing.tensors import tensor_bytes
 
 CASES = {SOUND: "save", WITHOUT_SYNC: "control without syncs", COMMIT_FIRST: "control with COMMIT before shards"}
 

@@ -201,7 +201,7 @@ _MOST_DIMS = 64  # of a torch tensor
 
 def _table(value: Any, keys: Collection[str] | None = None) -> dict[str, Any]:
     if not isinstance(value, dict) or (keys is not None and value.keys() != set(keys)):
-        raise ValueError(f"an object {'with keys ' + ', '.join(keys) if keys is not None else ''} was expected")
+        raise ValueError("an object was expected" if keys is None else f"an object of {', '.join(keys)} was expected")
     return value
 
 
