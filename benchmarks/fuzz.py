@@ -29,7 +29,6 @@ import torch
 
 from benchmarks.report import absolute, finish
 from checkpointing import CheckpointError, External, Keep, Piece, codec, load, prune
-from checkpointing import plan as plan_module
 from checkpointing.codec import decode_index, decode_manifest, encode_manifest
 from checkpointing.diff import compare
 from checkpointing.format import (
@@ -113,9 +112,7 @@ EXTERNAL = External("model/base", torch.bfloat16, (2, 2), "a hub id", "5e" * 32)
 def valid() -> Files:
     """A small checkpoint with something of everything, as its files."""
     storage, ranks, save_id = MemoryStorage(), layouts(), "8a" * 16
-    plan_module.FEW_WRITERS, few = 2, plan_module.FEW_WRITERS  # so that some tensors do not name their writers
-    plan = plan_save([layout_rows(pieces) for pieces in ranks])
-    plan_module.FEW_WRITERS = few
+    plan = plan_save([layout_rows(pieces) for pieces in ranks], few_writers=2)  # so that some do not name them
     name = f"step-00000007-{save_id[:8]}"
     objects = {"step": 7, "lr": 0.1, "nested": {"list": [1, None, "x"]}}
     written = [
@@ -152,7 +149,8 @@ def changed(files: Files, rng: random.Random) -> Files:
     """One or two changes, most of them to a value somewhere in the JSON; then all that vouches for them repaired."""
     files = dict(files)
     for _ in range(rng.choice([1, 1, 1, 2])):
-        name = rng.choice([n for n in files if n.endswith(MANIFEST)] + rng.sample(list(files), 2))
+        indexes = [name for name in files if "/index-" in name]
+        name = rng.choice([f"{generation_of(files)}/{MANIFEST}", rng.choice(indexes), rng.choice(list(files))])
         if name.endswith(".json") and rng.random() < 0.8:
             files[name] = change_json(files[name], rng)
         elif name.endswith(".safetensors") and rng.random() < 0.5:
@@ -341,10 +339,9 @@ def campaign(seconds: float, seed: int, most: int | None = None) -> dict[str, in
     with bounded():
         while time.monotonic() < deadline and counts["cases"] != most:
             rng = random.Random(f"{seed} {counts['cases']}")
-            files = changed(original, rng)
             signal.alarm(CASE_S)
             try:
-                counts["loaded"] += use(files, original)
+                counts["loaded"] += use(changed(original, rng), original)
             except Exception as error:
                 raise Found(f"case {counts['cases']} of seed {seed}: {error!r}") from error
             finally:

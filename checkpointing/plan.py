@@ -108,9 +108,10 @@ class SavePlan:
 Held = dict[str, dict[Box, list[int]]]  # by tensor and box: the ranks that hold it, ascending
 
 
-def plan_save(layouts: Sequence[Sequence[Row]]) -> SavePlan:
+def plan_save(layouts: Sequence[Sequence[Row]], few_writers: int = FEW_WRITERS) -> SavePlan:
     """Merge every rank's layout and elect one writer for every box, balancing the bytes.
 
+    Tensors with more than `few_writers` leave it to the covers to tell them.
     `LayoutError` if ranks disagree on a tensor, or if their boxes leave a hole or overlap without being equal.
     """
     tensors, held, averaged = _merge(layouts)
@@ -125,7 +126,7 @@ def plan_save(layouts: Sequence[Sequence[Row]]) -> SavePlan:
         for name in [name for name, _ in boxes_] + scalars:
             writers[name].add(rank)
     named = {
-        name: LogicalTensor(t.dtype, t.shape, tuple(sorted(by)) if len(by) <= FEW_WRITERS else None)
+        name: LogicalTensor(t.dtype, t.shape, tuple(sorted(by)) if len(by) <= few_writers else None)
         for name, t in sorted(tensors.items())
         for by in (writers[name],)
     }
