@@ -41,12 +41,12 @@ def test_what_hangs_or_takes_too_much_is_found(monkeypatch: pytest.MonkeyPatch) 
     def swallow(*_: object) -> None:
         raise MemoryError
 
+    original = valid()
+    monkeypatch.setattr("benchmarks.fuzz.valid", lambda: original)
+    monkeypatch.setattr("benchmarks.fuzz.use", lambda files, first: files is first or use(files, first))
     for bad, error in ((hang, "TimeoutError"), (swallow, "MemoryError")):
         with monkeypatch.context() as patch:
             patch.setattr(codec, "_check_stored", bad)
-            original = valid()
-            patch.setattr("benchmarks.fuzz.valid", lambda original=original: original)
-            patch.setattr("benchmarks.fuzz.use", lambda files, first: files is first or use(files, first))
             with pytest.raises(Found, match=error):
                 campaign(60, seed=0, most=5)
 
