@@ -1,15 +1,16 @@
-"""How long torch's distributed checkpoint (DCP) plans a save and a load of many small sharded tensors.
+"""How long a save and a load of many small tensors are planned, by us and by torch's distributed checkpoint (DCP).
 
     python -m benchmarks.planning [--json] [--ranks N] [--tensors N] [--rounds N]
 
-The peer's side of the planning rows of `python -m benchmarks.checkpoint`. DCP's own `save` and `load` run, with their
-collectives, on a storage that moves no data; a rank has planned when it is handed the plan it is to carry out. The
-metadata is in memory, so that reading it is not counted, and neither is writing it.
+DCP's own `save` and `load` run, with their collectives, on a storage that moves no data; a rank has planned when it is
+handed the plan it is to carry out. On both sides what describes the checkpoint is in memory, so that reading it is not
+counted, and neither is writing it; and so are the pieces and the DTensors.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,15 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.futures import Future
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks.report import Row, cores, finish, free_port
+from benchmarks.report import Row, absolute, compared, cores, finish, free_port
+from checkpointing import pieces_of, planner
+from checkpointing import save as save_ours
+from checkpointing.collective import Team
+from checkpointing.generations import read_manifest
+from checkpointing.plan import layout_rows
+from checkpointing.planner import agree_on_completeness, agree_on_plan
+from checkpointing.reader import GenerationReader
+from checkpointing.storage import FileStorage
 
 TENSORS = 5000
 RANKS = 8
@@ -144,8 +154,8 @@ def slowest(seconds: float) -> float:
 def sharded_tensors(count: int) -> dict[str, DTensor]:
     size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (size,))
-    local = torch.zeros(SHAPE[0] // size, SHAPE[1])
-    return {f"model/{number}": DTensor.from_local(local, mesh, [Shard(0)]) for number in range(count)}
+    shape = (SHAPE[0] // size, SHAPE[1])
+    return {f"model/{number}": DTensor.from_local(torch.zeros(shape), mesh, [Shard(0)]) for number in range(count)}
 
 
 def measure_dcp_planning(count: int = TENSORS, rounds: int = 1) -> Series:
@@ -160,46 +170,81 @@ def measure_dcp_planning(count: int = TENSORS, rounds: int = 1) -> Series:
     seconds: Series = {name: [] for name in ("save, cold", "save, cached", "load, cold", "load, again")}
     for _ in range(rounds):
         plain = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        gc.collect()
         cold, metadata = planned_save(tensors, plain)
         seconds["save, cold"].append(cold)
+        gc.collect()
         seconds["save, cached"].append(planned_save(tensors, CachingPlanner())[0])
         for name in ("load, cold", "load, again"):
+            gc.collect()
             seconds[name].append(planned_load(tensors, metadata))
     return seconds
 
 
+def measure_our_planning(directory: str, count: int = TENSORS, rounds: int = 1) -> Series:
+    """Seconds of the slowest rank in every round, for new layouts and for the same again; collective."""
+    tensors = sharded_tensors(count)
+    team = Team()
+    pieces = [piece for name, tensor in tensors.items() for piece in pieces_of(name, tensor)]
+    storage = FileStorage(directory)
+    manifest = read_manifest(storage, save_ours(storage, 1, pieces))
+    reader = GenerationReader(storage, manifest)
+    assert len(reader.indexes) == team.size  # read before anything is timed
+    seconds: Series = {name: [] for name in ("save, cold", "save, cached", "load, cold", "load, again")}
+
+    def timed(name: str, action: Callable[[], object]) -> None:
+        dist.barrier()
+        began = time.perf_counter()
+        action()
+        seconds[name].append(slowest(time.perf_counter() - began))
+
+    def load_planned() -> None:
+        """With a reader of its own, as every load has, whose indexes are there already."""
+        agree_on_completeness(team, layout_rows(pieces), manifest)
+        assert len(reader.plan(pieces)) == count
+
+    def save_planned() -> None:
+        agree_on_plan(team, layout_rows(pieces))
+
+    for _ in range(rounds):
+        planner.forget()
+        gc.collect()  # what a new plan replaces, and the benchmark's own; not while something is timed
+        for name, action in (("save", save_planned), ("load", load_planned)):
+            timed(f"{name}, cold", action)
+            gc.collect()
+            timed(f"{name}, {'cached' if name == 'save' else 'again'}", action)
+    return seconds
+
+
 def work(rank: int, size: int, port: int, directory: str, count: int, rounds: int) -> None:
-    """Rank 0 leaves the seconds in a file."""
+    """Rank 0 leaves the seconds of both sides in a file."""
     warnings.filterwarnings("ignore")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(max(1, cores() // size))
     dist.init_process_group("gloo", timeout=timedelta(seconds=WAIT_S))
-    seconds = measure_dcp_planning(count, rounds)
+    ours = measure_our_planning(f"{directory}/ours", count, rounds)
+    dcp = measure_dcp_planning(count, rounds)
     if rank == 0:
-        Path(directory, "seconds.json").write_text(json.dumps(seconds))
+        Path(directory, "seconds.json").write_text(json.dumps([ours, dcp]))
     dist.barrier()
     dist.destroy_process_group()
 
 
+BARS = {"save, cold": 1.5, "save, cached": 0.05, "load, cold": 1.5, "load, again": 0.05}
+
+
 def run(size: int, count: int, rounds: int) -> list[Row]:
-    """DCP's figures stand where ours do: this command measures nothing else, and has nothing to judge."""
+    """The bars are of our own figures, at full size; beside them the comparison."""
     with tempfile.TemporaryDirectory() as directory:
         spawn(work, args=(size, free_port(), directory, count, rounds), nprocs=size)  # type: ignore[no-untyped-call]
-        seconds: Series = json.loads(Path(directory, "seconds.json").read_text())
-    return [
-        Row(
-            f"DCP planning {count:,} small tensors, {size} ranks, {name}",
-            "s",
-            statistics.median(series),
-            peer=None,
-            peer_name=None,
-            ratio=None,
-            better="lower",
-            bar=None,
-            ok=None,
-        )
-        for name, series in seconds.items()
-    ]
+        ours, dcp = json.loads(Path(directory, "seconds.json").read_text())
+    full = size == RANKS and count == TENSORS
+    rows = []
+    for name, bar in BARS.items():
+        what = f"planning {count:,} small tensors, {size} ranks, {name}"
+        rows.append(absolute(what, "s", statistics.median(ours[name]), better="lower", bar=bar, full=full))
+        rows.append(compared(f"{what}, against DCP", "s", ours[name], dcp[name], "DCP", bar=1.0, full=full))
+    return rows
 
 
 def main() -> int:
@@ -211,8 +256,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.ranks < 1 or SHAPE[0] % arguments.ranks:
         parser.error(f"--ranks {arguments.ranks}: must divide the {SHAPE[0]} rows of a tensor")
-    if arguments.tensors < 1 or arguments.rounds < 1:
-        parser.error("--tensors and --rounds must be at least 1")
+    if arguments.tensors < 1 or arguments.rounds < 2:
+        parser.error("a tensor at least, and quartiles need --rounds 2")
     return finish("planning", run(arguments.ranks, arguments.tensors, arguments.rounds), as_json=arguments.json)
 
 

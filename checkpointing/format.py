@@ -131,8 +131,8 @@ class Index:
     objects: dict[str, Any] = field(default_factory=dict)
 
 
-# Of every dimension the range, in parts of `COVER_PARTS`, that a writer's boxes lie in: of those of tensors with many
-# writers. Shards of one layout lie alike in all tensors, so this tells a reader whose indexes it need not read.
+# Of every dimension the range, in parts of `COVER_PARTS`, that a writer's boxes lie in: of those that are not whole
+# tensors. Shards of one layout lie alike in all tensors, so this tells a reader whose indexes it need not read.
 Cover = tuple[tuple[int, int], ...]
 
 
@@ -183,11 +183,14 @@ class Manifest:
         return self.aliases.get(name, name)
 
 
-def cover(boxes: Iterable[tuple[Box, Shape]]) -> Cover:
-    """The least range in parts of every dimension that holds all the boxes, each given with its tensor's shape."""
+def cover(boxes: Iterable[tuple[Box, Shape]], *, everything: bool = False) -> Cover:
+    """The least range in parts of every dimension that holds all boxes, each given with its tensor's shape.
+
+    Without `everything` boxes that are whole tensors are left out: the tensor names the one writer of such a box.
+    """
     ranges: list[list[int]] = []
     for box, shape in boxes:
-        if box.numel == 0:
+        if box.numel == 0 or (box.size == shape and not everything):
             continue
         for dim, (offset, size, whole) in enumerate(zip(box.offset, box.size, shape, strict=True)):
             low, high = offset * COVER_PARTS // whole, -(-(offset + size) * COVER_PARTS // whole)

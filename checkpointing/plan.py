@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -29,6 +31,19 @@ from checkpointing.geometry import Box, Piece, check_tiling, find_hole, intersec
 Row = tuple[str, str, str, Sequence[int], Sequence[int], Sequence[int], bool]
 
 
+@contextmanager
+def collecting_later() -> Iterator[None]:
+    """Planning makes many small objects and no cycles: the garbage collector would walk them, and the heap, in vain."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@collecting_later()
 def layout_rows(pieces: Sequence[Piece]) -> list[Row]:
     """One rank's layout as plain values, for the other ranks. Errors here are about this rank's pieces alone."""
     tied = find_tied(pieces)
@@ -49,12 +64,13 @@ def find_tied(pieces: Sequence[Piece]) -> dict[str, str]:
 
     Pieces without elements have no memory and say nothing.
     """
+    addresses = [piece.tensor.data_ptr() for piece in pieces]
+    if len(set(addresses)) == len(addresses):  # by far the most common
+        return {}
     by_memory: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for piece in pieces:
         if piece.tensor.numel():
             by_memory[piece.memory].append(piece.name)
-    if len(by_memory) == len(pieces):  # by far the most common
-        return {}
     firsts: dict[str, set[str]] = defaultdict(set)
     count: dict[str, int] = defaultdict(int)
     for names in by_memory.values():
@@ -130,9 +146,7 @@ def plan_save(layouts: Sequence[Sequence[Row]], few_writers: int = FEW_WRITERS) 
         for name, t in sorted(tensors.items())
         for by in (writers[name],)
     }
-    covers = [
-        cover((box, tensors[name].shape) for name, box in own if named[name].writers is None) for own in boxes_by_rank
-    ]
+    covers = [cover((box, tensors[name].shape) for name, box in own) for own in boxes_by_rank]
     means = _means(held, averaged, boxes_by_rank, scalars_by_rank)
     return SavePlan(named, dict(sorted(aliases.items())), means, boxes_by_rank, scalars_by_rank, covers)
 
@@ -224,6 +238,7 @@ class Read:
 Stored = dict[str, list[tuple[int, StoredBox]]]  # by tensor: each stored box and the position of its writer
 
 
+@collecting_later()
 def stored_by_name(indexes: Mapping[int, Index]) -> Stored:
     found: Stored = defaultdict(list)
     for writer, index in indexes.items():
@@ -234,19 +249,25 @@ def stored_by_name(indexes: Mapping[int, Index]) -> Stored:
 
 def writers_needed(pieces: Iterable[Piece], manifest: Manifest) -> set[int]:
     """Positions of the writers whose indexes a rank must read to find its pieces: all that it needs, and few others."""
-    position = {writer.rank: i for i, writer in enumerate(manifest.writers)}
+    everyone = tuple(writer.rank for writer in manifest.writers)
+    position = {rank: i for i, rank in enumerate(everyone)}
     needed: set[int] = set()
-    seen: set[Cover] = set()  # tensors that are sharded alike are looked for in the same places
+    seen: set[tuple[object, ...]] = set()  # tensors that are sharded alike are looked for in the same places
     for piece in pieces:
         tensor = manifest.tensors[piece.name]
-        if tensor.writers is not None:
-            needed.update(position[rank] for rank in tensor.writers)
-        elif (wanted := cover([(piece.box, tensor.shape)])) not in seen:
-            seen.add(wanted)
-            needed.update(i for i, writer in enumerate(manifest.writers) if meet(writer.cover, wanted))
+        alike = (tensor.writers, tensor.shape, piece.offset, piece.tensor.shape)
+        if alike in seen:
+            continue
+        seen.add(alike)
+        ranks = everyone if tensor.writers is None else tensor.writers
+        if len(ranks) > 1:  # each has a part of it
+            wanted = cover([(piece.box, tensor.shape)], everything=True)
+            ranks = tuple(rank for rank in ranks if meet(manifest.writers[position[rank]].cover, wanted))
+        needed.update(position[rank] for rank in ranks)
     return needed
 
 
+@collecting_later()
 def plan_load(pieces: Iterable[Piece], stored_boxes: Stored, tensors: Mapping[str, LogicalTensor]) -> list[Read]:
     """The stored boxes that this rank needs. `MismatchError` if its pieces would not be filled exactly once."""
     reads: list[Read] = []
@@ -255,9 +276,14 @@ def plan_load(pieces: Iterable[Piece], stored_boxes: Stored, tensors: Mapping[st
             continue  # scalars lie in the index
         box = piece.box
         tensor = tensors[piece.name]
+        holders = stored_boxes.get(piece.name, ())
+        if same := next((held for held in holders if held[1].box == box), None):  # by far the most common
+            writer, stored = same
+            reads += [Read(writer, panel, panel.box, piece) for panel in stored_panels(stored, tensor)]
+            continue
         found = [
             Read(writer, panel, part, piece)
-            for writer, stored in stored_boxes.get(piece.name, ())
+            for writer, stored in holders
             if intersect(stored.box, box) is not None
             for panel in stored_panels(stored, tensor, box)
             if (part := intersect(panel.box, box)) is not None

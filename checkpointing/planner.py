@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from checkpointing.collective import Team
 from checkpointing.format import LogicalTensor, Manifest, digest
 from checkpointing.geometry import Box
 from checkpointing.match import check_nothing_left
-from checkpointing.plan import Mean, RankPlan, Row, SavePlan, plan_save
+from checkpointing.plan import Mean, RankPlan, Row, SavePlan, collecting_later, plan_save
 
 REMEMBERED = 8  # layouts of this process: a run that saves several models takes turns between them
 
@@ -42,7 +40,7 @@ class Agreement(Generic[Result]):
         if before and all(known == everyone for _, known in told):
             self.remembered.move_to_end(own)
             return before[2]
-        with _collecting_later():
+        with collecting_later():
             result = find(text or _as_text(rows))
         self.remembered[own] = (rows, everyone, result)
         self.remembered.move_to_end(own)
@@ -86,18 +84,6 @@ def forget() -> None:
 
 def _as_text(rows: Sequence[Row]) -> str:
     return json.dumps(rows, separators=(",", ":"))
-
-
-@contextmanager
-def _collecting_later() -> Iterator[None]:
-    """Planning makes many small objects and no cycles: the garbage collector would walk them, and the heap, in vain."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _plan(team: Team, text: str) -> RankPlan:

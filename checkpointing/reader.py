@@ -36,6 +36,9 @@ from checkpointing.storage import Storage
 from checkpointing.tensors import divided, scalar_from_hex, tensor_over
 from checkpointing.writer import DEFAULT_BUDGET
 
+# Of the load before this one: save id, boxes, the writers needed, and reads with the position of their piece.
+_last_plan: tuple[str, list[Any], set[int], list[tuple[int, StoredBox, Box, int]]] | None = None
+
 
 class GenerationReader:
     """One committed generation: its manifest; indexes and shard files are read, and verified, on demand.
@@ -70,9 +73,8 @@ class GenerationReader:
 
     def load(self, pieces: Sequence[Piece]) -> None:
         """Fill pieces, which are named as stored, from the boxes and scalars of the generation."""
-        indexes = {i: self.index(i) for i in sorted(writers_needed(pieces, self.manifest))}
-        self.fill(plan_load(pieces, stored_by_name(indexes), self.manifest.tensors))
-        scalars = {name: value for index in indexes.values() for name, value in index.scalars.items()}
+        self.fill(self.plan(pieces))
+        scalars = {name: value for index in self._indexes.values() for name, value in index.scalars.items()}
         for piece in pieces:
             if piece.global_shape == ():
                 if piece.name not in scalars:
@@ -81,6 +83,25 @@ class GenerationReader:
                 value = scalar_from_hex(scalars[piece.name], dtype, piece.name)
                 with torch.no_grad():
                     piece.tensor.detach().copy_(divided(value, piece.divisor, piece.tensor.dtype))
+
+    def plan(self, pieces: Sequence[Piece]) -> list[Read]:
+        """What is to be read for them, from the indexes that may hold it.
+
+        The last plan is used again for the same boxes of the same generation: a run that goes back to it again.
+        """
+        global _last_plan
+        layout = [(piece.name, piece.offset, piece.tensor.shape) for piece in pieces]
+        if _last_plan is not None and _last_plan[:2] == (self.manifest.save_id, layout):
+            _, _, needed, reads = _last_plan
+            for position in needed:
+                self.index(position)
+            return [Read(writer, stored, part, pieces[number]) for writer, stored, part, number in reads]
+        needed = writers_needed(pieces, self.manifest)
+        found = plan_load(pieces, stored_by_name({i: self.index(i) for i in sorted(needed)}), self.manifest.tensors)
+        number = {id(piece): n for n, piece in enumerate(pieces)}
+        reads = [(read.writer, read.stored, read.part, number[id(read.piece)]) for read in found]
+        _last_plan = (self.manifest.save_id, layout, needed, reads)
+        return found
 
     def fill(self, reads: Iterable[Read]) -> None:
         """Copy every planned part into its piece, in place. Several threads read, check and copy at a time."""

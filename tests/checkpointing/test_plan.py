@@ -132,6 +132,8 @@ def test_of_many_shards_a_rank_reads_few_indexes() -> None:
     # Tensors that few wrote name them.
     plan = plan_save([rows(whole("c", 4)), *shards("d", 8, 3)])
     assert plan.tensors["c"].writers == (0,) and plan.tensors["d"].writers == (1, 2, 3)
+    third = Piece("d", torch.zeros(3, 2), (3, 0), (8, 2))
+    assert writers_needed([third], manifest_of(plan, 4)) == {2}
 
 
 def test_tied_tensors_are_planned_once_under_the_first_name() -> None:

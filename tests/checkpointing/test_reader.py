@@ -119,3 +119,25 @@ def test_threads_and_memory_do_not_change_what_is_loaded(
         pieces = [Piece("w", torch.zeros(7, 5, 100), (r, 0, c), SHAPE) for r in (0, 7, 14) for c in (0, 100, 200)]
         reader.load(pieces)
         assert all(torch.equal(p.tensor, tensor[p.box.slices((0, 0, 0))]) for p in pieces)
+
+
+def test_a_plan_is_used_again_for_the_same_boxes_of_the_same_generation_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    plan_load = reader_module.plan_load
+    monkeypatch.setattr(reader_module, "plan_load", lambda *args: made.append(1) or plan_load(*args))
+
+    def rows(value: float, start: int = 0) -> list[Piece]:
+        return [Piece("w", torch.full((40, 500), value), (start, 0), (80, 500)) for start in (start, 40 - start)]
+
+    for step in (1, 2):
+        save(tmp_path, step, rows(float(step)))
+        for _ in range(3):
+            target = rows(0.0)
+            open_reader(tmp_path).load(target)
+            assert all(bool((piece.tensor == step).all()) for piece in target)
+    assert len(made) == 2
+    open_reader(tmp_path).load(rows(0.0)[:1])
+    open_reader(tmp_path).load(rows(0.0)[::-1])
+    assert len(made) == 4
