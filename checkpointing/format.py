@@ -189,7 +189,7 @@ def cover(boxes: Iterable[tuple[Box, Shape]], *, everything: bool = False) -> Co
     Without `everything` boxes that are whole tensors are left out: the tensor names the one writer of such a box.
     """
     ranges: list[list[int]] = []
-    for box, shape in boxes:
+    for box, shape in set(boxes):  # most tensors of a model are shaped and sharded like others
         if box.numel == 0 or (box.size == shape and not everything):
             continue
         for dim, (offset, size, whole) in enumerate(zip(box.offset, box.size, shape, strict=True)):

@@ -1,0 +1,164 @@
+"""A checkpoint of a model of 70 billion parameters from 1,024 writers, without its data: what describes it.
+
+    python -m benchmarks.scale [--json] [--writers N]
+
+Manifest and indexes of fp32 parameters and both moments of Adam, sharded along the first dimension, are encoded, hashed
+and written with as many checksums as the real ones have; then one rank of 1,000 reads the manifest and the indexes it
+needs, and plans its load. Writers are independent, so as many work at a time as there are cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from functools import lru_cache, partial
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+
+import torch
+
+from benchmarks.report import Row, absolute, cores, finish
+from checkpointing import Piece
+from checkpointing.codec import decode_index, decode_manifest, encode_index, encode_manifest
+from checkpointing.format import (
+    FEW_WRITERS,
+    Index,
+    LogicalTensor,
+    Manifest,
+    StoredBox,
+    Writer,
+    cover,
+    digest,
+    index_name,
+    is_packed,
+    num_digits,
+)
+from checkpointing.geometry import Box, panel_lines
+from checkpointing.plan import plan_load, stored_by_name, writers_needed
+
+WRITERS, READERS = 1024, 1000
+SAVE_ID = "70" * 16
+DIGITS = "0123456789abcdef" * 2**16  # checksums are cut from it: they cost what real ones do, and are not checked
+
+
+@lru_cache(1)
+def tensors(writers: int) -> dict[str, LogicalTensor]:
+    """Of Llama's shapes at 70 billion parameters: 80 layers of 8192, grouped queries."""
+    hidden, inner, kv, vocabulary = 8192, 28672, 1024, 128256
+    shapes = {"embed": (vocabulary, hidden), "head": (vocabulary, hidden), "norm": (hidden,)}
+    for n in range(80):
+        layer = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
+        layer |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        shapes |= {f"layers.{n}.{name}": shape for name, shape in layer.items()}
+        shapes |= {f"layers.{n}.norm{m}": (hidden,) for m in range(2)}
+    kinds = ("model/{}", "optim/{}/exp_avg", "optim/{}/exp_avg_sq")
+    named = tuple(range(writers)) if writers <= FEW_WRITERS else None
+    return dict(sorted((k.format(n), LogicalTensor("F32", shape, named)) for n, shape in shapes.items() for k in kinds))
+
+
+def shard(shape: tuple[int, ...], rank: int, size: int) -> Box | None:
+    """Rows as `torch.chunk` deals them; None where the rank gets none."""
+    step = -(-shape[0] // size)
+    start, stop = min(rank * step, shape[0]), min((rank + 1) * step, shape[0])
+    return Box((start, *(0 for _ in shape[1:])), (stop - start, *shape[1:])) if start < stop else None
+
+
+@lru_cache(100)
+def checksums_of(offset: tuple[int, ...], size: tuple[int, ...], tensor: LogicalTensor) -> str:
+    """As many as a box has. A real writer computes them as the data passes, which is not what is measured here."""
+    box = Box(offset, size)
+    if is_packed(box, tensor) or len(size) < 2:
+        return DIGITS[: num_digits(box.numel * 4)]
+    column = prod(size[:-1]) * 4
+    lines = panel_lines(box, tensor.shape)
+    return DIGITS[: sum(num_digits(column * (right - left)) for left, right in pairwise(lines))]
+
+
+def write_index(directory: str, writers: int, rank: int) -> Writer:
+    """One writer's index, as it is written beside its shard."""
+    all_tensors = tensors(writers)
+    boxes, start = [], 0
+    for name, tensor in all_tensors.items():
+        if (box := shard(tensor.shape, rank, writers)) is not None:
+            boxes.append(StoredBox(name, box, start, checksums_of(box.offset, box.size, tensor)))
+            start += box.numel * 4
+    text = encode_index(Index(SAVE_ID, boxes, {}, {}), all_tensors)
+    hashed = digest(text)
+    Path(directory, index_name(rank)).write_bytes(text)
+    covered = cover((stored.box, all_tensors[stored.name].shape) for stored in boxes)
+    return Writer(rank, 4096 + start, len(text), hashed, hashed, covered)
+
+
+def measure(directory: str, writers: int) -> tuple[float, float, int, int]:
+    """Seconds to write, seconds until a rank has planned, how many boxes were written, how many reads were planned."""
+    tensors(writers)  # made before anything is timed, as in a writer that is training
+    with multiprocessing.get_context("fork").Pool(cores()) as pool:
+        pool.map(abs, range(cores()))  # started before anything is timed
+        began = time.perf_counter()
+        written = pool.map(partial(write_index, directory, writers), range(writers), chunksize=8)
+    manifest = Manifest(
+        step=1, save_id=SAVE_ID, parent="", run_id="", incarnation=0, serial=1, created=0.0, world_size=writers,
+        versions={}, metrics={}, writers=written, tensors=tensors(writers),
+    )  # fmt: skip
+    Path(directory, "manifest.json").write_bytes(encode_manifest(manifest))
+    between = time.perf_counter()
+    reads = plan_one(directory)
+    planned = time.perf_counter() - between
+    count = sum(min(writers, -(-t.shape[0] // -(-t.shape[0] // writers))) for t in manifest.tensors.values())
+    return between - began, planned, count, reads
+
+
+def plan_one(directory: str) -> int:
+    """A rank in the middle of another number of ranks: what it reads and plans; the number of reads."""
+    manifest = decode_manifest(Path(directory, "manifest.json").read_bytes(), "manifest")
+    held = ((name, t, shard(t.shape, READERS // 2, READERS)) for name, t in manifest.tensors.items())
+    pieces = [
+        Piece(name, torch.empty(box.size, device="meta"), box.offset, t.shape)
+        for name, t, box in held
+        if box is not None
+    ]
+    indexes = {}
+    for position in sorted(writers_needed(pieces, manifest)):
+        data = Path(directory, index_name(manifest.writers[position].rank)).read_bytes()
+        assert digest(data) == manifest.writers[position].index
+        indexes[position] = decode_index(data, manifest, "index")
+    return len(plan_load(pieces, stored_by_name(indexes), manifest.tensors))
+
+
+def run(writers: int) -> list[Row]:
+    with tempfile.TemporaryDirectory() as directory:
+        wrote, planned, boxes, _ = measure(directory, writers)
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1e6
+    full = writers == WRITERS
+    what = f"70B Adam from {writers:,} writers, {boxes / 1e6:.1f} million boxes"
+    return [
+        absolute(
+            f"{what}: manifest and indexes written, parsed, one load planned",
+            "s",
+            wrote + planned,
+            better="lower",
+            bar=5.0,
+            full=full,
+        ),
+        absolute(f"{what}: of it parsed and planned", "s", planned, better="lower", bar=5.0, full=full),
+        absolute(f"{what}: memory of the largest process", "GB", peak, better="lower", bar=2.0, full=full),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--writers", type=int, default=WRITERS, help=f"ranks that wrote it (default {WRITERS})")
+    arguments = parser.parse_args()
+    if arguments.writers < 1:
+        parser.error("--writers must be 1 at least")
+    return finish("scale", run(arguments.writers), as_json=arguments.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
