@@ -18,6 +18,7 @@ import resource
 import signal
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -245,12 +246,12 @@ def repair_index(text: bytes, data: bytes, document: dict[str, Any]) -> bytes:
         boxes = decode_index(text, manifest, "").boxes
         for number, stored in enumerate(boxes):
             tensor = manifest.tensors[stored.name]
-            found = ""
+            found = b""
             for panel in stored_panels(stored, tensor):
                 nbytes = panel.box.numel * tensor.itemsize
                 part = data[panel.start : panel.start + nbytes]
                 found += checksums(memoryview(part), block_size(nbytes))
-            sums[number] = found
+            sums[number] = b64encode(found).decode()
         raw["boxes"]["checksums"] = sums
         return json.dumps(raw, separators=(",", ":")).encode()
     except (CheckpointError, KeyError, TypeError, ValueError, IndexError, RecursionError):

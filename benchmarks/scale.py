@@ -36,14 +36,14 @@ from checkpointing.format import (
     digest,
     index_name,
     is_packed,
-    num_digits,
+    sums_size,
 )
 from checkpointing.geometry import Box, panel_lines
 from checkpointing.plan import plan_load, stored_by_name, writers_needed
 
 WRITERS, READERS = 1024, 1000
 SAVE_ID = "70" * 16
-DIGITS = "0123456789abcdef" * 2**16  # checksums are cut from it: they cost what real ones do, and are not checked
+SUMS = bytes(range(256)) * 2**12  # checksums are cut from it: they cost what real ones do, and are not checked
 
 
 @lru_cache(1)
@@ -69,14 +69,14 @@ def shard(shape: tuple[int, ...], rank: int, size: int) -> Box | None:
 
 
 @lru_cache(100)
-def checksums_of(offset: tuple[int, ...], size: tuple[int, ...], tensor: LogicalTensor) -> str:
+def checksums_of(offset: tuple[int, ...], size: tuple[int, ...], tensor: LogicalTensor) -> bytes:
     """As many as a box has. A real writer computes them as the data passes, which is not what is measured here."""
     box = Box(offset, size)
     if is_packed(box, tensor) or len(size) < 2:
-        return DIGITS[: num_digits(box.numel * 4)]
+        return SUMS[: sums_size(box.numel * 4)]
     column = prod(size[:-1]) * 4
     lines = panel_lines(box, tensor.shape)
-    return DIGITS[: sum(num_digits(column * (right - left)) for left, right in pairwise(lines))]
+    return SUMS[: sum(sums_size(column * (right - left)) for left, right in pairwise(lines))]
 
 
 def write_index(directory: str, writers: int, rank: int) -> Writer:

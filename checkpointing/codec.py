@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64decode, b64encode
 from collections.abc import Collection
 from dataclasses import asdict
 from itertools import pairwise
@@ -26,7 +27,7 @@ from checkpointing.format import (
     Writer,
     flaw_of_name,
     is_packed,
-    num_digits,
+    sums_size,
 )
 from checkpointing.geometry import Box, Shape, panel_lines
 
@@ -43,7 +44,7 @@ def encode_index(index: Index, names: Collection[str]) -> bytes:
                 "tensor": [position[b.name] for b in index.boxes],
                 "offset": [b.box.offset for b in index.boxes],
                 "size": [b.box.size for b in index.boxes],
-                "checksums": [b.checksums for b in index.boxes],
+                "checksums": [b64encode(b.checksums).decode() for b in index.boxes],
             },
             "scalars": index.scalars,
             "objects": index.objects,
@@ -63,7 +64,7 @@ def decode_index(data: bytes, manifest: Manifest, source: str) -> Index:
         start = 0
         for number, offset, size, sums in zip(*(_list(columns[key]) for key in columns), strict=True):
             name = names[_whole(number, below=len(names))]
-            stored = StoredBox(name, Box(_shape(offset), _shape(size)), start, _text(sums))
+            stored = StoredBox(name, Box(_shape(offset), _shape(size)), start, _base64(sums))
             _check_stored(stored, manifest.tensors[name])
             boxes.append(stored)
             start += stored.box.numel * manifest.tensors[name].itemsize
@@ -83,11 +84,11 @@ def _check_stored(stored: StoredBox, tensor: LogicalTensor) -> None:
         raise ValueError(f"a box of {stored.name} does not lie in it")
     nbytes = box.numel * tensor.itemsize
     if is_packed(box, tensor) or len(box.size) < 2:
-        digits = num_digits(nbytes)
+        expected = sums_size(nbytes)
     else:
         column = nbytes // box.size[-1]
-        digits = sum(num_digits(column * (right - left)) for left, right in pairwise(panel_lines(box, tensor.shape)))
-    if len(stored.checksums) != digits:
+        expected = sum(sums_size(column * (right - left)) for left, right in pairwise(panel_lines(box, tensor.shape)))
+    if len(stored.checksums) != expected:
         raise ValueError(f"a box of {stored.name} has checksums for another size")
 
 
@@ -221,6 +222,14 @@ def _hex(value: Any, digits: int) -> str:
     if not re.fullmatch(rf"[0-9a-f]{{{digits}}}", _text(value)):
         raise ValueError(f"{digits} hexadecimal digits were expected")
     return str(value)
+
+
+def _base64(value: Any) -> bytes:
+    """In the one form that these bytes have."""
+    data = b64decode(_text(value), validate=True)
+    if b64encode(data).decode() != value:
+        raise ValueError("base64 was expected")
+    return data
 
 
 def _whole(value: Any, below: int = _LARGEST) -> int:

@@ -72,10 +72,13 @@ def block_size(nbytes: int) -> int:
     return min(max(-(-nbytes // 64 // PAGE) * PAGE, PAGE), 64 * PAGE)
 
 
-def checksums(data: memoryview, block: int) -> str:
-    """xxh3-64 of every block, 16 hexadecimal digits each, joined."""
-    hexdigest = xxhash.xxh3_64_hexdigest
-    return "".join([hexdigest(data[i : i + block]) for i in range(0, len(data), block)])
+SUM = 8  # bytes of a checksum
+
+
+def checksums(data: memoryview, block: int) -> bytes:
+    """xxh3-64 of every block, 8 bytes each, big-endian, joined."""
+    checksum = xxhash.xxh3_64_digest
+    return b"".join([checksum(data[i : i + block]) for i in range(0, len(data), block)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,7 @@ class StoredBox:
     name: str
     box: Box
     start: int
-    checksums: str = ""
+    checksums: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,15 +224,15 @@ def stored_panels(stored: StoredBox, tensor: LogicalTensor, part: Box | None = N
     start, at = stored.start, 0
     for panel in panels_of(stored.box, tensor):
         nbytes = panel.numel * tensor.itemsize
-        digits = num_digits(nbytes)
+        size = sums_size(nbytes)
         if part is None or (panel.offset[-1] < last and first < panel.offset[-1] + panel.size[-1]):
-            yield StoredBox(stored.name, panel, start, stored.checksums[at : at + digits])
-        start, at = start + nbytes, at + digits
+            yield StoredBox(stored.name, panel, start, stored.checksums[at : at + size])
+        start, at = start + nbytes, at + size
 
 
-def num_digits(nbytes: int) -> int:
-    """How many hexadecimal digits the checksums of so many consecutive bytes have."""
-    return 16 * -(-nbytes // block_size(nbytes))
+def sums_size(nbytes: int) -> int:
+    """How many bytes the checksums of so many consecutive bytes have."""
+    return SUM * -(-nbytes // block_size(nbytes))
 
 
 def lay_out(

@@ -18,6 +18,7 @@ from checkpointing.errors import CheckpointError, DamagedError
 from checkpointing.format import (
     DTYPES,
     METADATA_BYTES,
+    SUM,
     Index,
     Manifest,
     StoredBox,
@@ -185,9 +186,9 @@ class GenerationReader:
         block = block_size(stored.box.numel * self._itemsize(stored))
         first = (fetch.start - stored.start) // block
         found = checksums(blocks, block)
-        expected = stored.checksums[16 * first :][: len(found)]
+        expected = stored.checksums[SUM * first :][: len(found)]
         if found != expected:
-            bad = next(i for i in range(0, len(found), 16) if found[i : i + 16] != expected[i : i + 16]) // 16
+            bad = next(i for i in range(0, len(found), SUM) if found[i : i + SUM] != expected[i : i + SUM]) // SUM
             at = base + fetch.start + bad * block
             raise DamagedError(
                 f"{name}: the checksum of bytes {at} to {min(at + block, base + fetch.stop)} does not match; "

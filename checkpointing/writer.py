@@ -73,7 +73,7 @@ def write_shard(
                     shard_bytes += len(chunk)
                     yield chunk
                 sums.append(hasher.finish())
-            written.append(replace(stored, checksums="".join(sums)))
+            written.append(replace(stored, checksums=b"".join(sums)))
 
     storage.put(f"{directory}/{shard_name(rank)}", chunks())
     values = {name: scalar_hex(multiplied(by_name[name][0].tensor, by_name[name][0].divisor)) for name in scalars}
@@ -103,7 +103,7 @@ class BlockHasher:
     def __init__(self, block: int) -> None:
         self._block, self._room = block, block
         self._hash = xxhash.xxh3_64()
-        self._sums: list[str] = []
+        self._sums: list[bytes] = []
 
     def update(self, chunk: memoryview) -> None:
         if self._room < self._block:  # a block that an earlier chunk began
@@ -112,10 +112,10 @@ class BlockHasher:
         self._sums.append(checksums(chunk[:whole], self._block))
         self._fill_block(chunk[whole:])
 
-    def finish(self) -> str:
+    def finish(self) -> bytes:
         if self._room < self._block:
             self._close_block()
-        return "".join(self._sums)
+        return b"".join(self._sums)
 
     def _fill_block(self, chunk: memoryview) -> memoryview:
         part, rest = chunk[: self._room], chunk[self._room :]
@@ -126,6 +126,6 @@ class BlockHasher:
         return rest
 
     def _close_block(self) -> None:
-        self._sums.append(self._hash.hexdigest())
+        self._sums.append(self._hash.digest())
         self._hash.reset()
         self._room = self._block

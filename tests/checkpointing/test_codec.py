@@ -36,7 +36,7 @@ MANIFEST = Manifest(
 )
 INDEX = Index(
     MANIFEST.save_id,
-    [StoredBox("w", Box((0, 0), (2, 8)), 0, "0" * 16), StoredBox("w", Box((2, 0), (2, 8)), 64, "0" * 16)],
+    [StoredBox("w", Box((0, 0), (2, 8)), 0, bytes(8)), StoredBox("w", Box((2, 0), (2, 8)), 64, bytes(8))],
     {"s": "00000000"},
     {"step": 7, "lr": 0.1},
 )
@@ -127,8 +127,10 @@ INDEX_CHANGES: list[tuple[tuple[Any, ...], Any]] = [
     (("boxes", "offset", 0), [0, "0"]),
     (("boxes", "size", 0), [0, 8]),
     (("boxes", "size", 0), [HUGE, 8]),
-    (("boxes", "checksums", 0), "0" * 15),
-    (("boxes", "checksums", 0), "0" * 32),
+    (("boxes", "checksums", 0), "AAAAAAAAAAA"),  # cut off
+    (("boxes", "checksums", 0), "AAAAAAAAAAB="),  # more than one way to write it
+    (("boxes", "checksums", 0), "AAAAAAAAAA!="),
+    (("boxes", "checksums", 0), "AAAA" * 8),
     (("boxes", "checksums", 0), 0),
     (("boxes", "more"), [1, 2]),
     (("scalars", "s"), "00"),

@@ -24,9 +24,9 @@ from checkpointing.format import (
     cover,
     lay_out,
     meet,
-    num_digits,
     panels_of,
     stored_panels,
+    sums_size,
 )
 from checkpointing.geometry import Box, intersect
 from tests.checkpointing.test_codec import MANIFEST
@@ -59,13 +59,13 @@ def test_panels_share_out_the_bytes_and_checksums_of_their_box(rows: int, column
     tensor = LogicalTensor("F64", (rows, columns))
     left = data.draw(st.integers(0, columns - 1))
     box = Box((0, left), (rows, data.draw(st.integers(1, columns - left))))
-    cut = [num_digits(panel.numel * 8) for panel in panels_of(box, tensor)]
-    stored = StoredBox("w", box, 0, "".join(format(n % 16, "x") * digits for n, digits in enumerate(cut)))
+    cut = [sums_size(panel.numel * 8) for panel in panels_of(box, tensor)]
+    stored = StoredBox("w", box, 0, b"".join(bytes([n]) * size for n, size in enumerate(cut)))
     index = Index(MANIFEST.save_id, [stored], {})
     manifest = replace(MANIFEST, tensors={"w": tensor})
     decode_index(encode_index(index, ["w"]), manifest, "i")  # as strict as it is, it accepts that
     parts = list(stored_panels(stored, tensor))
-    assert "".join(part.checksums for part in parts) == stored.checksums
+    assert b"".join(part.checksums for part in parts) == stored.checksums
     assert [part.start for part in parts] == [sum(p.box.numel * 8 for p in parts[:n]) for n in range(len(parts))]
     assert sum(part.box.numel for part in parts) == box.numel
     assert all(len(set(part.checksums)) == 1 for part in parts)
@@ -75,19 +75,17 @@ def test_panels_share_out_the_bytes_and_checksums_of_their_box(rows: int, column
     if box.numel * 8 >= PACK_BELOW:
         with pytest.raises(DamagedError, match="checksums for another size"):
             decode_index(
-                encode_index(replace(index, boxes=[replace(stored, checksums="0" * 16)]), ["w"]), manifest, "i"
+                encode_index(replace(index, boxes=[replace(stored, checksums=bytes(8))]), ["w"]), manifest, "i"
             )
 
 
 def test_checksums_follow_the_blocks() -> None:
     data = memoryview(bytes(range(256)) * 40)
     sums = checksums(data, PAGE)
-    assert len(sums) == 16 * 3
+    assert len(sums) == 8 * 3
     changed = bytearray(data)
     changed[PAGE] ^= 1
-    differing = [
-        i for i in range(3) if sums[16 * i : 16 * i + 16] != checksums(memoryview(changed), PAGE)[16 * i :][:16]
-    ]
+    differing = [i for i in range(3) if sums[8 * i : 8 * i + 8] != checksums(memoryview(changed), PAGE)[8 * i :][:8]]
     assert differing == [1]
 
 
