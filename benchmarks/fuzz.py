@@ -195,6 +195,8 @@ def change_json(data: bytes, rng: random.Random) -> bytes:
 def change_header(data: bytes, rng: random.Random) -> bytes:
     """The JSON of a shard's header, or its length."""
     length = int.from_bytes(data[:8], "little")
+    if length > len(data):  # a change before this one
+        return change_bytes(data, rng)
     if rng.random() < 0.2:
         return rng.choice([0, 7, length + 1, 2**40, 2**64 - 1]).to_bytes(8, "little") + data[8:]
     header = change_json(data[8 : 8 + length].rstrip(), rng)
