@@ -190,9 +190,8 @@ def _optimizer_state(entries: Mapping[str, Entry]) -> Iterator[tuple[str, str, s
 def materialize(optimizer: Optimizer) -> None:
     """Create the state that an optimizer would only create in its first step, leaving parameters as they are.
 
-    A step with zero gradients and a learning rate of zero creates it; step counts are put back to zero. Parameters
-    that do not require a gradient, and those that have state already, are left alone. `LayoutError` where an optimizer
-    is not known to go on afterwards as if nothing had happened.
+    Parameters that do not require a gradient, and those that have state already, are left alone. `LayoutError` where an
+    optimizer is not known to go on afterwards as if nothing had happened.
     """
     fresh = [
         (group, [p for p in group["params"] if p.requires_grad and not optimizer.state.get(p)])
@@ -205,6 +204,39 @@ def materialize(optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__} has no state yet for some parameters, and creating it here would change what "
             "it computes. Take its first step, with a gradient for every parameter, before describing it."
         )
+    if type(optimizer) not in _ZERO_STATE_IS_NO_STATE:
+        _step_with_zeros(optimizer, fresh)
+        return
+    for group, parameters in fresh:
+        options = {key: value for key, value in group.items() if key != "params"}
+        probes: dict[tuple[torch.dtype, torch.device], dict[str, Any]] = {}
+        for p in parameters:
+            kind = (p.dtype, p.device)
+            if kind not in probes:
+                probes[kind] = _state_of_one(type(optimizer), options, *kind)
+            optimizer.state[p] = {key: _zeros(value, p) for key, value in probes[kind].items()}
+
+
+def _state_of_one(
+    kind: type[Optimizer], options: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """What the optimizer keeps of a parameter with one element after a step: which keys, and of what form."""
+    probe = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
+    probe.grad = torch.zeros_like(probe)
+    optimizer = kind([{**options, "params": [probe]}])  # type: ignore[call-arg]
+    optimizer.step()
+    return dict(optimizer.state[probe])
+
+
+def _zeros(value: Any, parameter: torch.Tensor) -> Any:
+    """A state of the parameter's shape, or a scalar."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.zeros_like(value) if value.dim() == 0 else torch.zeros_like(parameter, dtype=value.dtype)
+
+
+def _step_with_zeros(optimizer: Optimizer, fresh: list[tuple[dict[str, Any], list[torch.Tensor]]]) -> None:
+    """A step of the optimizer itself with zero gradients and a learning rate of zero; step counts are put back."""
     gradients = {p: p.grad for group in optimizer.param_groups for p in group["params"]}
     rates = [group["lr"] for group in optimizer.param_groups]
     try:

@@ -323,3 +323,27 @@ def test_an_option_that_is_no_json_is_refused() -> None:
     model = nn.Linear(1, 1)
     with pytest.raises(LayoutError, match="the option hook of a param group is a object"):
         param_groups(model, torch.optim.SGD([{"params": model.parameters(), "hook": object()}]))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_created_state_is_that_of_a_step_with_zeros(kind: str) -> None:
+    """In its keys, dtypes, shapes and strides; and of a class of the user's own, which takes that step."""
+    model = Model()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters[0].data = parameters[0].data.t().contiguous().t()  # not contiguous
+    created, stepped = OPTIMIZERS[kind](parameters), OPTIMIZERS[kind](parameters)
+    stepped.__class__ = type("Own", (type(stepped),), {})
+    before = [p.detach().clone() for p in parameters]
+    materialize(created)
+    materialize(stepped)
+    for p, value in zip(parameters, before, strict=True):
+        assert torch.equal(p, value) and p.grad is None
+        ours, theirs = created.state.get(p, {}), stepped.state.get(p, {})
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            other = theirs[key]
+            if isinstance(tensor, torch.Tensor):
+                assert (tensor.dtype, tensor.shape, tensor.stride()) == (other.dtype, other.shape, other.stride())
+                assert torch.equal(tensor, other) and tensor.requires_grad == other.requires_grad
+            else:
+                assert tensor == other
