@@ -1,6 +1,9 @@
-"""Saving and loading sharded Adam state, against torch's distributed checkpoint (DCP) and against raw files.
+"""Saving and loading sharded Adam state, against torch's distributed checkpoint (DCP), DeepSpeed and raw files.
 
-    python -m benchmarks.checkpoint [--json] [--megabytes N] [--rounds N] [--ranks N [N ...]]
+    python -m benchmarks.checkpoint [--json] [--parts NAME ...] [--megabytes N] [--rounds N] [--ranks N [N ...]]
+
+The parts are `layouts`, which is here, and `universal`, `planning`, `reads`, `memory` and `scale`, each a module beside
+this one, which says what it does. Of the layouts:
 
 Both sides hold the same DTensors, save and load them in turn on the same processes, fsync what they write, and are
 asserted to end with every bit in its place. Processes are started before anything is timed; a round's time is that of
@@ -13,13 +16,11 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks.report import Row, absolute, compared, cores, finish, free_port
-from checkpointing import Piece, load, pieces_of, planner, save
-from checkpointing.collective import Team
-from checkpointing.plan import layout_rows
+from benchmarks import memory, planning, reads, scale, universal
+from benchmarks.report import Row, compared, cores, finish, free_port
+from checkpointing import Piece, load, pieces_of, save
 from checkpointing.tensors import tensor_bytes
 
 SIDE = 2048  # of the square matrices: 16.8 MB each in fp32
 FULL_MEGABYTES = 1300
-SMALL_TENSORS = 5000
 Series = dict[str, list[float]]
 
 
@@ -156,41 +155,6 @@ def rotated(names: list[str], by: int) -> list[str]:
     return names[by % len(names) :] + names[: by % len(names)]
 
 
-def measure_planning(count: int = SMALL_TENSORS) -> dict[str, float]:
-    """Median seconds to agree on a plan for many small tensors, when it is new and again; `describe` apart."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    local = torch.zeros(64 // dist.get_world_size(), 32)
-    pieces = [p for n in range(count) for p in pieces_of(f"model/{n}", DTensor.from_local(local, mesh, [Shard(0)]))]
-    team = Team()
-    seconds: Series = {"cold": [], "cached": []}
-    for _ in range(5):
-        planner.forget()
-        for series in seconds.values():
-            series.append(timed(lambda: void(planner.agree_on_plan(team, layout_rows(pieces)))))
-    return {name: statistics.median(series) for name, series in seconds.items()}
-
-
-def void(_: object) -> None:
-    pass
-
-
-@contextmanager
-def counted_reads() -> Iterator[list[int]]:
-    """How many bytes each read call of this process asks for."""
-    asked: list[int] = []
-    preadv = os.preadv
-
-    def counting(descriptor: int, buffers: Any, position: int) -> int:
-        asked.append(sum(map(len, buffers)))
-        return preadv(descriptor, buffers, position)
-
-    os.preadv = counting  # type: ignore[assignment]
-    try:
-        yield asked
-    finally:
-        os.preadv = preadv
-
-
 def work(rank: int, size: int, port: int, directory: str, megabytes: int, rounds: int) -> None:
     """All measurements on one number of ranks; rank 0 leaves the seconds in a file."""
     warnings.filterwarnings("ignore")
@@ -203,12 +167,6 @@ def work(rank: int, size: int, port: int, directory: str, megabytes: int, rounds
     found["same"] = measure_loads(source, State(megabytes, Shard(0), False), top, rounds)
     target = State(megabytes, Shard(1), False)
     found["across"] = measure_loads(reference, target, top, rounds)
-    with counted_reads() as asked:
-        load_ours(target, top / "ours")
-    found["planning"] = measure_planning()
-    both = torch.tensor([sum(asked), target.local_bytes], dtype=torch.float64)
-    dist.all_reduce(both)
-    found["read_factor"] = float(both[0] / both[1])
     if rank == 0:
         (top / "found.json").write_text(json.dumps(found))
     dist.barrier()
@@ -243,24 +201,6 @@ def run(size: int, megabytes: int, rounds: int) -> list[Row]:
             bar=0.5,
             full=full and size == 8,
         ),
-        absolute(
-            f"bytes read over bytes needed, Shard(0) to Shard(1), {size} ranks",
-            "",
-            found["read_factor"],
-            better="lower",
-            bar=1.05,
-        ),
-        *(
-            absolute(
-                f"planning {SMALL_TENSORS:,} small tensors, {size} ranks, {when}",
-                "s",
-                found["planning"][when],
-                better="lower",
-                bar=bar,
-                full=full,
-            )
-            for when, bar in (("cold", 1.5), ("cached", 0.05))
-        ),
     ]
 
 
@@ -270,10 +210,19 @@ def main() -> int:
     parser.add_argument("--megabytes", type=int, default=FULL_MEGABYTES, help=f"of state (default {FULL_MEGABYTES})")
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement, after one to warm up (default 5)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 8], help="numbers of processes (default 2 8)")
+    parts: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+        "layouts": lambda a: [row for size in a.ranks for row in run(size, a.megabytes, a.rounds)],
+        "universal": lambda a: universal.run(a.megabytes, a.rounds),
+        "planning": lambda a: planning.run(planning.RANKS, planning.TENSORS, min(a.rounds, 3)),
+        "reads": lambda _: reads.run(reads.LARGEST),
+        "memory": lambda a: memory.run(a.megabytes),
+        "scale": lambda _: scale.run(scale.WRITERS),
+    }
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="which (default all)")
     arguments = parser.parse_args()
     if arguments.rounds < 2 or arguments.megabytes < 1:
         parser.error("quartiles need --rounds 2 at least, and a state --megabytes 1")
-    rows = [row for size in arguments.ranks for row in run(size, arguments.megabytes, arguments.rounds)]
+    rows = [row for name in arguments.parts for row in parts[name](arguments)]
     return finish("checkpoint", rows, as_json=arguments.json)
 
 
