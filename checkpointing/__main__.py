@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -46,19 +47,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     arguments = parser.parse_args(argv)
     try:
-        if arguments.command == "diff":
-            a, b = open_newest(*find(arguments.a)), open_newest(*find(arguments.b))
-            with hold(a.storage, a.manifest.generation), hold(b.storage, b.manifest.generation):
-                return diff(a, b, arguments.json)
-        storage, found = find(arguments.dir)
-        if arguments.command == "inspect":
-            return inspect(open_newest(storage, found), arguments.json, arguments.tensor)
-        return {"ls": ls, "verify": verify}[arguments.command](storage, found, arguments.json)
+        status = run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read has read enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left for the exit to write
+        return 1
     except (CheckpointError, OSError) as error:
         if arguments.json:
             print(json.dumps({"error": str(error)}))
         print(f"checkpointing: {error}", file=sys.stderr)
         return 1 if isinstance(error, DamagedError | VersionError) else 2
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "diff":
+        a, b = open_newest(*find(arguments.a)), open_newest(*find(arguments.b))
+        with hold(a.storage, a.manifest.generation), hold(b.storage, b.manifest.generation):
+            return diff(a, b, arguments.json)
+    storage, found = find(arguments.dir)
+    if arguments.command == "inspect":
+        return inspect(open_newest(storage, found), arguments.json, arguments.tensor)
+    return {"ls": ls, "verify": verify}[arguments.command](storage, found, arguments.json)
 
 
 def find(directory: Path) -> tuple[FileStorage, list[Generation]]:
@@ -223,8 +233,11 @@ def verify(storage: FileStorage, found: list[Generation], as_json: bool) -> int:
     return status
 
 
+PROGRESS_BYTES = 16 * 1024 * 1024  # checked between one sign of progress and the next
+
+
 def _verify_one(storage: FileStorage, generation: Generation) -> dict[str, Any]:
-    damage, checked = [], 0
+    damage, checked, shown = [], 0, -PROGRESS_BYTES
     if generation.manifest is None:
         return {"generation": generation.name, "bytes": 0, "damage": [str(generation.damage)]}
     try:
@@ -233,7 +246,8 @@ def _verify_one(storage: FileStorage, generation: Generation) -> dict[str, Any]:
                 checked += nbytes
                 if error is not None and str(error) not in damage:
                     damage.append(str(error))
-                if nbytes and sys.stderr.isatty():
+                if sys.stderr.isatty() and checked >= shown + PROGRESS_BYTES:
+                    shown = checked
                     progress = f"{human_bytes(checked)} of {human_bytes(generation.manifest.nbytes)}"
                     print(f"\r{progress}", end="\r", file=sys.stderr)
     except CheckpointError as error:

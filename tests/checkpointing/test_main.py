@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from checkpointing import describe, save
+from checkpointing import Piece, describe, external_of, save
 from checkpointing.__main__ import main
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -159,3 +163,47 @@ def test_diff_tells_equal_from_different(run_dir: Path, capsys: pytest.CaptureFi
     assert status == 1 and not report["equal"]
     assert {t["state"] for t in report["tensors"]} == {"different", "only in a"}
     assert output(capsys, "diff", run_dir, run_dir / "absent")[0] == 2
+
+
+def test_verify_shows_its_progress_to_a_person(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("checkpointing.__main__.PROGRESS_BYTES", 10_000)
+    main(["verify", str(run_dir)])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    main(["verify", str(run_dir)])
+    signs = [sign for sign in capsys.readouterr().err.split("\r") if sign.strip()]
+    assert len(signs) > 4 and all(" of 40.9 kB" in sign for sign in signs)
+
+
+def test_a_reader_that_has_read_enough_is_no_error(run_dir: Path) -> None:
+    """As in `inspect ... | head -1`: here nobody reads at all."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "checkpointing", "inspect", str(run_dir)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60)
+    os.close(writing)
+    assert done.stderr == "" and done.returncode == 1
+
+
+def test_tied_and_external_tensors_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tied = torch.ones(3, 2)
+    pieces = [Piece(name, tied, (0, 0), (3, 2)) for name in ("model/embed", "model/head")]
+    base = external_of("model/base", torch.ones(2), "org/base")
+    save(tmp_path, 1, [*pieces, base])
+    save(
+        tmp_path, 2, [Piece("model/head", tied, (0, 0), (3, 2)), external_of("model/base", torch.zeros(2), "org/base")]
+    )
+    _, text = output(capsys, "inspect", next(tmp_path.glob("step-00000001-*")))
+    assert "model/head is model/embed" in text
+    assert f"model/base  F32 2  from org/base  SHA-256 {base.sha256}" in text
+    assert (
+        "F32 3x2, 24 B, in 1 boxes"
+        in output(capsys, "inspect", next(tmp_path.glob("step-00000001-*")), "--tensor", "model/head")[1]
+    )
+    status, text = output(capsys, "inspect", tmp_path, "--tensor", "model/base")
+    assert status == 2 and "its bytes lie in org/base" in text
+    status, text = output(capsys, "diff", *sorted(tmp_path.glob("step-*")))
+    assert status == 1
+    assert "model/base: different" in text and "model/embed: only in a" in text and "model/head" not in text
