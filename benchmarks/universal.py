@@ -211,8 +211,11 @@ def prepare(rank: int, ports: Ports) -> None:
     warnings.filterwarnings("ignore")
     import deepspeed
     import deepspeed.checkpoint.ds_to_universal
+    import deepspeed.ops
 
     deepspeed.utils.logger.setLevel("ERROR")
+    # An operation that it would compile at the first use, for over a minute, to do without gloo on one machine.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if rank == CONVERTER:
         torch.set_num_threads(1)  # in each of its workers
         # Its workers are forks, as in its own command; a spawned process's would all import torch anew.
