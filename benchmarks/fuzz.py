@@ -69,7 +69,7 @@ class Guarded(MemoryStorage):
         super().__init__()
         self._objects = dict(files)
         self.strange: list[str] = []
-        self._allowed = (f"{generation_of(files)}/", "leases/")
+        self._allowed = (f"{generation_of(files)}/", "hold-")
 
     def _note(self, name: str) -> None:
         if not name.startswith(self._allowed):

@@ -1,7 +1,7 @@
 """`python -m checkpointing ls|inspect|verify|diff DIR [--json]`: look at checkpoints from the command line.
 
 DIR is a run directory, a directory of generations, or one generation. Exit status: 0 sound, 1 damage found, nothing
-that is committed, or (diff) a difference, 2 DIR cannot be used. With --json an error is an object too.
+to verify, or (diff) a difference, 2 DIR cannot be used. With --json an error is an object too.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def ls(storage: FileStorage, found: list[Generation], as_json: bool) -> int:
     print(f"{'generation':24} {'step':>8} {'incarnation':>11} {'ranks':>5} {'size':>9}  {'saved':19}  state")
     for row in rows:
         print(
-            f"{row['generation']:24} {row['step']:>8} {row['incarnation'] or '-':>11} {row['ranks'] or '-':>5} "
+            f"{row['generation']:24} {row['step']:>8} {_or_dash(row['incarnation']):>11} {_or_dash(row['ranks']):>5} "
             f"{human_bytes(row['bytes']):>9}  {_when(row['saved']):19}  {row['state']}"
             + (f": {row['damage']}" if row["damage"] else "")
         )
@@ -261,6 +261,10 @@ def _state(generation: Generation) -> str:
     if generation.damage:
         return "damaged"
     return "abandoned" if generation.abandoned else "committed"
+
+
+def _or_dash(value: int | None) -> str:
+    return "-" if value is None else str(value)
 
 
 def _when(seconds: float | None) -> str:

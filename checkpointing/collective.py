@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from checkpointing import errors
-from checkpointing.errors import CheckpointError, PeerError
+from checkpointing.errors import CheckpointError, LostError, PeerError
 
 
 class Team:
@@ -27,7 +27,8 @@ class Team:
 
         Results travel as JSON. If `action` raises anywhere, every rank raises, and all for the same reason, so that
         they go the same way afterwards: the lowest rank that failed its own exception, the others one of the same
-        type where it is ours, `PeerError` otherwise. No rank is left waiting.
+        type where it is ours, `PeerError` otherwise. No rank is left waiting. `LostError` where the ranks cannot reach
+        each other: then none knows how the others went on.
         """
         failure = None
         try:
@@ -35,7 +36,11 @@ class Team:
         except Exception as error:  # whatever it is, the others must hear of it before it goes on
             failure = error
             mine = json.dumps({"kind": type(failure).__name__, "why": str(failure)})
-        reports = [json.loads(text) for text in self._gather(mine)]
+        try:
+            texts = self._gather(mine)
+        except Exception as error:  # a timeout, a connection that broke
+            raise LostError(f"rank {self.rank} cannot reach the others: {error}") from (failure or error)
+        reports = [json.loads(text) for text in texts]
         for rank, report in enumerate(reports):
             if "why" not in report:
                 continue

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -17,9 +16,9 @@ from typing import Any
 import torch.distributed as dist
 
 from checkpointing import replicas
-from checkpointing.codec import encode_manifest
+from checkpointing.codec import decode_manifest, encode_manifest
 from checkpointing.collective import Team, as_team
-from checkpointing.errors import CheckpointError, LayoutError, first_few
+from checkpointing.errors import CheckpointError, LayoutError, LostError, first_few
 from checkpointing.format import (
     COMMIT,
     DTYPE_NAMES,
@@ -37,10 +36,10 @@ from checkpointing.format import (
 from checkpointing.generations import check_files, scan
 from checkpointing.geometry import External, Piece
 from checkpointing.lease import Hold
-from checkpointing.plan import RankPlan, Row, layout_rows
+from checkpointing.plan import RankPlan, Row, layout_rows, split
 from checkpointing.planner import agree_on_plan
 from checkpointing.storage import FileStorage, Storage
-from checkpointing.writer import DEFAULT_BUDGET, write_shard
+from checkpointing.writer import DEFAULT_BUDGET, LEAST_BUDGET, write_shard
 
 
 def save(
@@ -59,26 +58,32 @@ def save(
 ) -> str:
     """Save the pieces of all ranks as a new generation, and return its name. Collective; synchronous.
 
-    `objects` are JSON values, rank 0's are kept. The generation is durable when this returns. If any rank fails,
-    all raise with its reason and the previous generation stays the newest. `incarnation` counts the run's resumes:
-    the newest generation is the greatest by (incarnation, step), and of one step the one saved last; by default it is
-    that of the newest generation there. `metrics` are finite numbers, rank 0's, for retention to choose by.
+    `objects` are JSON values, rank 0's are kept. The generation is durable when this returns. If any rank fails, all
+    raise with its reason and the previous generation stays the newest; only where COMMIT was written and its directory
+    could not be synced, the new one is there as well, though perhaps not durable. `incarnation` counts resumes of the
+    run: the newest generation is the greatest by (incarnation, step), and of one step the one saved last; by default it
+    is that of the newest generation there. `metrics` are finite numbers, rank 0's, for retention to choose by.
 
     Of a box that several ranks hold one rank's copy is saved; `check_replicas` compares them first, at the price of
     reading all pieces once more (`ReplicaError`). `guard` is called on rank 0 right before the commit, and stops it by
     raising. `memory_budget` bounds the bytes of copies beside the state.
     """
     team, storage = as_team(group), as_storage(directory)
-    plan, external = _agree(team, step, pieces, objects or {}, metrics or {})
-    held = [piece for piece in pieces if isinstance(piece, Piece)]
+    objects, metrics = {} if objects is None else objects, {} if metrics is None else metrics
+
+    def look() -> _Mine:
+        _check_arguments(step, run_id, incarnation, objects, metrics, memory_budget)
+        return _Mine.of(pieces)
+
+    plan, mine = _agree(team, look, step, check_replicas)
     if check_replicas:
-        replicas.check_replicas(team, held)
-    written = replicas.averaged(team, plan, held)
+        replicas.check_replicas(team, mine.pieces)
+    written = replicas.averaged(team, plan, mine.pieces)
     start = _Start(**team.together(lambda: asdict(_begin(storage, incarnation)) if team.rank == 0 else None)[0])
     name = generation_name(step, start.save_id)
 
     def prepare() -> dict[str, Any] | None:
-        own = (objects or {}) if team.rank == 0 else {}
+        own = objects if team.rank == 0 else {}
         writer = write_shard(storage, name, plan, written, team.rank, start.save_id, own, memory_budget)
         return asdict(writer) if writer else None
 
@@ -89,11 +94,11 @@ def save(
             created=time.time(),
             world_size=team.size,
             versions=_versions(),
-            metrics=metrics or {},
+            metrics=metrics,
             writers=writers,
             tensors=plan.tensors,
             aliases=plan.aliases,
-            external=external,
+            external=mine.external,
             **asdict(start),
         )
         _commit(storage, manifest, guard)
@@ -108,35 +113,73 @@ def save(
         try:
             prepared = [_as_writer(record) for record in team.together(prepare) if record is not None]
             team.together(lambda: commit(prepared) if team.rank == 0 else None)
+        except LostError:
+            raise  # rank 0 may commit what this rank wrote; if not, it is cleared away as a leftover
         except Exception:
             _discard(storage, name, team.rank)
             raise
     return name
 
 
-def _agree(
-    team: Team, step: int, pieces: Sequence[Piece | External], objects: dict[str, Any], metrics: dict[str, float]
-) -> tuple[RankPlan, dict[str, ExternalTensor]]:
+@dataclass(frozen=True, slots=True)
+class _Mine:
+    """What this rank saves, found fit to be saved."""
+
+    pieces: list[Piece]
+    external: dict[str, ExternalTensor]
+    rows: list[Row]
+
+    @staticmethod
+    def of(given: Sequence[Piece | External]) -> _Mine:
+        pieces, external = split(given)
+        return _Mine(pieces, _declared(external), layout_rows(pieces))
+
+
+def _agree(team: Team, look: Callable[[], _Mine], step: int, check_replicas: bool) -> tuple[RankPlan, _Mine]:
     """What all ranks save together, after each has found that it can save its part."""
-    external: dict[str, ExternalTensor] = {}
-    rows: list[Row] = []
+    mine: _Mine | None = None
 
     def describe() -> list[Any]:
-        nonlocal rows, external
-        external = _declared([piece for piece in pieces if isinstance(piece, External)])
-        rows = _describe(step, [piece for piece in pieces if isinstance(piece, Piece)], objects, metrics)
-        return [step, digest(json.dumps({name: asdict(tensor) for name, tensor in external.items()}).encode())]
+        nonlocal mine
+        mine = look()
+        declared = json.dumps({name: asdict(tensor) for name, tensor in mine.external.items()})
+        return [f"step {step}", f"check_replicas={check_replicas}", digest(declared.encode())]
 
     told = team.together(describe)
-    for rank, (other, declared) in enumerate(told):
-        if other != told[0][0]:
-            raise LayoutError(f"rank {rank} saves step {other}, rank 0 step {told[0][0]}")
-        if declared != told[0][1]:
+    assert mine is not None
+    for rank, others in enumerate(told):
+        for here, first in zip(others[:2], told[0][:2], strict=True):
+            if here != first:
+                raise LayoutError(f"rank {rank} saves with {here}, rank 0 with {first}")
+        if others != told[0]:
             raise LayoutError(f"rank {rank} and rank 0 declare different external tensors; every rank declares all")
-    plan = agree_on_plan(team, rows)
-    if both := sorted(external.keys() & (plan.tensors.keys() | plan.aliases.keys())):
+    plan = agree_on_plan(team, mine.rows)
+    if both := sorted(mine.external.keys() & (plan.tensors.keys() | plan.aliases.keys())):
         raise LayoutError(f"declared external, and held as well: {first_few(both)}")
-    return plan, external
+    return plan, mine
+
+
+def _check_arguments(step: int, run_id: str, incarnation: int | None, objects: Any, metrics: Any, budget: int) -> None:
+    """What could not be read again is refused before anything is written."""
+    for name, value in (("step", step), ("incarnation", 0 if incarnation is None else incarnation)):
+        if type(value) is not int or not 0 <= value < 2**62:
+            raise LayoutError(f"{name} {value!r} cannot be saved: it is counted from 0, as an int")
+    if not isinstance(run_id, str):
+        raise LayoutError(f"run_id {run_id!r} is no string")
+    if type(budget) is not int or budget < LEAST_BUDGET:
+        raise LayoutError(f"memory_budget {budget!r}: at least {LEAST_BUDGET} bytes are needed to go on")
+    if not isinstance(metrics, dict) or not isinstance(objects, dict):
+        raise LayoutError("objects and metrics are dicts")
+    if bad := [str(name) for name, value in metrics.items() if type(value) not in (int, float) or not isfinite(value)]:
+        raise LayoutError(f"metrics must be finite numbers, and these are not: {first_few(bad)}")
+    if any(abs(value) >= 2**62 and type(value) is int for value in metrics.values()):
+        raise LayoutError("metrics must be numbers that a float can hold")
+    try:
+        same = json.loads(json.dumps(objects, allow_nan=False)) == objects
+    except (TypeError, ValueError, RecursionError) as error:
+        raise LayoutError(f"objects must be plain finite JSON values: {error}") from None
+    if not same:
+        raise LayoutError("objects must be plain JSON values: tuples and keys that are no strings come back changed")
 
 
 def as_storage(directory: str | os.PathLike[str] | Storage) -> Storage:
@@ -153,8 +196,8 @@ def _declared(given: Sequence[External]) -> dict[str, ExternalTensor]:
     for one in given:
         if flaw := flaw_of_name(one.name):
             raise LayoutError(flaw)
-        if one.dtype not in DTYPE_NAMES or not re.fullmatch("[0-9a-f]{64}", one.sha256) or one.name in external:
-            raise LayoutError(f"{one.name}: declared twice, of an unknown dtype, or with something else than a SHA-256")
+        if one.dtype not in DTYPE_NAMES or one.name in external:
+            raise LayoutError(f"{one.name}: declared external twice, or of a dtype without a safetensors name")
         external[one.name] = ExternalTensor(DTYPE_NAMES[one.dtype], one.shape, one.source, one.sha256)
     return dict(sorted(external.items()))
 
@@ -167,21 +210,6 @@ class _Start:
     parent: str
     incarnation: int
     serial: int
-
-
-def _describe(step: int, pieces: Sequence[Piece], objects: dict[str, Any], metrics: dict[str, float]) -> list[Row]:
-    """This rank's layout; what it cannot store is refused before anything is written."""
-    if step < 0:
-        raise LayoutError(f"step {step} cannot be saved: steps are counted from 0")
-    if bad := [name for name, value in metrics.items() if not isfinite(value)]:
-        raise LayoutError(f"metrics must be finite numbers, and these are not: {first_few(bad)}")
-    try:
-        same = json.loads(json.dumps(objects, allow_nan=False)) == objects
-    except (TypeError, ValueError) as error:
-        raise LayoutError(f"objects must be plain finite JSON values: {error}") from None
-    if not same:
-        raise LayoutError("objects must be plain JSON values: tuples and keys that are no strings come back changed")
-    return layout_rows(pieces)
 
 
 def _begin(storage: Storage, incarnation: int | None) -> _Start:
@@ -199,13 +227,17 @@ def _commit(storage: Storage, manifest: Manifest, guard: Callable[[], None] | No
     Every rank's files are durable by now, but a rank may have another directory mounted under the same name.
     """
     prefix = f"{manifest.generation}/"
-    check_files(manifest, {name.removeprefix(prefix): size for name, size in storage.list(prefix).items()})
     data = encode_manifest(manifest)
+    try:
+        decode_manifest(data, MANIFEST)
+    except CheckpointError as error:
+        raise LayoutError(f"what was saved could not be read again: {error}") from error
     if len(data) > METADATA_BYTES:
         raise LayoutError(f"the manifest would have {len(data):,} bytes, and at most {METADATA_BYTES:,} are read again")
     storage.put(f"{prefix}{MANIFEST}", [data])
     if guard is not None:
         guard()
+    check_files(manifest, {name.removeprefix(prefix): size for name, size in storage.list(prefix).items()})
     created = storage.create_if_absent(f"{prefix}{COMMIT}", digest(data).encode())
     assert created, "a fresh save id was committed before"
 

@@ -85,6 +85,8 @@ def _part(reader: GenerationReader, name: str, box: Box) -> torch.Tensor:
 
 def _distance(left: torch.Tensor, right: torch.Tensor) -> tuple[float, float]:
     """The largest absolute and relative difference; infinite where only one of two is a number."""
+    if not (left.is_complex() or left.is_floating_point()):
+        return _integer_distance(left, right)
     wide = torch.complex128 if left.is_complex() else torch.float64
     x, y = left.to(wide), right.to(wide)
     by = (x - y).abs()
@@ -92,3 +94,13 @@ def _distance(left: torch.Tensor, right: torch.Tensor) -> tuple[float, float]:
     by = torch.where(x.isnan() & y.isnan() | (x == y), 0.0, by.nan_to_num(nan=inf))
     relative = torch.where(by == 0, 0.0, by / both).nan_to_num(nan=inf)
     return float(by.max()), float(relative.max())
+
+
+def _integer_distance(left: torch.Tensor, right: torch.Tensor) -> tuple[float, float]:
+    """Exact where a float could not tell two large numbers apart."""
+    worst = relative = 0.0
+    differing = (left != right).reshape(-1)
+    for x, y in zip(left.reshape(-1)[differing].tolist(), right.reshape(-1)[differing].tolist(), strict=True):
+        worst = max(worst, float(abs(x - y)))
+        relative = max(relative, abs(x - y) / max(abs(x), abs(y)))
+    return worst, relative

@@ -35,6 +35,10 @@ class PeerError(CheckpointError):
     """Another rank failed; the message carries its rank and its reason."""
 
 
+class LostError(CheckpointError):
+    """The other ranks cannot be reached, so that it is unknown how they went on."""
+
+
 class LeaseHeldError(CheckpointError):
     """Another live process holds the directory; the message says who."""
 

@@ -20,7 +20,8 @@ FORMAT = "evershard-checkpoint"
 VERSION = 1
 MANIFEST, COMMIT, ABANDONED = "manifest.json", "COMMIT", "ABANDONED"
 
-METADATA_BYTES = 256 * 1024 * 1024  # of a manifest, an index or a header: larger ones are neither written nor read
+METADATA_BYTES = 256 * 1024 * 1024  # of a manifest or an index: larger ones are neither written nor read
+HEADER_BYTES = 100 * 1000 * 1000  # of a safetensors header, by that format
 FEW_WRITERS = 16  # a tensor's writers are named up to so many; those of the others are found by what they cover
 COVER_PARTS = 1 << 16  # a cover counts in these parts of a dimension
 

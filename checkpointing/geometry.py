@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, product
 from math import isfinite, prod
+from operator import index
 
 import torch
 
@@ -65,10 +67,10 @@ def flat_boxes(start: int, stop: int, shape: Shape) -> list[tuple[Box, int]]:
     return found + _within_row(last, last * row, stop, shape)
 
 
-def _within_row(index: int, start: int, stop: int, shape: Shape) -> list[tuple[Box, int]]:
-    base = index * prod(shape[1:])
+def _within_row(row: int, start: int, stop: int, shape: Shape) -> list[tuple[Box, int]]:
+    base = row * prod(shape[1:])
     inner = flat_boxes(start - base, stop - base, shape[1:])
-    return [(Box((index, *box.offset), (1, *box.size)), base + first) for box, first in inner]
+    return [(Box((row, *box.offset), (1, *box.size)), base + first) for box, first in inner]
 
 
 def panels(box: Box, shape: Shape) -> list[Box]:
@@ -114,7 +116,9 @@ def check_tiling(name: str, boxes: Sequence[Box], shape: Shape) -> None:
                 )
     covered = sum(b.numel for b in ordered)
     if covered != prod(shape):
-        raise LayoutError(f"{name}: {prod(shape) - covered} of {prod(shape)} elements are held by no rank")
+        hole = find_hole(ordered, shape)
+        where = f", such as those at {hole.offset} of size {hole.size}" if hole else ""
+        raise LayoutError(f"{name}: {prod(shape) - covered} of {prod(shape)} elements are held by no rank{where}")
 
 
 def find_hole(boxes: Iterable[Box], shape: Shape) -> Box | None:
@@ -155,7 +159,8 @@ class Piece:
     `tensor`. The tensor may live on any device and need not be contiguous.
 
     With a `divisor` the local tensor holds the logical one divided by it, such as a bias that tensor-parallel ranks
-    add up: powers of two lose nothing, others may round the last bit at each load and save. With `mean` the logical
+    add up: powers of two lose nothing within the range of the dtype, others may round the last bit at each load and
+    save; a value that leaves the range is refused when it is saved. With `mean` the logical
     tensor is the mean over all ranks that hold the box, such as replicas that drifted apart between two averagings; a
     load gives all of them the mean. Both are for floating-point tensors.
     """
@@ -168,8 +173,10 @@ class Piece:
     mean: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise LayoutError(f"{self.name!r} is no name of a tensor: names are strings")
         for name in ("offset", "global_shape"):  # numpy's integers and lists are welcome
-            object.__setattr__(self, name, tuple(map(int, getattr(self, name))))
+            object.__setattr__(self, name, _whole_numbers(self.name, getattr(self, name)))
         # By exact type: a DTensor parameter is an instance of Parameter too, and so is FSDP1's flat one.
         if type(self.tensor) not in (torch.Tensor, torch.nn.Parameter):
             raise LayoutError(
@@ -183,7 +190,7 @@ class Piece:
             )
         if (self.divisor != 1 or self.mean) and not self.tensor.is_floating_point():
             raise LayoutError(f"{self.name}: only floating-point tensors are divided or averaged")
-        if not (isfinite(self.divisor) and self.divisor > 0):
+        if not (isinstance(self.divisor, int | float) and isfinite(self.divisor) and self.divisor > 0):
             raise LayoutError(f"{self.name}: divisor {self.divisor} is not a positive finite number")
 
     @property
@@ -194,8 +201,9 @@ class Piece:
     def memory(self) -> tuple[object, ...]:
         """Equal for pieces that hold the same box in the same memory in the same form."""
         t = self.tensor
-        layout = (self.offset, self.global_shape, t.shape, t.stride(), t.dtype)
-        return (t.data_ptr(), t.device, *layout, self.divisor, self.mean)
+        strides = tuple(stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1)
+        form = (t.shape, strides, t.dtype, t.is_conj(), t.is_neg())
+        return (t.data_ptr(), t.device, self.offset, self.global_shape, *form)
 
     @staticmethod
     def flat(name: str, tensor: torch.Tensor, start: int, global_shape: Shape) -> list[Piece]:
@@ -204,8 +212,8 @@ class Piece:
         Element `start` of the flattened tensor is the first; what reaches past its end is padding and is left out. A
         range that begins or ends inside a row is several boxes: views of `tensor`, at most 2n - 1 in n dimensions.
         """
-        if tensor.dim() != 1 or start < 0:
-            raise LayoutError(f"{name}: a flat range is one-dimensional and starts at 0 or later")
+        if tensor.dim() != 1 or start < 0 or any(n < 0 for n in global_shape):
+            raise LayoutError(f"{name}: a flat range is one-dimensional, of a shape, and starts at 0 or later")
         stop = min(start + tensor.numel(), prod(global_shape))
         pieces = []
         for box, first in flat_boxes(start, stop, global_shape):
@@ -223,7 +231,7 @@ class Piece:
         a tensor-parallel rank's rows of a fused query, key and value are `[(q0, q), (k0, k), (v0, v)]`. What reaches
         past the end of the logical tensor is padding and is left out.
         """
-        if tuple(sum(length for _, length in held) for held in runs) != tuple(tensor.shape):
+        if len(runs) != len(global_shape) or tuple(sum(n for _, n in held) for held in runs) != tuple(tensor.shape):
             raise LayoutError(f"{name}: ranges {list(runs)} do not add up to a local shape {tuple(tensor.shape)}")
         pieces = []
         for combination in product(*(_placed(held, size) for held, size in zip(runs, global_shape, strict=True))):
@@ -239,6 +247,21 @@ def _placed(held: Sequence[Interval], size: int) -> list[tuple[int, int, int]]:
     return [(at, start, length) for at, start, length in placed if length > 0]
 
 
+def parts_of(piece: Piece, limit: int) -> Iterator[Piece]:
+    """A piece in leading rows of about `limit` bytes, or one row, as views of it."""
+    size = piece.tensor.shape
+    rows = max(1, limit * size[0] // piece.tensor.nbytes) if size and piece.tensor.numel() else 0
+    if not rows or rows >= size[0]:
+        yield piece
+        return
+    for start in range(0, size[0], rows):
+        yield replace(
+            piece,
+            tensor=piece.tensor.detach()[start : start + rows],
+            offset=(piece.offset[0] + start, *piece.offset[1:]),
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class External:
     """A logical tensor whose bytes are not stored, such as a frozen base: where they come from and their SHA-256.
@@ -252,3 +275,16 @@ class External:
     shape: Shape
     source: str
     sha256: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", _whole_numbers(self.name, self.shape))
+        object.__setattr__(self, "source", str(self.source))
+        if any(n < 0 for n in self.shape) or not re.fullmatch("[0-9a-f]{64}", str(self.sha256)):
+            raise LayoutError(f"{self.name}: an external tensor has a shape, and a SHA-256 of 64 hexadecimal digits")
+
+
+def _whole_numbers(name: str, values: Iterable[object]) -> Shape:
+    try:
+        return tuple(index(value) for value in values)  # type: ignore[arg-type]  # what is no number is refused
+    except TypeError:
+        raise LayoutError(f"{name}: {values!r} are no whole numbers") from None

@@ -125,7 +125,7 @@ class Hold:
     def __init__(self, storage: Storage, generation: str, purpose: str) -> None:
         holder = Holder.this_process()
         self._storage = storage
-        self._name = f"{HOLDS}/{generation}.{purpose}-{holder.token}"
+        self._name = f"{HOLDS}{generation}.{purpose}-{holder.token}"
         storage.create_if_absent(f"{self._name}.json", json.dumps(asdict(holder)).encode())
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="hold-heartbeat", daemon=True)
@@ -141,7 +141,7 @@ class Hold:
         self._stop.set()
         self._thread.join()
         with suppress(OSError, CheckpointError):  # it is dead from now on; whoever clears up deletes what is left
-            self._storage.delete([f"{self._name}.json", f"{self._name}.beat"])
+            self._storage.delete([f"{self._name}.beat", f"{self._name}.json"])
 
     def _beat(self) -> None:
         count = 0
@@ -163,7 +163,7 @@ def hold(storage: Storage, generation: str) -> AbstractContextManager[object]:
         return nullcontext()
 
 
-HOLDS = "leases"
+HOLDS = "hold-"  # in the directory itself: one of their own would come and go while others create in it
 _last_beats: dict[tuple[str, str], tuple[bytes | None, float]] = {}  # of holds elsewhere: the beat, and since when
 
 
@@ -174,14 +174,17 @@ def held_generations(storage: Storage, purpose: str = "") -> set[str]:
     changed for `EXPIRY_S` between two calls of this function, which does not wait.
     """
     found = set()
-    for path in storage.list(f"{HOLDS}/"):
-        name = path.removesuffix(".json")
-        if name == path:
+    names = storage.list(HOLDS)
+    for path in names:
+        name, _, suffix = path.rpartition(".")
+        if suffix != "json":
+            if suffix == "beat" and f"{name}.json" not in names:
+                storage.delete([path])  # left by a process that died while it let go
             continue
         if not _lives(storage, name):
-            storage.delete([f"{name}.json", f"{name}.beat"])
+            storage.delete([f"{name}.beat", f"{name}.json"])
             continue
-        generation, _, what = name.removeprefix(f"{HOLDS}/").partition(".")
+        generation, _, what = name.removeprefix(HOLDS).partition(".")
         if what.startswith(purpose):
             found.add(generation)
     return found

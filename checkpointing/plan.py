@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
-from checkpointing.errors import LayoutError, MismatchError
+import torch
+
+from checkpointing.errors import DamagedError, LayoutError, first_few
 from checkpointing.format import (
     DTYPE_NAMES,
     FEW_WRITERS,
@@ -24,7 +26,26 @@ from checkpointing.format import (
     meet,
     stored_panels,
 )
-from checkpointing.geometry import Box, Piece, check_tiling, find_hole, intersect
+from checkpointing.geometry import Box, External, Piece, check_tiling, find_hole, intersect
+
+
+def split(given: Iterable[Piece | External]) -> tuple[list[Piece], list[External]]:
+    """Pieces and externals apart. `LayoutError` for anything else, and for tensors whose memory holds no values."""
+    pieces: list[Piece] = []
+    external: list[External] = []
+    for one in given:
+        if isinstance(one, External):
+            external.append(one)
+        elif not isinstance(one, Piece):
+            raise LayoutError(
+                f"a {type(one).__name__} is no piece; pieces_of and describe return lists, which are to be joined"
+            )
+        elif one.tensor.is_meta or one.tensor.layout != torch.strided or one.tensor.is_quantized:
+            raise LayoutError(f"{one.name}: a meta, sparse or quantized tensor holds no values that could be stored")
+        else:
+            pieces.append(one)
+    return pieces, external
+
 
 # One piece of a layout as plain values: name, the name it is tied to on this rank (or its own), dtype, global shape,
 # offset, size, whether it is averaged.
@@ -70,7 +91,7 @@ def find_tied(pieces: Sequence[Piece]) -> dict[str, str]:
     by_memory: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for piece in pieces:
         if piece.tensor.numel():
-            by_memory[piece.memory].append(piece.name)
+            by_memory[(*piece.memory, piece.divisor, piece.mean)].append(piece.name)
     firsts: dict[str, set[str]] = defaultdict(set)
     count: dict[str, int] = defaultdict(int)
     for names in by_memory.values():
@@ -124,19 +145,21 @@ class SavePlan:
 Held = dict[str, dict[Box, list[int]]]  # by tensor and box: the ranks that hold it, ascending
 
 
-def plan_save(layouts: Sequence[Sequence[Row]], few_writers: int = FEW_WRITERS) -> SavePlan:
-    """Merge every rank's layout and elect one writer for every box, balancing the bytes.
+def plan_save(
+    layouts: Sequence[Sequence[Row]], nodes: Sequence[int] | None = None, few_writers: int = FEW_WRITERS
+) -> SavePlan:
+    """Merge every rank's layout and elect one writer for every box, balancing the bytes over ranks, then over nodes.
 
-    Tensors with more than `few_writers` leave it to the covers to tell them.
-    `LayoutError` if ranks disagree on a tensor, or if their boxes leave a hole or overlap without being equal.
+    `nodes` has the number of every rank's node; without it all are on one. Tensors with over `few_writers` leave it to
+    the covers to tell them. `LayoutError` if ranks disagree on a tensor, or if their boxes leave a hole or overlap
+    without being equal.
     """
     tensors, held, averaged = _merge(layouts)
-    aliases = _aliases(layouts, tensors)
+    aliases = _aliases(layouts, held)
     for name in aliases:
         del tensors[name], held[name]
-    for name, boxes in held.items():
-        check_tiling(name, list(boxes), tensors[name].shape)
-    boxes_by_rank, scalars_by_rank = _elect(tensors, held, len(layouts))
+    _check_tilings(tensors, held)
+    boxes_by_rank, scalars_by_rank = _elect(tensors, held, nodes or [0] * len(layouts))
     writers: dict[str, set[int]] = {name: set() for name in tensors}
     for rank, (boxes_, scalars) in enumerate(zip(boxes_by_rank, scalars_by_rank, strict=True)):
         for name in [name for name, _ in boxes_] + scalars:
@@ -174,8 +197,20 @@ def _merge(layouts: Sequence[Sequence[Row]]) -> tuple[dict[str, LogicalTensor], 
     return tensors, held, {name for name, mean in averaged.items() if mean}
 
 
-def _aliases(layouts: Sequence[Sequence[Row]], tensors: dict[str, LogicalTensor]) -> dict[str, str]:
-    """Names that every rank that holds some of them has tied to the same other one."""
+def _check_tilings(tensors: dict[str, LogicalTensor], held: Held) -> None:
+    """Raise `LayoutError` that names the first few tensors with a hole or an overlap."""
+    wrong = []
+    for name, boxes in held.items():
+        try:
+            check_tiling(name, list(boxes), tensors[name].shape)
+        except LayoutError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise LayoutError(wrong[0] if len(wrong) == 1 else f"{len(wrong)} tensors: {first_few(wrong, limit=3)}")
+
+
+def _aliases(layouts: Sequence[Sequence[Row]], held: Held) -> dict[str, str]:
+    """Names that every rank that holds some of them has tied to the same other one, of which there is nothing more."""
     ties: dict[str, set[str]] = defaultdict(set)
     for rows in layouts:
         for name, tied, _, _, _, size, _ in rows:
@@ -184,7 +219,8 @@ def _aliases(layouts: Sequence[Sequence[Row]], tensors: dict[str, LogicalTensor]
     return {
         name: next(iter(tied))
         for name, tied in ties.items()
-        if len(tied) == 1 and name not in tied and ties[next(iter(tied))] == tied
+        if len(tied) == 1 and name not in tied and ties[first := next(iter(tied))] == tied
+        if {box for box in held[name] if box.numel} == {box for box in held[first] if box.numel}
     }
 
 
@@ -201,12 +237,13 @@ def _means(held: Held, averaged: set[str], boxes: list[list[tuple[str, Box]]], s
 
 
 def _elect(
-    tensors: dict[str, LogicalTensor], holders: Held, num_ranks: int
+    tensors: dict[str, LogicalTensor], holders: Held, nodes: Sequence[int]
 ) -> tuple[list[list[tuple[str, Box]]], list[list[str]]]:
-    """Largest boxes first, each to its least loaded holder, so that replicas share the writing evenly."""
-    boxes: list[list[tuple[str, Box]]] = [[] for _ in range(num_ranks)]
-    scalars: list[list[str]] = [[] for _ in range(num_ranks)]
-    load = [0] * num_ranks
+    """Largest boxes first, each to its least loaded holder on the least loaded node: replicas share the writing."""
+    boxes: list[list[tuple[str, Box]]] = [[] for _ in nodes]
+    scalars: list[list[str]] = [[] for _ in nodes]
+    load = [0] * len(nodes)
+    node_load = [0] * (max(nodes) + 1)
     held = [
         (-box.numel * tensors[name].itemsize, name, box.offset, box, ranks)
         for name, by_box in holders.items()
@@ -216,12 +253,13 @@ def _elect(
     for negative, name, _, box, ranks in held:
         if negative == 0:
             break  # only empty boxes are left
-        writer = ranks[0] if len(ranks) == 1 else min(ranks, key=lambda rank: (load[rank], rank))
+        writer = ranks[0] if len(ranks) == 1 else min(ranks, key=lambda r: (load[r], node_load[nodes[r]], r))
         if tensors[name].shape == ():
             scalars[writer].append(name)
         else:
             boxes[writer].append((name, box))
             load[writer] -= negative
+            node_load[nodes[writer]] -= negative
     return boxes, scalars
 
 
@@ -269,7 +307,7 @@ def writers_needed(pieces: Iterable[Piece], manifest: Manifest) -> set[int]:
 
 @collecting_later()
 def plan_load(pieces: Iterable[Piece], stored_boxes: Stored, tensors: Mapping[str, LogicalTensor]) -> list[Read]:
-    """The stored boxes that this rank needs. `MismatchError` if its pieces would not be filled exactly once."""
+    """The stored boxes that this rank needs. `DamagedError` if they would not fill its pieces exactly once."""
     reads: list[Read] = []
     for piece in pieces:
         if piece.global_shape == ():
@@ -290,7 +328,7 @@ def plan_load(pieces: Iterable[Piece], stored_boxes: Stored, tensors: Mapping[st
         ]
         covered = sum(read.part.numel for read in found)
         if covered != box.numel or (len(found) > 1 and _overlap(found)):
-            raise MismatchError(
+            raise DamagedError(
                 f"{piece.name}: the checkpoint holds {covered} of the {box.numel} elements needed at {piece.offset}, "
                 "each of which it should hold once"
             )

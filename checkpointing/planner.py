@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
@@ -88,12 +89,14 @@ def _as_text(rows: Sequence[Row]) -> str:
 
 def _plan(team: Team, text: str) -> RankPlan:
     """Texts travel unread by those who need not: only rank 0 reads all layouts, and each rank only its own share."""
-    texts = team.together(lambda: text)
+    told = team.together(lambda: [socket.gethostname(), text])
+    hosts = [host for host, _ in told]
+    nodes = [hosts.index(host) for host in hosts]
 
     def plan() -> list[str] | None:
         if team.rank != 0:
             return None
-        return _encode(plan_save([json.loads(layout) for layout in texts]))
+        return _encode(plan_save([json.loads(layout) for _, layout in told], nodes))
 
     common, *shares = team.together(plan)[0]
     return _decode(json.loads(common), json.loads(shares[team.rank]))

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpointing.errors import CheckpointError, DamagedError
+from checkpointing.errors import CheckpointError, DamagedError, LayoutError
 from checkpointing.format import (
     DTYPES,
-    METADATA_BYTES,
+    HEADER_BYTES,
+    MANIFEST,
     SUM,
     Index,
     Manifest,
@@ -31,7 +32,7 @@ from checkpointing.format import (
     stored_panels,
 )
 from checkpointing.generations import read_index
-from checkpointing.geometry import Box, Piece
+from checkpointing.geometry import Box, Piece, check_tiling
 from checkpointing.plan import CHUNK_BYTES, Read, plan_load, position_in, stored_by_name, windows, writers_needed
 from checkpointing.storage import Storage
 from checkpointing.tensors import divided, scalar_from_hex, tensor_over
@@ -92,8 +93,9 @@ class GenerationReader:
         """
         global _last_plan
         layout = [(piece.name, piece.offset, piece.tensor.shape) for piece in pieces]
-        if _last_plan is not None and _last_plan[:2] == (self.manifest.save_id, layout):
-            _, _, needed, reads = _last_plan
+        last = _last_plan  # another thread may replace it meanwhile
+        if last is not None and last[:2] == (self.manifest.save_id, layout):
+            _, _, needed, reads = last
             for position in needed:
                 self.index(position)
             return [Read(writer, stored, part, pieces[number]) for writer, stored, part, number in reads]
@@ -133,6 +135,7 @@ class GenerationReader:
 
     def verify(self) -> Iterator[tuple[str, int, CheckpointError | None]]:
         """Check every stored box: its shard file, its bytes, and what is wrong with it, if anything."""
+        yield from self._missing()
         for position in range(len(self.manifest.writers)):
             try:
                 index = self.index(position)
@@ -154,6 +157,23 @@ class GenerationReader:
                 self._check_header(position)
             except CheckpointError as error:
                 yield name, 0, error
+
+    def _missing(self) -> Iterator[tuple[str, int, CheckpointError | None]]:
+        """Tensors that the indexes together do not hold exactly once."""
+        boxes: dict[str, list[Box]] = {name: [] for name in self.manifest.tensors}
+        try:
+            for index in self.indexes:
+                for stored in index.boxes:
+                    boxes[stored.name].append(stored.box)
+                for name in index.scalars:
+                    boxes[name].append(Box((), ()))
+        except CheckpointError:
+            return  # said of the index itself
+        for name, tensor in self.manifest.tensors.items():
+            try:
+                check_tiling(name, boxes[name], tensor.shape)
+            except LayoutError as error:
+                yield MANIFEST, 0, DamagedError(f"{self.manifest.generation}: {error}")
 
     def _itemsize(self, stored: StoredBox) -> int:
         return self.manifest.tensors[stored.name].itemsize
@@ -231,7 +251,7 @@ class GenerationReader:
             found = "is missing" if size is None else f"has {size} bytes"
             raise DamagedError(f"{name} {found}; {writer.shard_bytes} bytes were committed")
         data = sum(b.box.numel * self._itemsize(b) for b in self.index(position).boxes)
-        if not 8 <= writer.shard_bytes - data <= METADATA_BYTES:
+        if not 8 <= writer.shard_bytes - data <= HEADER_BYTES:
             raise DamagedError(f"{name}: the index has boxes of {data} bytes, which the file does not hold")
         (header,) = self.storage.read_ranges(name, [(0, writer.shard_bytes - data)])
         if digest(memoryview(header)) != writer.header:

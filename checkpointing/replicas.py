@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 import xxhash
@@ -24,30 +26,41 @@ Part = tuple[Mean, int, int]  # elements start to stop of an averaged box, row-m
 def averaged(team: Team, plan: RankPlan, pieces: Sequence[Piece]) -> list[Piece]:
     """The pieces with those that this rank writes as a mean replaced by the mean. Collective.
 
-    Sums are made in double precision in the order of ranks, so that equal replicas keep their value. The mean takes the
-    room of the boxes that this rank writes.
+    Sums are made in double precision in the order of ranks, so that equal replicas keep their value. The means take the
+    room of the boxes that this rank writes as such.
     """
     if not plan.means:
         return list(pieces)
     held = {(piece.name, piece.box): piece for piece in pieces}
-    sums: dict[Mean, torch.Tensor] = {
-        mean: torch.zeros(mean.box.numel, dtype=torch.float64) for mean in plan.means if mean.writer == team.rank
-    }
-    for batch in _batches(plan, EXCHANGED_BYTES // team.size):
-        told = team.together(lambda batch=batch: [_part(part, held, team.rank) for part in batch])  # type: ignore[misc]
-        for number, (mean, start, stop) in enumerate(batch):
-            if mean.writer == team.rank:
-                for rank in mean.holders:
-                    data = bytearray(base64.b64decode(told[rank][number]))
-                    sums[mean][start:stop] += torch.frombuffer(data, dtype=DTYPES[plan.tensors[mean.name].dtype])
-    means = {(mean.name, mean.box): total / len(mean.holders) for mean, total in sums.items()}
-    return [_with_mean(piece, means.get((piece.name, piece.box))) for piece in pieces]
+    own = [mean for mean in plan.means if mean.writer == team.rank]
+    found: dict[tuple[str, Box], Piece] = {}
+
+    def make_room() -> None:
+        for mean in own:
+            piece = held[mean.name, mean.box]
+            room = torch.empty(mean.box.size, dtype=piece.tensor.dtype)
+            found[mean.name, mean.box] = Piece(mean.name, room, mean.box.offset, piece.global_shape)
+
+    team.together(make_room)
+    told: list[list[str]] = []
+    for batch, following in pairwise([[], *_batches(plan, EXCHANGED_BYTES // team.size), []]):
+
+        def exchange(batch: list[Part] = batch, following: list[Part] = following, told: Any = told) -> list[str]:
+            """What came of the last batch, and what goes into the next: a failure in either is told to all."""
+            for number, (mean, start, stop) in enumerate(batch):
+                if mean.writer == team.rank:
+                    parts = [told[rank][number] for rank in mean.holders]
+                    found[mean.name, mean.box].tensor.view(-1)[start:stop] = _mean(parts, plan, mean)
+            return [_part(part, held, team.rank) for part in following]
+
+        told = team.together(exchange)
+    return [found.get((piece.name, piece.box), piece) for piece in pieces]
 
 
-def _with_mean(piece: Piece, mean: torch.Tensor | None) -> Piece:
-    if mean is None:
-        return piece
-    return Piece(piece.name, mean.to(piece.tensor.dtype).view(piece.tensor.shape), piece.offset, piece.global_shape)
+def _mean(parts: Sequence[str], plan: RankPlan, mean: Mean) -> torch.Tensor:
+    dtype = DTYPES[plan.tensors[mean.name].dtype]
+    values = (torch.frombuffer(bytearray(base64.b64decode(part)), dtype=dtype).to(torch.float64) for part in parts)
+    return (sum(values) / len(parts)).to(dtype)  # type: ignore[union-attr]
 
 
 def _batches(plan: RankPlan, limit: int) -> Iterator[list[Part]]:

@@ -14,17 +14,17 @@ import torch.distributed as dist
 
 from checkpointing.collective import Team, as_team
 from checkpointing.commit import as_storage
-from checkpointing.errors import DamagedError, MismatchError, NotFoundError, VersionError, first_few
+from checkpointing.errors import DamagedError, LayoutError, MismatchError, NotFoundError, VersionError, first_few
 from checkpointing.generations import candidates, read_manifest, scan
-from checkpointing.geometry import External, Piece
+from checkpointing.geometry import External, Piece, parts_of
 from checkpointing.lease import hold
-from checkpointing.match import check_complete, check_external
-from checkpointing.plan import Row, layout_rows
+from checkpointing.match import check_complete, check_external, check_targets
+from checkpointing.plan import Row, layout_rows, split
 from checkpointing.planner import agree_on_completeness
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import Storage
 from checkpointing.tensors import tensor_bytes
-from checkpointing.writer import DEFAULT_BUDGET
+from checkpointing.writer import DEFAULT_BUDGET, LEAST_BUDGET
 
 logger = logging.getLogger("checkpointing")
 _UNUSABLE = "The tensors passed to load must not be used."
@@ -52,7 +52,7 @@ def load(
     `memory_budget` bounds the bytes on their way from storage. What is being loaded is held: retention leaves it.
     """
     team, storage = as_team(group), as_storage(directory)
-    wanted = _Wanted.of(pieces, only, cast)
+    wanted = _agree(team, pieces, step, generation, only, cast, memory_budget)
     tried: dict[str, str] = {}  # in vain, and why
     while True:
         with ExitStack() as held:
@@ -83,12 +83,39 @@ class _Wanted:
     only: Sequence[str] | None
     cast: bool
 
-    @staticmethod
-    def of(given: Sequence[Piece | External], only: Sequence[str] | None, cast: bool) -> _Wanted:
+
+def _agree(
+    team: Team,
+    given: Sequence[Piece | External],
+    step: int | None,
+    generation: str | None,
+    only: Sequence[str] | None,
+    cast: bool,
+    budget: int,
+) -> _Wanted:
+    """What this rank asks for, after all have found that they ask for it alike."""
+    wanted: _Wanted | None = None
+
+    def look() -> list[str]:
+        nonlocal wanted
+        if isinstance(only, str):
+            raise MismatchError(f"only={only!r} is one string; give a list of prefixes, such as [{only!r}]")
+        if type(budget) is not int or budget < LEAST_BUDGET:
+            raise LayoutError(f"memory_budget {budget!r}: at least {LEAST_BUDGET} bytes are needed to go on")
         prefixes = ("",) if only is None else tuple(only)
-        kept = [one for one in given if one.name.startswith(prefixes)]
-        external = [one for one in kept if isinstance(one, External)]
-        return _Wanted([one for one in kept if isinstance(one, Piece)], external, only, cast)
+        pieces, external = split(given)
+        kept = [piece for piece in pieces if piece.name.startswith(prefixes)]
+        check_targets(kept)
+        wanted = _Wanted(kept, [one for one in external if one.name.startswith(prefixes)], only, cast)
+        return [f"step={step}", f"generation={generation}", f"only={only}", f"cast={cast}"]
+
+    told = team.together(look)
+    for rank, others in enumerate(told):
+        for here, first in zip(others, told[0], strict=True):
+            if here != first:
+                raise LayoutError(f"rank {rank} loads with {here}, rank 0 with {first}; all ranks load alike")
+    assert wanted is not None
+    return wanted
 
 
 def _choose(storage: Storage, step: int | None, generation: str | None, tried: Mapping[str, str]) -> str:
@@ -146,13 +173,16 @@ def _load_one(team: Team, storage: Storage, name: str, wanted: _Wanted, budget: 
     opened = reader
     if wanted.only is None:
         agree_on_completeness(team, rows, opened.manifest)
-    team.together(lambda: _fill(opened, wanted.pieces))
+
+    def fill() -> None:
+        _fill(opened, wanted.pieces)
+        assert isinstance(opened.objects, dict)  # read here, where a failure is told to all
+
+    team.together(fill)
     return dict(opened.objects)
 
 
 def _check_prefixes(only: Sequence[str] | None, names: Sequence[str]) -> None:
-    if isinstance(only, str):
-        raise MismatchError(f"only={only!r} is one string; give a list of prefixes, such as [{only!r}]")
     for prefix in only or ():
         if not any(name.startswith(prefix) for name in names):
             raise MismatchError(f"nothing in the checkpoint has a name that starts with {prefix!r}")
@@ -168,13 +198,18 @@ def _fill(reader: GenerationReader, pieces: Sequence[Piece]) -> None:
         same = first.setdefault(piece.memory, named) if piece.tensor.numel() else named
         if same is named:
             own.append(named)
-        elif same.name != stored:
-            again.append((piece, same, replace(named, tensor=torch.empty_like(piece.tensor))))
+        elif (same.name, same.divisor) != (stored, piece.divisor):
+            again.append((piece, same, named))
     reader.load(own)
-    reader.load([copy for _, _, copy in again])
-    for piece, same, copy in again:
-        if tensor_bytes(copy.tensor) != tensor_bytes(piece.tensor):
-            raise MismatchError(
-                f"{piece.name} and {same.name} are tied here, one tensor with two names, and hold different values in "
-                f"{reader.manifest.generation}: load them into a model that keeps them apart"
-            )
+    for piece, same, named in again:
+        for part in parts_of(named, COMPARED_BYTES):
+            copy = replace(part, tensor=torch.empty_like(part.tensor))
+            reader.load([copy])
+            if tensor_bytes(copy.tensor) != tensor_bytes(part.tensor):
+                raise MismatchError(
+                    f"{piece.name} and {same.name} are tied here, one tensor with two names, and hold different values "
+                    f"in {reader.manifest.generation}: load them into a model that keeps them apart"
+                )
+
+
+COMPARED_BYTES = 16 * 1024 * 1024  # of a tensor that is tied here and was not when it was saved, at a time

@@ -9,10 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import stat
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -67,7 +69,7 @@ class FileStorage:
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[Data]:
         try:
-            descriptor = os.open(self._path(name), os.O_RDONLY)
+            descriptor = os.open(self._path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except (FileNotFoundError, NotADirectoryError):
             raise NotFoundError(f"{self.root / name} does not exist") from None
         except OSError as error:
@@ -88,9 +90,11 @@ class FileStorage:
                 name = path.relative_to(self.root).as_posix()
                 if name.startswith(prefix):
                     try:
-                        found[name] = path.stat().st_size
+                        status = path.lstat()
                     except FileNotFoundError:
                         continue  # deleted by another process between the listing and the look
+                    if stat.S_ISREG(status.st_mode):  # no links out of here, and no pipes that never end
+                        found[name] = status.st_size
         return dict(sorted(found.items()))
 
     def create_if_absent(self, name: str, data: bytes) -> bool:
@@ -125,8 +129,9 @@ class FileStorage:
                 continue
             _sync_directory(parent)
             if parent != self.root and not any(parent.iterdir()):
-                parent.rmdir()
-                _sync_directory(parent.parent)
+                with suppress(OSError):  # somebody else was faster, or has put something there
+                    parent.rmdir()
+                    _sync_directory(parent.parent)
 
     def _path(self, name: str) -> Path:
         return self.root / _inside(name, str(self.root))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from checkpointing.errors import DamagedError
+from checkpointing.errors import DamagedError, LayoutError
 from checkpointing.geometry import External
 
 CHUNK_BYTES = 32 * 1024 * 1024  # what is copied at a time from a tensor that is not contiguous host memory
@@ -46,12 +46,18 @@ def row_bytes(tensor: torch.Tensor, limit: int | None = None, divisor: float = 1
     Contiguous host memory is given as it is, without a copy.
     """
     limit = CHUNK_BYTES if limit is None else limit
+    if divisor != 1:  # two temporaries of a wider dtype go with it
+        limit = max(1, limit * tensor.element_size() // 16)
+    yield from _rows(tensor, limit, divisor)
+
+
+def _rows(tensor: torch.Tensor, limit: int, divisor: float) -> Iterator[memoryview]:
     if tensor.dim() == 0 or tensor.numel() == 0:
         yield tensor_bytes(multiplied(tensor, divisor))
         return
     if tensor.dim() > 1 and tensor.nbytes > limit * tensor.shape[0]:  # one row is too much
         for row in tensor.detach():
-            yield from row_bytes(row, limit, divisor)
+            yield from _rows(row, limit, divisor)
         return
     # Only whole leading rows are split off: the bytes of a row-major box are those of its rows, one after the other.
     for part in torch.split(tensor.detach(), max(1, limit * tensor.shape[0] // tensor.nbytes)):
@@ -59,17 +65,26 @@ def row_bytes(tensor: torch.Tensor, limit: int | None = None, divisor: float = 1
 
 
 def multiplied(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """The tensor times a factor, rounded once to its own dtype."""
+    """The tensor times a factor, in its own dtype. `LayoutError` where a value leaves the dtype's range."""
     if factor == 1:
         return tensor
-    return (tensor.detach().to(torch.float64) * factor).to(tensor.dtype)
+    wide = tensor.detach().to(_wider(tensor.dtype)) * factor
+    result = wide.to(tensor.dtype)
+    if bool((wide.isfinite() & ~result.to(wide.dtype).isfinite()).any()):
+        raise LayoutError(f"a value times its divisor {factor} is beyond the range of {tensor.dtype}")
+    return result
 
 
 def divided(tensor: torch.Tensor, divisor: float, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor over a divisor, rounded once to `dtype`."""
+    """The tensor over a divisor, in `dtype`."""
     if divisor == 1:
         return tensor.to(dtype)
-    return (tensor.to(torch.float64) / divisor).to(dtype)
+    return (tensor.to(_wider(tensor.dtype)) / divisor).to(dtype)
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    """To compute in, so that the result is rounded once: torch casts float64 to the short dtypes by way of float32."""
+    return torch.float32 if dtype.itemsize <= 2 else torch.float64
 
 
 def keeps_values(source: torch.dtype, target: torch.dtype) -> bool:
@@ -90,8 +105,21 @@ def keeps_values(source: torch.dtype, target: torch.dtype) -> bool:
     return d.min <= c.min and d.max >= c.max
 
 
+def can_cast(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether a cast rounds at the most. From complex numbers to real ones, or to integers, it would do more."""
+    if source == target:
+        return True
+    if source.is_floating_point:
+        return target.is_floating_point or target.is_complex
+    if source.is_complex or target == torch.bool:
+        return False
+    return target.is_floating_point or target.is_complex or keeps_values(source, target)
+
+
 def external_of(name: str, tensor: torch.Tensor, source: str) -> External:
     """Declare a whole plain tensor external. Its row-major bytes are hashed, a bounded part at a time."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        raise LayoutError(f"{name}: the hash is that of a whole plain tensor, not of a {type(tensor).__name__}")
     hasher = hashlib.sha256()
     for part in row_bytes(tensor):
         hasher.update(part)

@@ -79,7 +79,7 @@ def human_bytes(count: float) -> str:
 def _parts(name: str) -> list[str]:
     """`optim/layers.0.weight/exp_avg` is shown by its last part first: what belongs to one key stays together."""
     kind, _, rest = name.partition("/")
-    fqn, _, key = rest.rpartition("/")
+    fqn, _, key = rest.rpartition("/") if kind == "optim" else ("", "", "")
     return [f"{kind}/{key}", *fqn.split(".")] if fqn else [kind, *rest.split(".")]
 
 

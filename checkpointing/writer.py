@@ -12,6 +12,7 @@ import xxhash
 from checkpointing.codec import encode_index
 from checkpointing.errors import LayoutError
 from checkpointing.format import (
+    HEADER_BYTES,
     METADATA_BYTES,
     Index,
     StoredBox,
@@ -31,6 +32,7 @@ from checkpointing.tensors import multiplied, row_bytes, scalar_hex
 
 # The memory for copies of state on its way to storage, or from it, that a rank may use beside the state.
 DEFAULT_BUDGET = 256 * 1024 * 1024
+LEAST_BUDGET = 1024 * 1024
 
 
 def write_shard(
@@ -54,7 +56,7 @@ def write_shard(
     for piece in pieces:
         by_name[piece.name].append(piece)
     header, placed = lay_out(boxes, plan.tensors, save_id)
-    _check_size(header, "header", rank)
+    _check_size(header, "header", rank, HEADER_BYTES)
     written: list[StoredBox] = []
     shard_bytes = 0
     limit = budget // (2 * (WRITES_BEHIND + 2))  # a chunk is copied, hashed and written, and a cast may double it
@@ -78,15 +80,15 @@ def write_shard(
     storage.put(f"{directory}/{shard_name(rank)}", chunks())
     values = {name: scalar_hex(multiplied(by_name[name][0].tensor, by_name[name][0].divisor)) for name in scalars}
     index = encode_index(Index(save_id, written, values, objects), plan.tensors)
-    _check_size(index, "index", rank)
+    _check_size(index, "index", rank, METADATA_BYTES)
     storage.put(f"{directory}/{index_name(rank)}", [index])
     return Writer(rank, shard_bytes, len(index), digest(header), digest(index), plan.cover)
 
 
-def _check_size(data: bytes, what: str, rank: int) -> None:
-    if len(data) > METADATA_BYTES:
+def _check_size(data: bytes, what: str, rank: int, most: int) -> None:
+    if len(data) > most:
         raise LayoutError(
-            f"the {what} of rank {rank} would have {len(data):,} bytes, and at most {METADATA_BYTES:,} are read again; "
+            f"the {what} of rank {rank} would have {len(data):,} bytes, and at most {most:,} are read again; "
             "keep large values in tensors rather than in objects, or save with more ranks"
         )
 

@@ -71,7 +71,7 @@ def param_groups(model: nn.Module | Mapping[str, Entry], optimizer: Optimizer | 
     return {
         owner.removesuffix("/"): [
             {
-                "parameters": [names[p] for p in group["params"] if p in names],
+                "parameters": _names_in(names, group),
                 "options": {key: _plain(key, value) for key, value in group.items() if key != "params"},
             }
             for group in held.param_groups
@@ -96,7 +96,7 @@ def restore_param_groups(
             continue
         options = {name: g["options"] for g in saved.get(owner.removesuffix("/"), ()) for name in g["parameters"]}
         for group in held.param_groups:
-            own = [names[p] for p in group["params"]]
+            own = _names_in(names, group)
             if missing := [name for name in own if name not in options]:
                 raise MismatchError(f"no options of a param group were saved for {first_few(missing)}")
             if other := next((name for name in own if options[name] != options[own[0]]), None):
@@ -113,6 +113,13 @@ def restore_param_groups(
                 before.fill_(value)  # a compiled or captured step holds on to the tensor
             else:
                 group[key] = tuple(value) if isinstance(value, list) else value
+
+
+def _names_in(names: Mapping[torch.Tensor, str], group: Mapping[str, Any]) -> list[str]:
+    unknown = next((p for p in group["params"] if p not in names), None)
+    if unknown is not None:
+        raise LayoutError(f"the optimizer holds a parameter of shape {tuple(unknown.shape)} that is not in the model")
+    return [names[p] for p in group["params"]]
 
 
 def _plain(key: str, value: Any) -> Any:
@@ -199,14 +206,11 @@ def materialize(optimizer: Optimizer) -> None:
     ]
     if not any(parameters for _, parameters in fresh):
         return
-    if not isinstance(optimizer, _ZERO_STATE_IS_NO_STATE) or any(g.get("dampening") for g, _ in fresh):
+    if type(optimizer) not in _ZERO_STATE_IS_NO_STATE or any(g.get("dampening") for g, _ in fresh):
         raise LayoutError(
             f"{type(optimizer).__name__} has no state yet for some parameters, and creating it here would change what "
             "it computes. Take its first step, with a gradient for every parameter, before describing it."
         )
-    if type(optimizer) not in _ZERO_STATE_IS_NO_STATE:
-        _step_with_zeros(optimizer, fresh)
-        return
     for group, parameters in fresh:
         options = {key: value for key, value in group.items() if key != "params"}
         probes: dict[tuple[torch.dtype, torch.device], dict[str, Any]] = {}
@@ -235,32 +239,8 @@ def _zeros(value: Any, parameter: torch.Tensor) -> Any:
     return torch.zeros_like(value) if value.dim() == 0 else torch.zeros_like(parameter, dtype=value.dtype)
 
 
-def _step_with_zeros(optimizer: Optimizer, fresh: list[tuple[dict[str, Any], list[torch.Tensor]]]) -> None:
-    """A step of the optimizer itself with zero gradients and a learning rate of zero; step counts are put back."""
-    gradients = {p: p.grad for group in optimizer.param_groups for p in group["params"]}
-    rates = [group["lr"] for group in optimizer.param_groups]
-    try:
-        for p in gradients:
-            p.grad = None
-        for group, parameters in fresh:
-            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
-            for p in parameters:
-                p.grad = torch.zeros_like(p)
-        optimizer.step()
-    finally:
-        for p, gradient in gradients.items():
-            p.grad = gradient
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-    for _, parameters in fresh:
-        for p in parameters:
-            step = optimizer.state[p].get("step")
-            if isinstance(step, torch.Tensor):
-                step.zero_()
-
-
 # Their first step computes the same from no state as from zeros. Not so SGD with dampening, whose first momentum is the
-# whole gradient, nor optimizers that keep products of schedules or step sizes.
+# whole gradient, nor optimizers that keep products of schedules or step sizes, nor what a subclass may do.
 _ZERO_STATE_IS_NO_STATE = (Adam, AdamW, SGD, Adagrad, RMSprop, Adadelta)
 
 
@@ -285,7 +265,7 @@ def _named(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, t
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Buffers that a state dict would hold; the others are derived and rebuilt with the model."""
     for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             if name not in module._non_persistent_buffers_set:
                 yield f"{prefix}.{name}" if prefix else name, buffer
 

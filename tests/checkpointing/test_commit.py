@@ -17,11 +17,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from checkpointing import DamagedError, LayoutError, LeaseHeldError, PeerError, Piece, load, save, storage
+from checkpointing import (
+    DamagedError,
+    External,
+    LayoutError,
+    LeaseHeldError,
+    LostError,
+    PeerError,
+    Piece,
+    load,
+    save,
+    storage,
+)
 from checkpointing.collective import Team
 from checkpointing.generations import newest, scan
 from checkpointing.retention import clear_leftovers
-from checkpointing.storage import FileStorage
+from checkpointing.storage import FileStorage, MemoryStorage
 from tests.checkpointing.layouts_for_tests import assembled, bits, random_layout, random_tensors, same_bits
 from tests.threads import all_of, on_ranks
 
@@ -163,7 +174,9 @@ def test_a_save_after_going_back_is_the_newest_only_in_a_new_incarnation(tmp_pat
 
 def test_ranks_that_save_different_steps_are_refused(tmp_path: Path) -> None:
     failed = on_ranks(2, lambda team: save(tmp_path, 30 + team.rank, one_piece(), group=team))
-    assert all(isinstance(e, LayoutError) and "rank 1 saves step 31, rank 0 step 30" in str(e) for e in failed)
+    assert all(
+        isinstance(e, LayoutError) and "rank 1 saves with step 31, rank 0 with step 30" in str(e) for e in failed
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -276,3 +289,66 @@ def test_parameters_that_require_gradients_are_saved_and_filled_in_place(tmp_pat
     other = torch.nn.Parameter(torch.zeros(3, 4))
     load(tmp_path, [Piece("model/w", other, (0, 0), (3, 4))])
     assert torch.equal(other, parameter) and other.requires_grad and other.grad_fn is None
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "a step that is a float": {"step": 1.0},
+    "a step that is a bool": {"step": True},
+    "a huge step": {"step": 2**63},
+    "a negative incarnation": {"incarnation": -1},
+    "a fractional incarnation": {"incarnation": 1.5},
+    "a run id that is a number": {"run_id": 5},
+    "metrics that are bools": {"metrics": {"loss": True}},
+    "metrics that are tensors": {"metrics": {"loss": torch.tensor(1.0)}},
+    "metrics that are text": {"metrics": {"loss": "1"}},
+    "metrics beyond a float": {"metrics": {"loss": 2**70}},
+    "objects that are a list": {"objects": [1, 2]},
+    "no budget": {"memory_budget": 0},
+    "a list among the pieces": {"pieces": [one_piece()]},
+    "an external tensor twice": {"pieces": [External("e", torch.float32, (1,), "", "0" * 64)] * 2},
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_could_not_be_read_again_is_refused_by_all_ranks_before_anything_is_written(what: str) -> None:
+    memory = MemoryStorage()
+
+    def try_it(team: Team) -> None:
+        options = {"step": 1, "pieces": one_piece(), **(REFUSED[what] if team.rank == 1 else {})}
+        save(memory, options.pop("step"), options.pop("pieces"), group=team, **options)
+
+    found = on_ranks(2, try_it)
+    assert all(isinstance(error, LayoutError) for error in found), found
+    assert memory.list() == {}
+
+
+def test_pieces_may_come_one_after_the_other(tmp_path: Path) -> None:
+    save(tmp_path, 1, (piece for piece in one_piece(3.0)))
+    target = one_piece(0.0)
+    load(tmp_path, (piece for piece in target))
+    assert target[0].tensor.unique().tolist() == [3.0]
+
+
+def test_ranks_that_check_replicas_apart_are_refused() -> None:
+    found = on_ranks(2, lambda t: save(MemoryStorage(), 1, one_piece(), group=t, check_replicas=t.rank == 0))
+    assert all("rank 1 saves with check_replicas=False, rank 0 with check_replicas=True" in str(e) for e in found)
+
+
+def test_a_rank_that_loses_the_others_leaves_what_it_wrote() -> None:
+    """Rank 0 may commit it yet; if it does not, it is a leftover."""
+    memory = MemoryStorage()
+
+    class Losing(Team):
+        def __init__(self) -> None:
+            super().__init__()
+            self.size = 2
+
+        def _gather(self, text: str) -> list[str]:
+            if any("shard" in name for name in memory.list()):
+                raise RuntimeError("connection closed by peer")
+            return [text, text]
+
+    with pytest.raises(LostError, match="rank 0 cannot reach the others: connection closed by peer"):
+        save(memory, 1, one_piece(), group=Losing())
+    assert any("shard" in name for name in memory.list())
+    assert len(clear_leftovers(memory)) == 1 and memory.list() == {}

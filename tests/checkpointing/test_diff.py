@@ -96,3 +96,9 @@ def test_every_kind_of_number(dtype: torch.dtype) -> None:
     a, b = (saved(whole("w", torch.tensor([0, value, 1]).to(dtype))) for value in (0, 1))
     assert [d.max_abs for d in compare(a, b)] == [1.0]
     assert [d.state for d in compare(a, a)] == ["equal"]
+
+
+def test_large_integers_are_told_apart_exactly() -> None:
+    a, b = (saved(whole("w", torch.tensor([2**60 + n, -5]))) for n in (0, 1))
+    (found,) = compare(a, b)
+    assert found.state == "different" and found.max_abs == 1.0 and found.max_rel == 1 / (2**60 + 1)

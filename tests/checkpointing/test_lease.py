@@ -174,7 +174,7 @@ def test_a_hold_lasts_while_its_process_lives_or_until_it_is_released(tmp_path: 
 
 
 def hold_of(storage: MemoryStorage, holder: Holder, name: str = "step-00000001-aaaaaaaa") -> str:
-    path = f"leases/{name}.read-{holder.token}"
+    path = f"hold-{name}.read-{holder.token}"
     storage.put(f"{path}.json", [json.dumps(asdict(holder)).encode()])
     return path
 
@@ -204,7 +204,7 @@ def test_a_hold_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.01)
     with Hold(FileStorage(tmp_path), "step-00000001-aaaaaaaa", "read"):
         deadline = time.monotonic() + 20
-        while not list(tmp_path.glob("leases/*.beat")):
+        while not list(tmp_path.glob("hold-*.beat")):
             assert time.monotonic() < deadline
     assert list(tmp_path.iterdir()) == []
 
@@ -216,3 +216,9 @@ def test_a_directory_that_may_only_be_read_is_read_without_a_hold(tmp_path: Path
 
     with hold(ReadOnly(tmp_path), "step-00000001-aaaaaaaa"):
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_beat_whose_hold_is_gone_is_cleared_away() -> None:
+    storage = MemoryStorage()
+    storage.put("hold-step-00000001-aaaaaaaa.read-0123.beat", [b"1"])
+    assert held_generations(storage) == set() and storage.list() == {}

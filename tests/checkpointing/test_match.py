@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from checkpointing import External, MismatchError, Piece
+from checkpointing import External, LayoutError, MismatchError, Piece
 from checkpointing.format import ExternalTensor, LogicalTensor, Manifest
-from checkpointing.match import check_complete, check_external, check_nothing_left
+from checkpointing.match import check_complete, check_external, check_nothing_left, check_targets
 from checkpointing.plan import layout_rows
 
 MANIFEST = Manifest(
@@ -38,7 +38,7 @@ def whole(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Piece:
 def test_missing_and_misshapen_tensors_are_named() -> None:
     with pytest.raises(MismatchError, match="does not hold 2 of the tensors asked for: a, b"):
         check_complete([whole("a", 1), whole("b", 1), whole("w", 4)], MANIFEST, cast=False)
-    with pytest.raises(MismatchError, match=r"another shape: w \(F32 \[4\] stored, F32 \[5\] here\)"):
+    with pytest.raises(MismatchError, match=r"another shape or kind: w \(F32 \[4\] stored, F32 \[5\] here\)"):
         check_complete([whole("w", 5)], MANIFEST, cast=True)
     with pytest.raises(MismatchError, match=r"does not hold the bytes of 1 external tensors: base \(from a hub id\)"):
         check_complete([whole("base", 2)], MANIFEST, cast=False)
@@ -77,3 +77,43 @@ def test_external_tensors_must_be_the_same_by_content() -> None:
         check_external([BASE, replace(BASE, name="w")], MANIFEST)
     with pytest.raises(MismatchError, match="x is external here, and the checkpoint knows nothing of it"):
         check_external([BASE, replace(BASE, name="x")], MANIFEST)
+
+
+def test_casts_that_do_more_than_round_are_refused() -> None:
+    for dtype in (torch.int64, torch.bool):
+        with pytest.raises(MismatchError, match="which is another kind of number"):
+            check_complete([whole("w", 4, dtype=dtype)], MANIFEST, cast=True)
+
+
+BUFFER = torch.zeros(12)
+SHARED = {
+    "an expanded tensor": [torch.zeros(1).expand(3)],
+    "two ranges that overlap": [BUFFER[:3], BUFFER[1:4]],
+    "a tensor and its transpose": [BUFFER.view(3, 4), BUFFER.view(3, 4).T],
+    "a part of another": [BUFFER, BUFFER[4:6]],
+    "strides that meet": [BUFFER[::2], BUFFER[::3]],
+    "another dtype": [BUFFER[:4], BUFFER.view(torch.int16)[6:10]],
+}
+APART = {
+    "rows that alternate": [BUFFER.view(6, 2)[0::2], BUFFER.view(6, 2)[1::2]],
+    "columns": [BUFFER.view(3, 4)[:, :1], BUFFER.view(3, 4)[:, 1:]],
+    "the very same": [BUFFER, BUFFER],
+    "another dtype beside it": [BUFFER[:4], BUFFER.view(torch.int16)[8:12]],
+    "nothing": [BUFFER[3:3], BUFFER],
+}
+
+
+def targets(tensors: list[torch.Tensor]) -> list[Piece]:
+    return [Piece(f"t{n}", t, (0,) * t.dim(), tuple(t.shape)) for n, t in enumerate(tensors)]
+
+
+@pytest.mark.parametrize("what", SHARED)
+def test_targets_that_would_be_loaded_over_each_other_are_refused(what: str) -> None:
+    for tensors in (SHARED[what], SHARED[what][::-1]):
+        with pytest.raises(LayoutError, match=r"shares? (their )?memory"):
+            check_targets(targets(tensors))
+
+
+@pytest.mark.parametrize("what", APART)
+def test_targets_that_interleave_or_are_tied_are_welcome(what: str) -> None:
+    check_targets(targets(APART[what]))

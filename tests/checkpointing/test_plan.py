@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpointing import LayoutError, MismatchError, Piece, plan
+from checkpointing import DamagedError, LayoutError, Piece, plan
 from checkpointing.format import FEW_WRITERS, Index, LogicalTensor, Manifest, StoredBox, Writer
 from checkpointing.geometry import Box, intersect
 from checkpointing.plan import (
@@ -21,6 +21,7 @@ from checkpointing.plan import (
     plan_load,
     plan_save,
     position_in,
+    split,
     stored_by_name,
     windows,
     writers_needed,
@@ -81,11 +82,11 @@ def test_reads_cover_each_piece_once_or_are_refused() -> None:
     halves = {0: index(Box((0, 0), (2, 4))), 1: index(Box((2, 0), (2, 4)))}
     reads = plan_load([piece], stored_by_name(halves), tensors)
     assert [(r.writer, r.part) for r in reads] == [(0, Box((1, 0), (1, 4))), (1, Box((2, 0), (1, 4)))]
-    with pytest.raises(MismatchError, match="holds 4 of the 8 elements needed"):
+    with pytest.raises(DamagedError, match="holds 4 of the 8 elements needed"):
         plan_load([piece], stored_by_name({0: halves[0]}), tensors)
     # As many elements as are needed, one row twice and another not at all.
     twice = {0: halves[0], 1: index(Box((1, 0), (1, 4)))}
-    with pytest.raises(MismatchError, match="each of which it should hold once"):
+    with pytest.raises(DamagedError, match="each of which it should hold once"):
         plan_load([piece], stored_by_name(twice), tensors)
 
 
@@ -151,6 +152,49 @@ def test_tied_tensors_are_planned_once_under_the_first_name() -> None:
     assert find_tied([tied[0], Piece("embedding", memory, (0, 0), (8, 2))]) == {}
     # Nothing in memory ties nothing.
     assert find_tied([Piece(n, torch.zeros(0), (0,), (0,)) for n in "ab"]) == {}
+
+
+def test_a_tie_hides_no_hole() -> None:
+    """Another rank has more of the first name, and nobody has that of the second."""
+    memory = torch.zeros(4)
+    tied = rows(*(Piece(name, memory, (0,), (8,)) for name in ("a", "b")))
+    rest = rows(Piece("a", torch.zeros(4), (4,), (8,)))
+    with pytest.raises(LayoutError, match=r"b: 4 of 8 elements are held by no rank, such as those at \(4,\) of size"):
+        plan_save([tied, rest])
+
+
+def test_what_is_held_divided_is_no_tie() -> None:
+    memory = torch.zeros(4)
+    assert find_tied([Piece("a", memory, (0,), (4,)), Piece("b", memory, (0,), (4,), divisor=2)]) == {}
+    complex_ = torch.zeros(4, dtype=torch.complex64)
+    assert find_tied([Piece("a", complex_, (0,), (4,)), Piece("b", complex_.conj(), (0,), (4,))]) == {}
+    row = torch.zeros(1, 3)
+    pieces = [Piece("a", row, (0, 0), (1, 3)), Piece("b", row.as_strided((1, 3), (7, 1)), (0, 0), (1, 3))]
+    assert find_tied(pieces) == {"b": "a"}  # the stride of one row means nothing
+
+
+def test_holes_of_several_tensors_are_named_together() -> None:
+    half = rows(*(Piece(f"t{n}", torch.zeros(2), (0,), (4,)) for n in range(5)))
+    with pytest.raises(LayoutError, match=r"^5 tensors: t0: 2 of 4 .*t1: .*t2: .* and 2 more$"):
+        plan_save([half])
+
+
+def test_replicas_share_the_writing_over_nodes() -> None:
+    layout = rows(*(whole(f"t{n}", 8) for n in range(4)))
+    plan = plan_save([layout] * 16, nodes=[rank // 8 for rank in range(16)])
+    writers = [rank for rank, boxes in enumerate(plan.boxes) if boxes]
+    assert sorted(rank // 8 for rank in writers) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(2, device="meta"), torch.zeros(2).to_sparse(), [torch.zeros(2)]],
+    ids=["meta", "sparse", "list"],
+)
+def test_what_holds_no_values_is_refused(tensor: object) -> None:
+    given = tensor if isinstance(tensor, list) else Piece("w", tensor, (0,), (2,))
+    with pytest.raises(LayoutError, match=r"is no piece|holds no values"):
+        split([given])
 
 
 def test_averaged_boxes_name_their_holders() -> None:

@@ -26,9 +26,9 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Nothing remembered; how many plans were made since."""
     made: list[int] = []
 
-    def counting(layouts: list) -> object:
+    def counting(layouts: list, nodes: list) -> object:
         made.append(len(layouts))
-        return plan_save(layouts)
+        return plan_save(layouts, nodes)
 
     monkeypatch.setattr(planner, "plan_save", counting)
     planner.forget()

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpointing import Box, DamagedError, Piece, save
+from checkpointing import Box, DamagedError, Piece, load, save
 from checkpointing import reader as reader_module
+from checkpointing import writer as writer_module
 from checkpointing.format import StoredBox, block_size, shard_name
 from checkpointing.generations import newest
 from checkpointing.geometry import COLUMN_GRID
@@ -141,3 +142,15 @@ def test_a_plan_is_used_again_for_the_same_boxes_of_the_same_generation_alone(
     open_reader(tmp_path).load(rows(0.0)[:1])
     open_reader(tmp_path).load(rows(0.0)[::-1])
     assert len(made) == 4
+
+
+def test_verify_sees_a_tensor_without_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a writer with a bug would leave it, with every checksum right."""
+    real = writer_module.lay_out
+    monkeypatch.setattr(writer_module, "lay_out", lambda boxes, *rest: real([b for b in boxes if b[0] != "b"], *rest))
+    pieces = [Piece(name, torch.ones(40, 500), (0, 0), (40, 500)) for name in "ab"]
+    save(tmp_path, 1, pieces)
+    (error,) = [error for _, _, error in open_reader(tmp_path).verify() if error]
+    assert "b: 20000 of 20000 elements are held by no rank" in str(error)
+    with pytest.raises(DamagedError, match="b: the checkpoint holds 0 of the 20000 elements"):
+        load(tmp_path, pieces)

@@ -24,7 +24,7 @@ def drifted(rank: int, dtype: torch.dtype = torch.float32) -> list[Piece]:
 
 
 @pytest.mark.parametrize("limit", [4, 16, 10**6])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float8_e5m2])
 def test_what_drifted_apart_is_stored_as_the_mean(
     monkeypatch: pytest.MonkeyPatch, limit: int, dtype: torch.dtype
 ) -> None:
@@ -81,3 +81,12 @@ def test_what_is_divided_is_compared_by_what_it_stands_for() -> None:
     target = Piece("b", torch.zeros(2), (0,), (2,), divisor=4)
     load(storage, [target])
     assert target.tensor.tolist() == [0.75, 0.75]
+
+
+def test_a_failure_while_averaging_is_one_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> torch.Tensor:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(replicas, "_mean", fails)  # which the writer alone computes
+    found = on_ranks(3, lambda team: save(MemoryStorage(), 1, drifted(team.rank), group=team))
+    assert all("no room" in str(error) for error in found)

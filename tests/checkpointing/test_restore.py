@@ -5,14 +5,27 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from checkpointing import DamagedError, MismatchError, NotFoundError, Piece, VersionError, load, restore, save
+from checkpointing import (
+    DamagedError,
+    LayoutError,
+    MismatchError,
+    NotFoundError,
+    Piece,
+    VersionError,
+    load,
+    restore,
+    save,
+)
+from checkpointing import reader as reader_module
 from checkpointing.format import digest
 from checkpointing.generations import abandon, scan
+from checkpointing.reader import GenerationReader
 from checkpointing.retention import Keep, prune
 from checkpointing.storage import FileStorage, MemoryStorage
 from tests.threads import ThreadTeam, all_of, on_ranks
@@ -308,3 +321,65 @@ def test_a_part_that_no_rank_asks_for_is_left_over(tmp_path: Path) -> None:
     overlapping = [[part(0, 30)], [part(20, 40)]]
     all_of(on_ranks(2, lambda team: load(tmp_path, overlapping[team.rank], group=team)))
     assert all(values(t) == [1.0] for t in overlapping)
+
+
+def test_ranks_that_load_apart_are_refused() -> None:
+    storage = MemoryStorage()
+    save(storage, 1, pieces(1.0))
+    for options in ({"only": ["model/a"]}, {"step": 1}, {"cast": True}, {"generation": "x"}):
+        found = on_ranks(2, lambda t, o=options: load(storage, pieces(0.0), group=t, **(o if t.rank == 0 else {})))
+        assert all(isinstance(error, LayoutError) and "all ranks load alike" in str(error) for error in found)
+
+
+def test_a_piece_that_one_rank_cannot_load_into_stops_all() -> None:
+    storage = MemoryStorage()
+    save(storage, 1, pieces(1.0))
+    bad = [Piece("model/a", torch.zeros(1, 500).expand(40, 500), (0, 0), (40, 500))]
+    found = on_ranks(2, lambda t: load(storage, pieces(0.0) if t.rank == 0 else bad, group=t))
+    assert all(isinstance(error, LayoutError) and "model/a: several elements" in str(error) for error in found)
+
+
+def test_damage_to_the_objects_sends_all_ranks_to_the_previous_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 needs nothing else of that index, and alone cannot read it."""
+    storage = MemoryStorage()
+
+    def half(value: float, rank: int) -> list[Piece]:
+        return [Piece("w", torch.full((2, 3), value), (2 * rank, 0), (4, 3))]
+
+    for step in (1, 2):
+        all_of(on_ranks(2, lambda t, s=step: save(storage, s, half(float(s), t.rank), {"step": s}, t)))
+    first = GenerationReader.objects.fget
+
+    def objects(reader: GenerationReader) -> object:
+        if threading.current_thread().name == "rank 1" and reader.manifest.step == 2:
+            raise DamagedError("EIO")
+        return first(reader)
+
+    def work(team: ThreadTeam) -> dict:
+        threading.current_thread().name = f"rank {team.rank}"
+        return load(storage, half(0.0, team.rank), group=team)
+
+    monkeypatch.setattr(GenerationReader, "objects", property(objects))
+    assert all_of(on_ranks(2, work)) == [{"step": 1}] * 2
+
+
+def test_the_same_load_again_is_not_planned_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, planned = MemoryStorage(), []
+    save(storage, 1, pieces(1.0))
+    plan = reader_module.plan_load
+    monkeypatch.setattr(reader_module, "plan_load", lambda *args: planned.append(1) or plan(*args))
+    for _ in range(3):
+        target = pieces(0.0)
+        load(storage, target)
+        assert values(target) == [1.0, 1.0]
+    assert len(planned) == 1
+
+
+def test_one_memory_with_two_divisors_is_loaded_only_where_both_agree() -> None:
+    storage = MemoryStorage()
+    save(storage, 1, [Piece("a", torch.full((3,), 2.0), (0,), (3,)), Piece("b", torch.full((3,), 4.0), (0,), (3,))])
+    memory = torch.zeros(3)
+    load(storage, [Piece("a", memory, (0,), (3,)), Piece("b", memory, (0,), (3,), divisor=2)])
+    assert memory.tolist() == [2.0] * 3
+    with pytest.raises(MismatchError, match="b and a are tied here"):
+        load(storage, [Piece("a", memory, (0,), (3,)), Piece("b", memory, (0,), (3,), divisor=4)])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from checkpointing import DamagedError, NotFoundError
 from checkpointing import storage as storage_module
+from checkpointing.lease import Hold
 from checkpointing.storage import SMALL_BYTES, FileStorage, MemoryStorage, Storage
 
 
@@ -206,3 +207,35 @@ def test_a_disk_that_cannot_take_it_is_heard_of(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(storage_module, "SYNC_BYTES", 1)
     with pytest.raises(OSError, match="Input/output error"):
         FileStorage(tmp_path).put("x", [bytes(SMALL_BYTES)] * 5)
+
+
+def test_what_is_no_file_is_not_there(tmp_path: Path) -> None:
+    """A pipe that would never end, and a link that leads elsewhere."""
+    (tmp_path / "elsewhere").write_text("secret")
+    root = tmp_path / "root"
+    root.mkdir()
+    os.mkfifo(root / "pipe")
+    (root / "link").symlink_to(tmp_path / "elsewhere")
+    storage = FileStorage(root)
+    assert storage.list() == {}
+    with pytest.raises(DamagedError):
+        storage.read_ranges("link", [(0, 6)])
+
+
+def test_holds_come_and_go_beside_each_other(tmp_path: Path) -> None:
+    """Nobody takes away what another is about to create in."""
+    failures = []
+
+    def hold_and_let_go() -> None:
+        try:
+            for _ in range(30):
+                Hold(FileStorage(tmp_path), "step-00000001-aaaaaaaa", "read").release()
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=hold_and_let_go) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failures == [] and list(tmp_path.iterdir()) == []

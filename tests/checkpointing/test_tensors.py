@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from checkpointing import DamagedError
+from checkpointing import DamagedError, LayoutError
 from checkpointing.format import DTYPES
 from checkpointing.tensors import (
     divided,
@@ -92,3 +92,22 @@ def test_the_hash_of_an_external_tensor_is_that_of_its_row_major_bytes() -> None
     found = external_of("model/w", tensor, "a hub id")
     assert found.sha256 == hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
     assert (found.name, found.dtype, found.shape, found.source) == ("model/w", torch.float32, (4, 3), "a hub id")
+
+
+def test_a_divisor_that_leaves_the_range_is_refused() -> None:
+    with pytest.raises(LayoutError, match=r"beyond the range of torch\.float16"):
+        multiplied(torch.tensor([30000.0], dtype=torch.float16), 4)
+    assert multiplied(torch.tensor([float("inf")]), 4).item() == float("inf")  # it was there before
+
+
+def test_a_divisor_does_not_take_more_room() -> None:
+    parts = [len(part) for part in row_bytes(torch.zeros(4096, dtype=torch.uint8).view(torch.float8_e5m2), 1600, 2)]
+    assert max(parts) <= 100  # at 16 bytes of temporaries each
+
+
+def test_a_sharded_tensor_has_no_hash_of_its_own() -> None:
+    class Sharded(torch.Tensor):
+        pass
+
+    with pytest.raises(LayoutError, match="of a whole plain tensor, not of a Sharded"):
+        external_of("w", torch.zeros(2).as_subclass(Sharded), "x")

@@ -51,3 +51,11 @@ def test_a_picture_of_who_wrote_what() -> None:
     assert far == ["01", "0 rank 1000, 1 rank 1001; one letter is 1 x 1 elements"]
     deep = render_boxes(LogicalTensor("F32", (100, 3, 100)), [(Box((0, 0, 0), (100, 3, 100)), 5)])
     assert deep[:-1] == ["5" * 32] * 16 and deep[-1].endswith("one letter is 6.25 x 3.125 elements")
+
+
+def test_models_of_several_names_are_trees_of_their_own() -> None:
+    tensors = {
+        f"model/{name}/layers.{n}.weight": LogicalTensor("F32", (2, 2)) for name in ("actor", "ema") for n in range(2)
+    }
+    text = "\n".join(render_tree(tensors, {name: [0] for name in tensors}))
+    assert "actor/layers" in text and "ema/layers" in text and "0-1 (2 alike)" in text
