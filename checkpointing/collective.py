@@ -52,6 +52,49 @@ class Team:
             raise kind(f"rank {rank}: {report['why']}") from failure
         return [report["value"] for report in reports]
 
+    def to_first(self, text: str) -> list[str]:
+        """Every rank's text, on rank 0 alone; the others get none. Collective."""
+        try:
+            return self._to_first(text)
+        except Exception as error:
+            raise LostError(f"rank {self.rank} cannot reach the others: {error}") from error
+
+    def from_first(self, text_of: Callable[[int], str]) -> str:
+        """What rank 0 has for each rank, made when it is that rank's turn. Collective."""
+        try:
+            return self._from_first(text_of)
+        except Exception as error:
+            raise LostError(f"rank {self.rank} cannot reach the others: {error}") from error
+
+    def _to_first(self, text: str) -> list[str]:
+        if self.rank != 0:
+            self._send(text, 0)
+            return []
+        return [text, *(self._receive(rank) for rank in range(1, self.size))]
+
+    def _from_first(self, text_of: Callable[[int], str]) -> str:
+        if self.rank != 0:
+            return self._receive(0)
+        for rank in range(1, self.size):
+            self._send(text_of(rank), rank)
+        return text_of(0)
+
+    def _send(self, text: str, rank: int) -> None:
+        payload = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(self._device())
+        size = torch.tensor([payload.numel()], device=payload.device)
+        for tensor in (size, payload):
+            dist.send(tensor, self._global(rank), group=self.group)
+
+    def _receive(self, rank: int) -> str:
+        size = torch.zeros(1, dtype=torch.int64, device=self._device())
+        dist.recv(size, self._global(rank), group=self.group)
+        payload = torch.empty(int(size.item()), dtype=torch.uint8, device=size.device)
+        dist.recv(payload, self._global(rank), group=self.group)
+        return bytes(payload.cpu().numpy()).decode()
+
+    def _global(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
     def _gather(self, text: str) -> list[str]:
         """Every rank's text."""
         if self.size == 1:

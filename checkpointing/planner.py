@@ -71,7 +71,7 @@ def agree_on_completeness(team: Team, rows: Sequence[Row], manifest: Manifest) -
     """`MismatchError` on all ranks if not all that a generation holds is asked for by some rank. Collective."""
 
     def check(text: str) -> None:
-        texts = team.together(lambda: text)
+        texts = team.to_first(text)
         team.together(lambda: check_nothing_left([json.loads(t) for t in texts], manifest) if team.rank == 0 else None)
 
     _complete.reach(team, rows, f"load {manifest.save_id}", check)
@@ -88,18 +88,20 @@ def _as_text(rows: Sequence[Row]) -> str:
 
 
 def _plan(team: Team, text: str) -> RankPlan:
-    """Texts travel unread by those who need not: only rank 0 reads all layouts, and each rank only its own share."""
-    told = team.together(lambda: [socket.gethostname(), text])
-    hosts = [host for host, _ in told]
-    nodes = [hosts.index(host) for host in hosts]
+    """Rank 0 alone hears all layouts, and each rank only its own share: what all heard would fill their memory."""
+    told = team.to_first(json.dumps([socket.gethostname(), text]))
+    parts: list[str] = []
 
-    def plan() -> list[str] | None:
-        if team.rank != 0:
-            return None
-        return _encode(plan_save([json.loads(layout) for _, layout in told], nodes))
+    def plan() -> None:
+        if team.rank == 0:
+            layouts = [json.loads(one) for one in told]
+            hosts = [host for host, _ in layouts]
+            made = plan_save([json.loads(layout) for _, layout in layouts], [hosts.index(host) for host in hosts])
+            parts.extend(_encode(made))
 
-    common, *shares = team.together(plan)[0]
-    return _decode(json.loads(common), json.loads(shares[team.rank]))
+    team.together(plan)
+    common, share = json.loads(team.from_first(lambda rank: f"[{parts[0]},{parts[1 + rank]}]"))
+    return _decode(common, share)
 
 
 def _encode(plan: SavePlan) -> list[str]:

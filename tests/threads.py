@@ -20,6 +20,14 @@ class ThreadTeam(Team):
         self.rank, self.size = rank, size
         self._barrier, self._board = barrier, board
 
+    def _to_first(self, text: str) -> list[str]:
+        gathered = self._gather(text)
+        return gathered if self.rank == 0 else []
+
+    def _from_first(self, text_of: Callable[[int], str]) -> str:
+        told = self._gather("\0".join(text_of(rank) for rank in range(self.size)) if self.rank == 0 else "")
+        return told[0].split("\0")[self.rank]
+
     def _gather(self, text: str) -> list[str]:
         self._board[self.rank] = text
         self._barrier.wait(WAIT_S)

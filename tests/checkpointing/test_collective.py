@@ -49,3 +49,13 @@ def test_our_own_errors_keep_their_type() -> None:
 def test_a_result_that_cannot_travel_fails_all_instead_of_leaving_them_waiting() -> None:
     failed = on_ranks(3, lambda team: team.together(lambda: {1, 2} if team.rank == 1 else [3]))
     assert [type(e).__name__ for e in failed] == ["PeerError", "TypeError", "PeerError"]
+
+
+def test_the_first_hears_all_and_tells_each_its_own() -> None:
+    def act(team: ThreadTeam) -> tuple[list[str], str]:
+        told = team.to_first(f"of {team.rank}")
+        return told, team.from_first(lambda rank: f"for {rank}, of {len(told)}")
+
+    found = all_of(on_ranks(3, act))
+    assert found == [(["of 0", "of 1", "of 2"], "for 0, of 3"), ([], "for 1, of 3"), ([], "for 2, of 3")]
+    assert act(Team()) == (["of 0"], "for 0, of 1")  # type: ignore[arg-type]

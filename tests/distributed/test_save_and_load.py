@@ -206,3 +206,20 @@ def round_trip_of_an_empty_tensor(directory: Path) -> list[tuple[int, ...]]:
 
 def test_an_empty_tensor_is_held_by_name(tmp_path: Path) -> None:
     assert WORLD.run(round_trip_of_an_empty_tensor, 2, tmp_path) == [[(0, 5)], [(0, 5)]]
+
+
+def save_among_some(directory: str) -> list[float]:
+    """Ranks 1 and 3 alone, in the group's own order; the first of them is rank 0 there."""
+    group = dist.new_group([1, 3])
+    if dist.get_rank() not in (1, 3):
+        return []
+    place = dist.get_rank(group)
+    rows = torch.full((2, 3), float(place))
+    save(directory, 1, [Piece("w", rows, (2 * place, 0), (4, 3))], {"x": 1}, group)
+    target = torch.zeros(2, 3)
+    assert load(directory, [Piece("w", target, (2 - 2 * place, 0), (4, 3))], group=group) == {"x": 1}
+    return target.unique().tolist()
+
+
+def test_a_group_of_some_ranks_saves_and_loads_by_itself(tmp_path: Path) -> None:
+    assert WORLD.run(save_among_some, 4, str(tmp_path)) == [[], [1.0], [], [0.0]]
