@@ -159,7 +159,7 @@ def hold(storage: Storage, generation: str) -> AbstractContextManager[object]:
     try:
         return Hold(storage, generation, "read")
     except OSError as error:  # a checkpoint that this user may only read
-        logger.info("%s is read without a hold (%s); nothing keeps it from being deleted meanwhile", generation, error)
+        logger.warning("%s is read without a hold (%s): nothing keeps it from being deleted", generation, error)
         return nullcontext()
 
 

@@ -107,7 +107,7 @@ def find_tied(pieces: Sequence[Piece]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A box that is stored as the mean over its holders. Ascending ranks; the first one named writes it."""
+    """A box that is stored as the mean over its holders, ascending ranks, of which `writer` writes it."""
 
     name: str
     box: Box

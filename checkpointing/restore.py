@@ -173,13 +173,14 @@ def _load_one(team: Team, storage: Storage, name: str, wanted: _Wanted, budget: 
     opened = reader
     if wanted.only is None:
         agree_on_completeness(team, rows, opened.manifest)
+    objects: dict[str, Any] = {}
 
     def fill() -> None:
         _fill(opened, wanted.pieces)
-        assert isinstance(opened.objects, dict)  # read here, where a failure is told to all
+        objects.update(opened.objects)  # read here, where a failure is told to all
 
     team.together(fill)
-    return dict(opened.objects)
+    return objects
 
 
 def _check_prefixes(only: Sequence[str] | None, names: Sequence[str]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise, product
 from math import prod
 
@@ -20,18 +19,9 @@ from checkpointing import Piece
 from checkpointing.format import DTYPES
 from checkpointing.geometry import Box
 from checkpointing.layouts.dtensor import held_intervals
+from tests.checkpointing.layouts_for_tests import Logical, bits
 
 ARITHMETIC = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # small integers are exact in all of them
-
-
-@dataclass(frozen=True)
-class Logical:
-    name: str
-    value: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape)
 
 
 class Hand:
@@ -312,8 +302,3 @@ def holds(hand: Hand) -> bool:
         if bits(piece.tensor) != bits(expected):
             return False
     return hand.around_is_untouched()
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    flat = tensor.contiguous().reshape(-1)
-    return bytes(flat.clone().as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy())

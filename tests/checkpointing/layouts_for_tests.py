@@ -18,6 +18,10 @@ class Logical:
     name: str
     value: torch.Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
 
 def random_tensors(rng: random.Random, count: int) -> list[Logical]:
     """Tensors of 0 to 4 dimensions, some empty, some large enough to be cut into panels."""
@@ -100,4 +104,5 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    flat = tensor.contiguous().reshape(-1)
+    return bytes(flat.clone().as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy())  # of one element too
