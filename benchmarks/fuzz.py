@@ -18,7 +18,6 @@ import resource
 import signal
 import sys
 import time
-from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -42,6 +41,7 @@ from checkpointing.format import (
     digest,
     index_name,
     shard_name,
+    stored_bytes,
     stored_panels,
 )
 from checkpointing.generations import scan
@@ -234,30 +234,30 @@ def repair_writer(files: Files, name: str, document: dict[str, Any], writer: dic
     if index not in files or shard not in files:
         return
     length = 8 + int.from_bytes(files[shard][:8], "little")
-    files[index] = repair_index(files[index], files[shard][length:], document)
+    files[index], files[shard] = repair_index(files[index], files[shard], length, document)
     writer |= {"shard_bytes": len(files[shard]), "index_bytes": len(files[index])}
     writer |= {"header": digest(files[shard][:length]), "index": digest(files[index])}
 
 
-def repair_index(text: bytes, data: bytes, document: dict[str, Any]) -> bytes:
-    """With the checksums of what lies where its boxes now say."""
+def repair_index(text: bytes, shard: bytes, length: int, document: dict[str, Any]) -> tuple[bytes, bytes]:
+    """Index and shard with the checksums of what lies where the boxes now say."""
     try:
         manifest = decode_manifest(json.dumps(document).encode(), "")
         raw = json.loads(text)
-        sums = list(raw["boxes"]["checksums"])
         boxes = decode_index(text, manifest, "").boxes
-        for number, stored in enumerate(boxes):
+        end = length + stored_bytes(boxes, manifest.tensors)[0]
+        sums = b""
+        for stored in boxes:
             tensor = manifest.tensors[stored.name]
-            found = b""
             for panel in stored_panels(stored, tensor):
                 nbytes = panel.box.numel * tensor.itemsize
-                part = data[panel.start : panel.start + nbytes]
-                found += checksums(memoryview(part), block_size(nbytes))
-            sums[number] = b64encode(found).decode()
-        raw["boxes"]["checksums"] = sums
-        return json.dumps(raw, separators=(",", ":")).encode()
+                part = shard[length + panel.start :][:nbytes]
+                sums += checksums(memoryview(part), block_size(nbytes))
+        shard = shard[:end] + sums + shard[end + len(sums) :]
+        raw["checksums"] = digest(sums)
+        return json.dumps(raw, separators=(",", ":")).encode(), shard
     except (CheckpointError, KeyError, TypeError, ValueError, IndexError, RecursionError):
-        return text
+        return text, shard
 
 
 def use(files: Files, original: Files) -> bool:

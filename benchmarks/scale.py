@@ -15,9 +15,8 @@ import resource
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
-from itertools import pairwise
-from math import prod
 from pathlib import Path
 
 import torch
@@ -32,18 +31,16 @@ from checkpointing.format import (
     Manifest,
     StoredBox,
     Writer,
+    box_sums_size,
     cover,
     digest,
     index_name,
-    is_packed,
-    sums_size,
 )
-from checkpointing.geometry import Box, panel_lines
+from checkpointing.geometry import Box
 from checkpointing.plan import plan_load, stored_by_name, writers_needed
 
 WRITERS, READERS = 1024, 1000
 SAVE_ID = "70" * 16
-SUMS = bytes(range(256)) * 2**12  # checksums are cut from it: they cost what real ones do, and are not checked
 
 
 @lru_cache(1)
@@ -68,34 +65,27 @@ def shard(shape: tuple[int, ...], rank: int, size: int) -> Box | None:
     return Box((start, *(0 for _ in shape[1:])), (stop - start, *shape[1:])) if start < stop else None
 
 
-@lru_cache(100)
-def checksums_of(offset: tuple[int, ...], size: tuple[int, ...], tensor: LogicalTensor) -> bytes:
-    """As many as a box has. A real writer computes them as the data passes, which is not what is measured here."""
-    box = Box(offset, size)
-    if is_packed(box, tensor) or len(size) < 2:
-        return SUMS[: sums_size(box.numel * 4)]
-    column = prod(size[:-1]) * 4
-    lines = panel_lines(box, tensor.shape)
-    return SUMS[: sum(sums_size(column * (right - left)) for left, right in pairwise(lines))]
-
-
 def write_index(directory: str, writers: int, rank: int) -> Writer:
     """One writer's index, as it is written beside its shard."""
     all_tensors = tensors(writers)
-    boxes, start = [], 0
+    shards = {shape: shard(shape, rank, writers) for shape in {t.shape for t in all_tensors.values()}}
+    sizes = {box: (box.numel * 4, box_sums_size(box, LogicalTensor("F32", s))) for s, box in shards.items() if box}
+    boxes, start, sums = [], 0, 0
     for name, tensor in all_tensors.items():
-        if (box := shard(tensor.shape, rank, writers)) is not None:
-            boxes.append(StoredBox(name, box, start, checksums_of(box.offset, box.size, tensor)))
-            start += box.numel * 4
-    text = encode_index(Index(SAVE_ID, boxes, {}, {}), all_tensors)
+        if (box := shards[tensor.shape]) is not None:
+            boxes.append(StoredBox(name, box, start, sums))
+            start, sums = start + sizes[box][0], sums + sizes[box][1]
+    checksums = bytes(sums)  # they cost what real ones do, and are not checked
+    text = encode_index(Index(SAVE_ID, boxes, digest(checksums), {}, {}), all_tensors)
     hashed = digest(text)
     Path(directory, index_name(rank)).write_bytes(text)
-    covered = cover((stored.box, all_tensors[stored.name].shape) for stored in boxes)
-    return Writer(rank, 4096 + start, len(text), hashed, hashed, covered)
+    Path(directory, f"checksums-{rank}").write_bytes(checksums)  # the end of the shard, which is not written here
+    covered = cover((box, shape) for shape, box in shards.items() if box is not None)
+    return Writer(rank, 4096 + start + sums, len(text), hashed, hashed, covered)
 
 
-def measure(directory: str, writers: int) -> tuple[float, float, int, int]:
-    """Seconds to write, seconds until a rank has planned, how many boxes were written, how many reads were planned."""
+def measure(directory: str, writers: int) -> tuple[float, float, int, float]:
+    """Seconds to write, seconds until a rank has planned, how many boxes were written, GB of the largest process."""
     tensors(writers)  # made before anything is timed, as in a writer that is training
     with multiprocessing.get_context("fork").Pool(cores()) as pool:
         pool.map(abs, range(cores()))  # started before anything is timed
@@ -107,10 +97,11 @@ def measure(directory: str, writers: int) -> tuple[float, float, int, int]:
     )  # fmt: skip
     Path(directory, "manifest.json").write_bytes(encode_manifest(manifest))
     between = time.perf_counter()
-    reads = plan_one(directory)
+    assert plan_one(directory) > 0
     planned = time.perf_counter() - between
     count = sum(min(writers, -(-t.shape[0] // -(-t.shape[0] // writers))) for t in manifest.tensors.values())
-    return between - began, planned, count, reads
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1e6
+    return between - began, planned, count, peak
 
 
 def plan_one(directory: str) -> int:
@@ -131,9 +122,9 @@ def plan_one(directory: str) -> int:
 
 
 def run(writers: int) -> list[Row]:
-    with tempfile.TemporaryDirectory() as directory:
-        wrote, planned, boxes, _ = measure(directory, writers)
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1e6
+    spawned = multiprocessing.get_context("spawn")  # new processes, whose memory is that of this measurement alone
+    with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(1, spawned) as pool:
+        wrote, planned, boxes, peak = pool.submit(measure, directory, writers).result()
     full = writers == WRITERS
     what = f"70B Adam from {writers:,} writers, {boxes / 1e6:.1f} million boxes"
     return [

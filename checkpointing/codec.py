@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from base64 import b64decode, b64encode
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from math import isfinite, prod
 from typing import Any, NoReturn
 
@@ -25,16 +23,20 @@ from checkpointing.format import (
     Manifest,
     StoredBox,
     Writer,
+    box_sums_size,
     flaw_of_name,
-    is_packed,
-    sums_size,
 )
-from checkpointing.geometry import Box, Shape, panel_lines
+from checkpointing.geometry import Box, Shape
 
 
 def encode_index(index: Index, names: Collection[str]) -> bytes:
-    """Columns rather than rows: a tensor is the position of its name in `names`, the manifest's in ascending order."""
+    """Columns rather than rows: a tensor is the position of its name in `names`, the manifest's in ascending order.
+
+    Many tensors are sharded alike, so the ranges that boxes have are told once.
+    """
     position = {name: i for i, name in enumerate(names)}
+    ranges: dict[Box, int] = {}
+    range_of = [ranges.setdefault(stored.box, len(ranges)) for stored in index.boxes]
     return _dump(
         {
             "format": FORMAT,
@@ -42,10 +44,10 @@ def encode_index(index: Index, names: Collection[str]) -> bytes:
             "save_id": index.save_id,
             "boxes": {
                 "tensor": [position[b.name] for b in index.boxes],
-                "offset": [b.box.offset for b in index.boxes],
-                "size": [b.box.size for b in index.boxes],
-                "checksums": [b64encode(b.checksums).decode() for b in index.boxes],
+                "range": range_of,
             },
+            "ranges": [(box.offset, box.size) for box in ranges],
+            "checksums": index.checksums,
             "scalars": index.scalars,
             "objects": index.objects,
         }
@@ -55,41 +57,36 @@ def encode_index(index: Index, names: Collection[str]) -> bytes:
 def decode_index(data: bytes, manifest: Manifest, source: str) -> Index:
     """`DamagedError` unless this is an index of that generation, and every box lies in its tensor."""
     try:
-        raw = _load(data, source, ("save_id", "boxes", "scalars", "objects"))
+        raw = _load(data, source, ("save_id", "boxes", "ranges", "checksums", "scalars", "objects"))
         if raw["save_id"] != manifest.save_id:
             raise DamagedError(f"{source} belongs to save {raw['save_id']!r}, not to {manifest.save_id}")
-        columns = _table(raw["boxes"], ("tensor", "offset", "size", "checksums"))
-        names = list(manifest.tensors)
-        boxes: list[StoredBox] = []
-        start = 0
-        for number, offset, size, sums in zip(*(_list(columns[key]) for key in columns), strict=True):
-            name = names[_whole(number, below=len(names))]
-            stored = StoredBox(name, Box(_shape(offset), _shape(size)), start, _base64(sums))
-            _check_stored(stored, manifest.tensors[name])
-            boxes.append(stored)
-            start += stored.box.numel * manifest.tensors[name].itemsize
+        boxes = _decode_boxes(raw["boxes"], [_range(given) for given in _list(raw["ranges"])], manifest.tensors)
         scalars = {name: _text(value) for name, value in _table(raw["scalars"]).items()}
         for name, value in scalars.items():
             tensor = manifest.tensors[name]
             if tensor.shape != () or not re.fullmatch(rf"[0-9a-f]{{{2 * tensor.itemsize}}}", value):
                 raise ValueError(f"{name} is no scalar of its dtype")
-        return Index(manifest.save_id, boxes, scalars, _table(raw["objects"]))
+        return Index(manifest.save_id, boxes, _hex(raw["checksums"], 32), scalars, _table(raw["objects"]))
     except (KeyError, ValueError) as error:
         raise DamagedError(f"{source} is not an index of format version {VERSION}: {error!r}") from None
 
 
-def _check_stored(stored: StoredBox, tensor: LogicalTensor) -> None:
-    box = stored.box
-    if not box.within(tensor.shape) or box.numel == 0 or tensor.shape == ():
-        raise ValueError(f"a box of {stored.name} does not lie in it")
-    nbytes = box.numel * tensor.itemsize
-    if is_packed(box, tensor) or len(box.size) < 2:
-        expected = sums_size(nbytes)
-    else:
-        column = nbytes // box.size[-1]
-        expected = sum(sums_size(column * (right - left)) for left, right in pairwise(panel_lines(box, tensor.shape)))
-    if len(stored.checksums) != expected:
-        raise ValueError(f"a box of {stored.name} has checksums for another size")
+def _decode_boxes(raw: Any, ranges: Sequence[Box], tensors: Mapping[str, LogicalTensor]) -> list[StoredBox]:
+    columns = _table(raw, ("tensor", "range"))
+    names = list(tensors)
+    sizes: dict[tuple[Box, Shape, str], tuple[int, int]] = {}  # of data and checksums: most boxes are like others
+    boxes, start, sums = [], 0, 0
+    for number, which in zip(_list(columns["tensor"]), _list(columns["range"]), strict=True):
+        name = names[_whole(number, below=len(names))]
+        box, tensor = ranges[_whole(which, below=len(ranges))], tensors[name]
+        alike = (box, tensor.shape, tensor.dtype)
+        if alike not in sizes:
+            if not box.within(tensor.shape) or box.numel == 0 or tensor.shape == ():
+                raise ValueError(f"a box of {name} does not lie in it")
+            sizes[alike] = box.numel * tensor.itemsize, box_sums_size(box, tensor)
+        boxes.append(StoredBox(name, box, start, sums))
+        start, sums = start + sizes[alike][0], sums + sizes[alike][1]
+    return boxes
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -224,14 +221,6 @@ def _hex(value: Any, digits: int) -> str:
     return str(value)
 
 
-def _base64(value: Any) -> bytes:
-    """In the one form that these bytes have."""
-    data = b64decode(_text(value), validate=True)
-    if b64encode(data).decode() != value:
-        raise ValueError("base64 was expected")
-    return data
-
-
 def _whole(value: Any, below: int = _LARGEST) -> int:
     if type(value) is not int or not 0 <= value < below:
         raise ValueError(f"a whole number below {below} was expected")
@@ -248,6 +237,11 @@ def _number(value: Any) -> float:
 
 def _shape(value: Any) -> Shape:
     return tuple(_whole(n) for n in _list(value))
+
+
+def _range(value: Any) -> Box:
+    offset, size = _list(value)
+    return Box(_shape(offset), _shape(size))
 
 
 def _global_shape(value: Any) -> Shape:

@@ -6,27 +6,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod
 from typing import Any
 
 import torch
 import xxhash
 
-from checkpointing.geometry import Box, Shape, panels
+from checkpointing.geometry import Box, Shape, panel_lines, panels
 
 FORMAT = "evershard-checkpoint"
 VERSION = 1
 MANIFEST, COMMIT, ABANDONED = "manifest.json", "COMMIT", "ABANDONED"
 
-METADATA_BYTES = 256 * 1024 * 1024  # of a manifest or an index: larger ones are neither written nor read
+METADATA_BYTES = 256 * 1024 * 1024  # of a manifest, an index or checksums: larger ones are neither written nor read
 HEADER_BYTES = 100 * 1000 * 1000  # of a safetensors header, by that format
 FEW_WRITERS = 16  # a tensor's writers are named up to so many; those of the others are found by what they cover
 COVER_PARTS = 1 << 16  # a cover counts in these parts of a dimension
 
 PAGE = 4096  # shard data starts on a page, so that it can be mapped and written with direct I/O
 PACK_BELOW = 64 * 1024  # smaller pieces share one entry per dtype: a header line each would cost more than the data
+CHECKSUMS = "@checksums"  # the last entry of every shard file
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -113,24 +115,25 @@ class ExternalTensor:
 class StoredBox:
     """A box of a logical tensor at byte `start` of a shard's data: its panels one after the other, each row-major.
 
-    `checksums` are those of the blocks of all its panels.
+    The checksums of their blocks, in the same order, are at byte `sums` of those that end the shard file.
     """
 
     name: str
     box: Box
     start: int
-    checksums: bytes = b""
+    sums: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
     """What one writer wrote: its boxes in the order of the file, the scalars it was elected for, the caller's objects.
 
-    Objects are rank 0's.
+    Objects are rank 0's. `checksums` is the digest of the shard's checksums.
     """
 
     save_id: str
     boxes: list[StoredBox]
+    checksums: str
     scalars: dict[str, str]  # the little-endian bytes of 0-dimensional tensors, in hexadecimal
     objects: dict[str, Any] = field(default_factory=dict)
 
@@ -222,18 +225,35 @@ def panels_of(box: Box, tensor: LogicalTensor) -> list[Box]:
 def stored_panels(stored: StoredBox, tensor: LogicalTensor, part: Box | None = None) -> Iterator[StoredBox]:
     """The panels of a stored box, each as a stored box of its own; with `part` only those that its columns meet."""
     first, last = (part.offset[-1], part.offset[-1] + part.size[-1]) if part and part.size else (0, 0)
-    start, at = stored.start, 0
+    start, sums = stored.start, stored.sums
     for panel in panels_of(stored.box, tensor):
         nbytes = panel.numel * tensor.itemsize
-        size = sums_size(nbytes)
         if part is None or (panel.offset[-1] < last and first < panel.offset[-1] + panel.size[-1]):
-            yield StoredBox(stored.name, panel, start, stored.checksums[at : at + size])
-        start, at = start + nbytes, at + size
+            yield StoredBox(stored.name, panel, start, sums)
+        start, sums = start + nbytes, sums + sums_size(nbytes)
 
 
 def sums_size(nbytes: int) -> int:
     """How many bytes the checksums of so many consecutive bytes have."""
     return SUM * -(-nbytes // block_size(nbytes))
+
+
+def box_sums_size(box: Box, tensor: LogicalTensor) -> int:
+    """How many bytes the checksums of a stored box have: those of all its panels."""
+    nbytes = box.numel * tensor.itemsize
+    if is_packed(box, tensor) or len(box.size) < 2:
+        return sums_size(nbytes)
+    column = nbytes // box.size[-1]
+    return sum(sums_size(column * (right - left)) for left, right in pairwise(panel_lines(box, tensor.shape)))
+
+
+def stored_bytes(boxes: Sequence[StoredBox], tensors: Mapping[str, LogicalTensor]) -> tuple[int, int]:
+    """How many bytes a shard's boxes have, and their checksums."""
+    if not boxes:
+        return 0, 0
+    last = boxes[-1]
+    tensor = tensors[last.name]
+    return last.start + last.box.numel * tensor.itemsize, last.sums + box_sums_size(last.box, tensor)
 
 
 def lay_out(
@@ -242,7 +262,7 @@ def lay_out(
     """Place boxes one after the other in a shard file: its header, and every box with its byte offset in the data.
 
     Wider dtypes come first, so that every element is aligned without a hole, which safetensors would refuse. Packed
-    boxes of a dtype lie together under one entry; of the others every panel has one.
+    boxes of a dtype lie together under one entry; of the others every panel has one. The checksums come last.
     """
 
     def order(item: tuple[str, Box]) -> tuple[int, str, bool, str, Shape]:
@@ -251,10 +271,11 @@ def lay_out(
         return (-tensor.itemsize, tensor.dtype, is_packed(box, tensor), name, box.offset)
 
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(VERSION), "save_id": save_id}}
-    placed, position = [], 0
+    placed, position, sums = [], 0, 0
     for name, box in sorted(boxes, key=order):
         tensor = tensors[name]
-        placed.append(StoredBox(name, box, position))
+        placed.append(StoredBox(name, box, position, sums))
+        sums += box_sums_size(box, tensor)
         if is_packed(box, tensor):
             end = position + box.numel * tensor.itemsize
             entry = header.setdefault(
@@ -270,6 +291,7 @@ def lay_out(
             end = position + panel.numel * tensor.itemsize
             header[key] = {"dtype": tensor.dtype, "shape": panel.size, "data_offsets": [position, end]}
             position = end
+    header[CHECKSUMS] = {"dtype": "U8", "shape": [sums], "data_offsets": [position, position + sums]}
     text = json.dumps(header, separators=(",", ":")).encode()
     padded = text.ljust(-(-(len(text) + 8) // PAGE) * PAGE - 8)
     return len(padded).to_bytes(8, "little") + padded, placed

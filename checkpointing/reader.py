@@ -19,6 +19,7 @@ from checkpointing.format import (
     DTYPES,
     HEADER_BYTES,
     MANIFEST,
+    METADATA_BYTES,
     SUM,
     Index,
     Manifest,
@@ -29,6 +30,7 @@ from checkpointing.format import (
     index_name,
     lay_out,
     shard_name,
+    stored_bytes,
     stored_panels,
 )
 from checkpointing.generations import read_index
@@ -56,6 +58,7 @@ class GenerationReader:
         self._indexes: dict[int, Index] = {}
         self._sizes = storage.list(f"{manifest.generation}/")
         self._data_starts: dict[int, int] = {}
+        self._sums: dict[int, memoryview | bytearray] = {}
         self._targets: dict[int, torch.Tensor | np.ndarray[Any, Any]] = {}  # by id of the piece, while it is filled
 
     def index(self, position: int) -> Index:
@@ -143,6 +146,11 @@ class GenerationReader:
                 yield index_name(self.manifest.writers[position].rank), 0, error
                 continue
             name = shard_name(self.manifest.writers[position].rank)
+            try:
+                self._data_start(position)
+            except CheckpointError as error:
+                yield name, stored_bytes(index.boxes, self.manifest.tensors)[0], error
+                continue
             panels = (p for b in index.boxes for p in stored_panels(b, self.manifest.tensors[b.name]))
             for panel in panels:
                 for window, part in windows(panel.box, panel.box, self._itemsize(panel), self._limit):
@@ -206,7 +214,7 @@ class GenerationReader:
         block = block_size(stored.box.numel * self._itemsize(stored))
         first = (fetch.start - stored.start) // block
         found = checksums(blocks, block)
-        expected = stored.checksums[SUM * first :][: len(found)]
+        expected = bytes(self._sums[fetch.writer][stored.sums + SUM * first :][: len(found)])
         if found != expected:
             bad = next(i for i in range(0, len(found), SUM) if found[i : i + SUM] != expected[i : i + SUM]) // SUM
             at = base + fetch.start + bad * block
@@ -238,22 +246,29 @@ class GenerationReader:
         return known
 
     def _data_start(self, position: int) -> int:
-        """Where a shard's data starts, after its size and its header have been checked."""
+        """Where a shard's data starts, after its size, its header and its checksums have been checked."""
         if position not in self._data_starts:
-            self._data_starts[position] = len(self._header(position))
+            start = len(self._header(position))
+            writer = self.manifest.writers[position]
+            name = f"{self.manifest.generation}/{shard_name(writer.rank)}"
+            _, size = stored_bytes(self.index(position).boxes, self.manifest.tensors)
+            (sums,) = self.storage.read_ranges(name, [(writer.shard_bytes - size, writer.shard_bytes)])
+            if digest(memoryview(sums)) != self.index(position).checksums:
+                raise DamagedError(f"{name}: the checksums are not those that were committed")
+            self._sums[position], self._data_starts[position] = sums, start
         return self._data_starts[position]
 
     def _header(self, position: int) -> memoryview | bytearray:
         """A shard's header with its length before it, as it was committed."""
         writer = self.manifest.writers[position]
         name = f"{self.manifest.generation}/{shard_name(writer.rank)}"
-        if (size := self._sizes.get(name)) != writer.shard_bytes:
-            found = "is missing" if size is None else f"has {size} bytes"
+        if (found_size := self._sizes.get(name)) != writer.shard_bytes:
+            found = "is missing" if found_size is None else f"has {found_size} bytes"
             raise DamagedError(f"{name} {found}; {writer.shard_bytes} bytes were committed")
-        data = sum(b.box.numel * self._itemsize(b) for b in self.index(position).boxes)
-        if not 8 <= writer.shard_bytes - data <= HEADER_BYTES:
+        data, sums = stored_bytes(self.index(position).boxes, self.manifest.tensors)
+        if not 8 <= (size := writer.shard_bytes - data - sums) <= HEADER_BYTES or sums > METADATA_BYTES:
             raise DamagedError(f"{name}: the index has boxes of {data} bytes, which the file does not hold")
-        (header,) = self.storage.read_ranges(name, [(0, writer.shard_bytes - data)])
+        (header,) = self.storage.read_ranges(name, [(0, size)])
         if digest(memoryview(header)) != writer.header:
             raise DamagedError(f"{name}: the header is not the one that was committed")
         return header

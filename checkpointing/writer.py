@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import xxhash
@@ -15,7 +14,6 @@ from checkpointing.format import (
     HEADER_BYTES,
     METADATA_BYTES,
     Index,
-    StoredBox,
     Writer,
     block_size,
     checksums,
@@ -24,6 +22,7 @@ from checkpointing.format import (
     lay_out,
     panels_of,
     shard_name,
+    stored_bytes,
 )
 from checkpointing.geometry import Box, Piece, intersect
 from checkpointing.plan import RankPlan
@@ -56,8 +55,9 @@ def write_shard(
     for piece in pieces:
         by_name[piece.name].append(piece)
     header, placed = lay_out(boxes, plan.tensors, save_id)
-    _check_size(header, "header", rank, HEADER_BYTES)
-    written: list[StoredBox] = []
+    _check_size(len(header), "header", rank, HEADER_BYTES)
+    _check_size(stored_bytes(placed, plan.tensors)[1], "checksums", rank, METADATA_BYTES)
+    sums: list[bytes] = []
     shard_bytes = 0
     limit = budget // (2 * (WRITES_BEHIND + 2))  # a chunk is copied, hashed and written, and a cast may double it
 
@@ -66,7 +66,6 @@ def write_shard(
         shard_bytes += len(header)
         yield header
         for stored in placed:
-            sums = []
             tensor = plan.tensors[stored.name]
             for panel in panels_of(stored.box, tensor):
                 hasher = BlockHasher(block_size(panel.numel * tensor.itemsize))
@@ -75,20 +74,22 @@ def write_shard(
                     shard_bytes += len(chunk)
                     yield chunk
                 sums.append(hasher.finish())
-            written.append(replace(stored, checksums=b"".join(sums)))
+        sums[:] = [b"".join(sums)]
+        shard_bytes += len(sums[0])
+        yield sums[0]
 
     storage.put(f"{directory}/{shard_name(rank)}", chunks())
     values = {name: scalar_hex(multiplied(by_name[name][0].tensor, by_name[name][0].divisor)) for name in scalars}
-    index = encode_index(Index(save_id, written, values, objects), plan.tensors)
-    _check_size(index, "index", rank, METADATA_BYTES)
+    index = encode_index(Index(save_id, placed, digest(sums[0]), values, objects), plan.tensors)
+    _check_size(len(index), "index", rank, METADATA_BYTES)
     storage.put(f"{directory}/{index_name(rank)}", [index])
     return Writer(rank, shard_bytes, len(index), digest(header), digest(index), plan.cover)
 
 
-def _check_size(data: bytes, what: str, rank: int, most: int) -> None:
-    if len(data) > most:
+def _check_size(size: int, what: str, rank: int, most: int) -> None:
+    if size > most:
         raise LayoutError(
-            f"the {what} of rank {rank} would have {len(data):,} bytes, and at most {most:,} are read again; "
+            f"the {what} of rank {rank} would have {size:,} bytes, and at most {most:,} are read again; "
             "keep large values in tensors rather than in objects, or save with more ranks"
         )
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import torch
+import xxhash
 
 from checkpointing import External, Piece, load
 from checkpointing.codec import decode_index, decode_manifest
@@ -26,7 +27,9 @@ def test_the_example_can_be_loaded(tmp_path: Path) -> None:
     directory = tmp_path / parsed.generation
     directory.mkdir()
     data = torch.tensor([1, 1, 0, 1, 2, 3, 4, 5], dtype=torch.float32)
-    (directory / "shard-00000.safetensors").write_bytes(shard + data.numpy().tobytes())
+    sums = b"".join(xxhash.xxh3_64_digest(data[of].numpy().tobytes()) for of in (slice(2), slice(2, 8)))
+    assert digest(sums) == index["checksums"]
+    (directory / "shard-00000.safetensors").write_bytes(shard + data.numpy().tobytes() + sums)
     (directory / "index-00000.json").write_bytes(raw["i"])
     text = json.dumps(manifest).encode()
     (directory / "manifest.json").write_bytes(text)

@@ -64,7 +64,7 @@ def test_a_generation_with_a_file_missing_or_cut_is_damaged(tmp_path: Path) -> N
     shard = tmp_path / names[1] / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     found = {g.step: str(g.damage or "") for g in scan(FileStorage(tmp_path))}
-    assert "index-00000.json is missing" in found[1] and "has 4111 bytes; 4112 bytes were committed" in found[2]
+    assert "index-00000.json is missing" in found[1] and "has 4119 bytes; 4120 bytes were committed" in found[2]
     assert found[3] == ""
 
 

@@ -73,7 +73,7 @@ def test_a_dtype_without_a_name_is_refused() -> None:
 
 
 def index(*boxes: Box) -> Index:
-    return Index("id", [StoredBox("w", box, 0, bytes(8)) for box in boxes], {})
+    return Index("id", [StoredBox("w", box, 0) for box in boxes], "", {})
 
 
 def test_reads_cover_each_piece_once_or_are_refused() -> None:

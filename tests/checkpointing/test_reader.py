@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from checkpointing import Box, DamagedError, Piece, load, save
 from checkpointing import reader as reader_module
 from checkpointing import writer as writer_module
-from checkpointing.format import StoredBox, block_size, shard_name
+from checkpointing.format import StoredBox, block_size, shard_name, stored_bytes
 from checkpointing.generations import newest
 from checkpointing.geometry import COLUMN_GRID
 from checkpointing.reader import Fetch, GenerationReader, join_neighbours
@@ -79,7 +79,8 @@ def test_damage_elsewhere_does_not_matter_and_damage_in_the_way_does(
     reader = open_reader(tmp_path)
     shard = next(tmp_path.glob(f"*/{shard_name(0)}"))
     data = bytearray(shard.read_bytes())
-    data[-1] ^= 1  # the last element of the last row
+    _, sums = stored_bytes(reader.index(0).boxes, reader.manifest.tensors)
+    data[-sums - 1] ^= 1  # the last element of the last row
     shard.write_bytes(data)
     first, last = (Piece("w", torch.zeros(1, 5, 300), (row, 0, 0), SHAPE) for row in (0, 23))
     reader.load([first])
@@ -87,6 +88,17 @@ def test_damage_elsewhere_does_not_matter_and_damage_in_the_way_does(
     with pytest.raises(DamagedError, match=r"checksum of bytes \d+ to \d+ does not match; they belong to w"):
         reader.load([last])
     assert [name for name, _, error in reader.verify() if error] == [shard_name(0)]
+
+
+def test_checksums_are_checked_before_they_are_believed(stored: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    save(tmp_path, 1, [Piece("w", stored[1], (0, 0, 0), SHAPE)])
+    shard = next(tmp_path.glob(f"*/{shard_name(0)}"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DamagedError, match="the checksums are not those that were committed"):
+        open_reader(tmp_path).load([Piece("w", torch.zeros(1, 5, 300), (0, 0, 0), SHAPE)])
+    assert [name for name, _, error in open_reader(tmp_path).verify() if error] == [shard_name(0)]  # said once
 
 
 def test_verify_touches_every_stored_byte(stored: tuple[Path, torch.Tensor]) -> None:
