@@ -12,6 +12,8 @@ import torch.distributed as dist
 from checkpointing import errors
 from checkpointing.errors import CheckpointError, LostError, PeerError
 
+FRAME = 512  # bytes that travel with their length: most texts are short, and need one exchange rather than two
+
 
 class Team:
     """The ranks of a process group, or this process alone where there is none."""
@@ -99,17 +101,20 @@ class Team:
         """Every rank's text."""
         if self.size == 1:
             return [text]
-        device = self._device()
-        payload = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
-        size = torch.tensor([payload.numel()], device=device)
-        sizes = [torch.zeros_like(size) for _ in range(self.size)]
-        dist.all_gather(sizes, size, group=self.group)
-        longest = int(max(sizes).item())
-        padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-        padded[: payload.numel()] = payload
-        rows = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(rows, padded, group=self.group)
-        return [bytes(row[: int(n.item())].cpu().numpy()).decode() for row, n in zip(rows, sizes, strict=True)]
+        data = text.encode()
+        first = self._gather_bytes((len(data).to_bytes(8, "little") + data)[:FRAME].ljust(FRAME))
+        sizes = [int.from_bytes(frame[:8], "little") for frame in first]
+        if (rest := max(sizes) - (FRAME - 8)) > 0:
+            more = self._gather_bytes(data[FRAME - 8 :].ljust(rest))
+            first = [frame + others for frame, others in zip(first, more, strict=True)]
+        return [frame[8 : 8 + size].decode() for frame, size in zip(first, sizes, strict=True)]
+
+    def _gather_bytes(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes, of which all have as many."""
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device())
+        rows = mine.new_empty(self.size, len(data))
+        dist.all_gather(list(rows), mine, group=self.group)
+        return [bytes(row) for row in rows.cpu().numpy()]
 
     def _device(self) -> torch.device:
         """A device whose tensors this group can gather: the CPU wherever the group has a backend for it."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from typing import NamedTuple
 
 import torch
 
@@ -68,16 +69,17 @@ def collecting_later() -> Iterator[None]:
 def layout_rows(pieces: Sequence[Piece]) -> list[Row]:
     """One rank's layout as plain values, for the other ranks. Errors here are about this rank's pieces alone."""
     tied = find_tied(pieces)
-    rows: list[Row] = []
-    for piece in pieces:
-        name, tensor = piece.name, piece.tensor
-        if (dtype := DTYPE_NAMES.get(tensor.dtype)) is None:
-            raise LayoutError(f"{name}: dtype {tensor.dtype} has no safetensors name")
-        rows.append((name, tied.get(name, name), dtype, piece.global_shape, piece.offset, tensor.shape, piece.mean))
-    for name in {row[0] for row in rows}:
+    for name in {piece.name for piece in pieces}:
         if flaw := flaw_of_name(name):
             raise LayoutError(flaw)
-    return rows
+    try:
+        return [
+            (p.name, tied.get(p.name, p.name), DTYPE_NAMES[t.dtype], p.global_shape, p.offset, t.shape, p.mean)
+            for p, t in ((piece, piece.tensor) for piece in pieces)
+        ]
+    except KeyError:
+        piece = next(piece for piece in pieces if piece.tensor.dtype not in DTYPE_NAMES)
+        raise LayoutError(f"{piece.name}: dtype {piece.tensor.dtype} has no safetensors name") from None
 
 
 def find_tied(pieces: Sequence[Piece]) -> dict[str, str]:
@@ -263,8 +265,7 @@ def _elect(
     return boxes, scalars
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """Copy `part` of a logical tensor from a stored panel into a piece."""
 
     writer: int  # position in the manifest's list of writers

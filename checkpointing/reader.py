@@ -35,7 +35,16 @@ from checkpointing.format import (
 )
 from checkpointing.generations import read_index
 from checkpointing.geometry import Box, Piece, check_tiling
-from checkpointing.plan import CHUNK_BYTES, Read, plan_load, position_in, stored_by_name, windows, writers_needed
+from checkpointing.plan import (
+    CHUNK_BYTES,
+    Read,
+    collecting_later,
+    plan_load,
+    position_in,
+    stored_by_name,
+    windows,
+    writers_needed,
+)
 from checkpointing.storage import Storage
 from checkpointing.tensors import divided, scalar_from_hex, tensor_over
 from checkpointing.writer import DEFAULT_BUDGET
@@ -89,6 +98,7 @@ class GenerationReader:
                 with torch.no_grad():
                     piece.tensor.detach().copy_(divided(value, piece.divisor, piece.tensor.dtype))
 
+    @collecting_later()
     def plan(self, pieces: Sequence[Piece]) -> list[Read]:
         """What is to be read for them, from the indexes that may hold it.
 
