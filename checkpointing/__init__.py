@@ -21,7 +21,7 @@ from checkpointing.errors import (
     VersionError,
 )
 from checkpointing.geometry import Box, External, Piece
-from checkpointing.layouts import describe, materialize, param_groups, pieces_of, restore_param_groups
+from checkpointing.layouts import Held, describe, materialize, param_groups, pieces_of, restore_param_groups
 from checkpointing.restore import load
 from checkpointing.retention import Keep, prune
 from checkpointing.tensors import external_of
@@ -31,6 +31,7 @@ __all__ = [
     "CheckpointError",
     "DamagedError",
     "External",
+    "Held",
     "Keep",
     "LayoutError",
     "LeaseHeldError",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
@@ -10,25 +13,41 @@ from checkpointing.errors import LayoutError
 from checkpointing.geometry import Interval, Piece, Shape
 
 
-def pieces_of(name: str, tensor: torch.Tensor, logical_shape: Shape | None = None) -> list[Piece]:
+class Held(NamedTuple):
+    """What the tensors of a tensor-parallel rank hold of a logical tensor of `shape`, before they are sharded further.
+
+    `ranges` has for every dimension the (start, length) of the logical ranges that lie there one after the other, such
+    as the rows of query, key and value heads in a fused projection. What reaches past the end is padding.
+    """
+
+    shape: Shape
+    ranges: Sequence[Sequence[Interval]]
+
+
+def pieces_of(name: str, tensor: torch.Tensor, logical: Shape | Held | None = None) -> list[Piece]:
     """The pieces of one logical tensor that this rank holds; a plain tensor is one piece, the whole.
 
-    With `logical_shape` the tensor is padded at the ends of some dimensions, such as a vocabulary, and only what lies
-    in that shape is described; padding is left as it is by a load. A `Partial("avg")` placement is stored as the mean.
+    With a shape as `logical` the tensor is padded at the ends of some dimensions, such as a vocabulary, and only what
+    lies in that shape is described; padding is left as it is by a load. With `Held` the tensor (of a DTensor: the whole
+    that its mesh shards) is a part of the logical one. A `Partial("avg")` placement is stored as the mean.
     """
-    shape = tuple(tensor.shape) if logical_shape is None else tuple(logical_shape)
-    if len(shape) != tensor.dim() or any(n > padded for n, padded in zip(shape, tensor.shape, strict=True)):
-        raise LayoutError(f"{name}: a tensor of shape {tuple(tensor.shape)} does not hold one of shape {shape}")
-    if not isinstance(tensor, DTensor):
-        whole = tensor if logical_shape is None else tensor[tuple(map(slice, shape))]
-        return [Piece(name, whole, (0,) * len(shape), shape)]
-    coordinate = tensor.device_mesh.get_coordinate()
+    if isinstance(logical, Held):
+        shape, ranges = logical
+        fits = [sum(length for _, length in runs) for runs in ranges] == list(tensor.shape)
+    else:
+        shape, ranges = tuple(tensor.shape if logical is None else logical), [[(0, size)] for size in tensor.shape]
+        fits = all(n <= padded for n, padded in zip(shape, tensor.shape, strict=False))
+    if not fits or len(shape) != tensor.dim():
+        raise LayoutError(f"{name}: a tensor of shape {tuple(tensor.shape)} does not hold {logical}")
+    coordinate = tensor.device_mesh.get_coordinate() if isinstance(tensor, DTensor) else ()
     if coordinate is None:  # this rank is not part of the mesh
         return []
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     if 0 in shape:  # nothing to hold, but a tensor that must be named
-        return [Piece(name, tensor.to_local().detach().new_empty(shape), (0,) * len(shape), shape)]
-    held = held_intervals(tuple(tensor.shape), tuple(tensor.device_mesh.shape), tuple(coordinate), tensor.placements)
-    local = tensor.to_local()
+        return [Piece(name, local.detach().new_empty(shape), (0,) * len(shape), shape)]
+    if not isinstance(tensor, DTensor):
+        return Piece.runs(name, tensor, ranges, shape) if logical else [Piece(name, tensor, (0,) * len(shape), shape)]
+    held = held_intervals(ranges, tuple(tensor.device_mesh.shape), tuple(coordinate), tensor.placements)
     expected = tuple(sum(length for _, length in runs) for runs in held)
     if tuple(local.shape) != expected:
         raise LayoutError(f"{name}: {tensor.placements} should hold {expected} here, and holds {tuple(local.shape)}")
@@ -37,13 +56,17 @@ def pieces_of(name: str, tensor: torch.Tensor, logical_shape: Shape | None = Non
 
 
 def held_intervals(
-    shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: tuple[int, ...], placements: tuple[Placement, ...]
+    ranges: Sequence[Sequence[Interval]],
+    mesh: tuple[int, ...],
+    coordinate: tuple[int, ...],
+    placements: tuple[Placement, ...],
 ) -> list[list[Interval]]:
     """For each dimension, the ranges of the logical tensor that a DTensor's local tensor holds, in local order.
 
-    Every placement cuts one dimension, so the local tensor is the product of its dimensions' ranges.
+    `ranges` are those that the whole DTensor holds. Every placement cuts one dimension, so the local tensor is the
+    product of its dimensions' ranges.
     """
-    held: list[list[Interval]] = [[(0, size)] for size in shape]
+    held: list[list[Interval]] = [list(runs) for runs in ranges]
     for size, at, placement in zip(mesh, coordinate, placements, strict=True):
         if isinstance(placement, Replicate) or placement.is_partial("avg"):
             continue

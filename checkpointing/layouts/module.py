@@ -14,12 +14,12 @@ from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from checkpointing.errors import LayoutError, MismatchError, first_few
 from checkpointing.geometry import Piece, Shape
-from checkpointing.layouts.dtensor import pieces_of
+from checkpointing.layouts.dtensor import Held, pieces_of
 
 logger = logging.getLogger("checkpointing")
 
-# What wrappers by name put into names: torch.compile and activation checkpointing.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
+# What wrappers by name put into names: torch.compile, activation checkpointing, and peft around adapted layers.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|base_layer)\.")
 
 
 Entry = tuple[nn.Module | None, Optimizer | None]
@@ -29,7 +29,7 @@ def describe(
     model: nn.Module | Mapping[str, Entry],
     optimizer: Optimizer | None = None,
     *,
-    logical_shapes: Mapping[str, Shape] | None = None,
+    logical: Mapping[str, Shape | Held] | None = None,
 ) -> list[Piece]:
     """The pieces of a model's parameters and persistent buffers, and of its optimizer's state, on this rank.
 
@@ -40,14 +40,15 @@ def describe(
 
     Several models and optimizers are given as `{"actor": (model, optimizer), "ema": (model, None)}` and named
     `model/actor/<fqn>`, `optim/actor/<fqn>/<key>`, ...; one without a model holds parameters of the others'. Where the
-    engine pads a parameter, `logical_shapes` has its shape without padding under its name (`<fqn>`, `actor/<fqn>`), for
-    its optimizer state as well. `LayoutError` for FSDP1, whose flat parameters do not say what they hold.
+    engine pads a parameter, `logical` has its shape without padding under its name (`<fqn>`, `actor/<fqn>`), and where
+    it has cut one, what it holds of it; for its optimizer state as well. `LayoutError` for FSDP1, whose flat parameters
+    do not say what they hold.
     """
     entries = _entries(model, optimizer)
-    shapes = logical_shapes or {}
+    shapes = logical or {}
     padded = {name: parameter.shape for name, parameter in _all_parameters(entries) if name in shapes}
     if unknown := sorted(shapes.keys() - padded.keys()):
-        raise LayoutError(f"logical_shapes: there is no parameter named {first_few(unknown)}")
+        raise LayoutError(f"logical: there is no parameter named {first_few(unknown)}")
     pieces: list[Piece] = []
     for prefix, module in _modules(entries):
         _prepare(module)
@@ -249,10 +250,19 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        elif isinstance(inner := getattr(model, "_orig_mod", None) or _inside_peft(model), nn.Module):
             model = inner
         else:
             return model
+
+
+def _inside_peft(model: nn.Module) -> nn.Module | None:
+    """The model that peft has put its layers into, if the wrapper has no parameters of its own, as prompts are."""
+    inside: Any = getattr(model, "get_base_model", None)
+    inner = inside() if hasattr(model, "peft_config") and callable(inside) else None
+    if not isinstance(inner, nn.Module) or inner is model:
+        return None
+    return inner if len(list(inner.parameters())) == len(list(model.parameters())) else None
 
 
 def _named(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -134,7 +134,9 @@ def strided(hand: Hand) -> None:
     dim = hand.rng.randrange(len(shape))
     placements = (_StridedShard(dim, split_factor=inner), Shard(dim))
     for rank in range(size):
-        runs = held_intervals(shape, (size // inner, inner), (rank // inner, rank % inner), placements)
+        runs = held_intervals(
+            [[(0, n)] for n in shape], (size // inner, inner), (rank // inner, rank % inner), placements
+        )
         local = hand.buffer(*(sum(length for _, length in held) for held in runs))
         hand.hold_all(rank, Piece.runs(hand.logical.name, local, runs, shape))
 

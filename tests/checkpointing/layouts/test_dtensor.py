@@ -31,7 +31,7 @@ def test_coordinates_of_a_mesh_tile_the_tensor(data: st.DataObject) -> None:
     placements = tuple(data.draw(st.sampled_from(kinds)) for _ in mesh)
     count = np.zeros(shape, dtype=int)
     for coordinate in product(*map(range, mesh)):
-        held = held_intervals(shape, mesh, coordinate, placements)
+        held = held_intervals([[(0, n)] for n in shape], mesh, coordinate, placements)
         for combination in product(*held):
             count[tuple(slice(start, start + length) for start, length in combination)] += 1
     replicas = np.prod([n for n, p in zip(mesh, placements, strict=True) if isinstance(p, Replicate)] or [1])
@@ -40,7 +40,7 @@ def test_coordinates_of_a_mesh_tile_the_tensor(data: st.DataObject) -> None:
 
 def test_a_partial_tensor_is_refused() -> None:
     with pytest.raises(LayoutError, match="has no single value"):
-        held_intervals((4,), (2,), (0,), (Partial(),))
+        held_intervals([[(0, 4)]], (2,), (0,), (Partial(),))
 
 
 def check_distributed(shape: tuple[int, ...], mesh_shape: tuple[int, ...], placements: list) -> bool:

@@ -270,7 +270,7 @@ def test_a_padded_vocabulary_is_stored_without_padding_and_loads_with_any(tmp_pa
     model, optimizer = padded(16)
     model(torch.arange(11)).sum().backward()
     optimizer.step()
-    name = save(tmp_path, 1, describe(model, optimizer, logical_shapes=shapes))
+    name = save(tmp_path, 1, describe(model, optimizer, logical=shapes))
     stored = read_manifest(FileStorage(tmp_path), name).tensors
     assert {n: t.shape for n, t in stored.items()} == {
         "model/weight": (11, 4),
@@ -281,14 +281,14 @@ def test_a_padded_vocabulary_is_stored_without_padding_and_loads_with_any(tmp_pa
     for rows in (11, 12, 40):
         other, state = padded(rows)
         before = other.weight.detach().clone()
-        load(tmp_path, describe(other, state, logical_shapes=shapes))
+        load(tmp_path, describe(other, state, logical=shapes))
         assert torch.equal(other.weight[:11], model.weight[:11])
         assert torch.equal(other.weight[11:], before[11:])
         assert torch.equal(state.state[other.weight]["exp_avg"][:11], optimizer.state[model.weight]["exp_avg"][:11])
     with pytest.raises(LayoutError, match="there is no parameter named embed"):
-        describe(model, logical_shapes={"embed": (11, 4)})
+        describe(model, logical={"embed": (11, 4)})
     with pytest.raises(LayoutError, match="does not hold one of shape"):
-        describe(padded(8)[0], logical_shapes=shapes)
+        describe(padded(8)[0], logical=shapes)
 
 
 def grouped(model: nn.Module, first: dict[str, Any], second: dict[str, Any]) -> torch.optim.Optimizer:
