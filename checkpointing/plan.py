@@ -69,9 +69,9 @@ def collecting_later() -> Iterator[None]:
 def layout_rows(pieces: Sequence[Piece]) -> list[Row]:
     """One rank's layout as plain values, for the other ranks. Errors here are about this rank's pieces alone."""
     tied = find_tied(pieces)
-    for name in {piece.name for piece in pieces}:
-        if flaw := flaw_of_name(name):
-            raise LayoutError(flaw)
+    names = {piece.name for piece in pieces}
+    if not all(names) or not all(map(str.isprintable, names)):  # all at once: there are many, and none is wrong
+        raise LayoutError(next(flaw for name in names if (flaw := flaw_of_name(name))))
     try:
         return [
             (p.name, tied.get(p.name, p.name), DTYPE_NAMES[t.dtype], p.global_shape, p.offset, t.shape, p.mean)

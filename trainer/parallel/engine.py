@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -21,23 +22,24 @@ class TrainingEngine(Protocol):
     data_rank: int  # which share of the global batch this rank computes, of `data_size` shares
     data_size: int
 
-    def forward_backward(self, batch: Batch, weight: float, *, last: bool, key: int) -> torch.Tensor:
-        """Add `weight` times the gradient of the summed loss of one logical micro-batch; return that sum, detached.
+    def accumulate(self, micro_batches: Sequence[tuple[int, Batch]], weight: float) -> torch.Tensor:
+        """Add `weight` times the gradient of the summed loss of this rank's logical micro-batches of one step.
 
-        `last` marks the rank's last micro-batch of the step; `key` starts its random draws.
+        Each comes with the key that starts its random draws. Returns the summed loss, detached (float64, one element);
+        zero on ranks that do not compute it, so that `reduce` gives that of all.
         """
 
     def step(self, lr: float) -> torch.Tensor:
         """Sum gradients over ranks, clip, update, clear; return the norm before clipping (0-dimensional)."""
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """The summed loss of a batch in evaluation mode, on this rank."""
+    def loss(self, batches: Sequence[Batch]) -> torch.Tensor:
+        """The summed loss of batches in evaluation mode, as `accumulate` returns it."""
 
     def reduce(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of a small tensor over the shares of the global batch, in place."""
+        """The sum of a small tensor over the ranks that compute a share of it, in place."""
 
-    def module(self) -> nn.Module:
-        """The model to call in evaluation; all ranks must call it together."""
+    def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Of the token that follows `tokens` (of shape [samples, positions]), in evaluation mode, on all ranks."""
 
     def pieces(self) -> list[Piece]:
         """Everything that training changes or depends on, for the checkpoint."""
