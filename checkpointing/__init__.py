@@ -21,7 +21,15 @@ from checkpointing.errors import (
     VersionError,
 )
 from checkpointing.geometry import Box, External, Piece
-from checkpointing.layouts import Held, describe, materialize, param_groups, pieces_of, restore_param_groups
+from checkpointing.layouts import (
+    Held,
+    describe,
+    materialize,
+    param_groups,
+    parameter_names,
+    pieces_of,
+    restore_param_groups,
+)
 from checkpointing.restore import load
 from checkpointing.retention import Keep, prune
 from checkpointing.tensors import external_of
@@ -47,6 +55,7 @@ __all__ = [
     "load",
     "materialize",
     "param_groups",
+    "parameter_names",
     "pieces_of",
     "prune",
     "restore_param_groups",

@@ -156,6 +156,9 @@ class Engine(Enum):
     torch = "torch"
 
 
+PipelineSchedule = Enum("PipelineSchedule", ["gpipe", "1f1b", "interleaved"])
+
+
 @dataclass
 class Parallel:
     """Degrees multiply to the number of processes; -1 in at most one place fills the world."""
@@ -163,6 +166,12 @@ class Parallel:
     engine: Engine = Engine.torch
     dp_replicate: Optional[int] = None  # whole copies (DDP); unset: -1, or 1 where dp_shard is -1
     dp_shard: int = 1  # ways to shard parameters, gradients and optimizer (FSDP2)
+    tp: int = 1  # ways to split the heads, the inner width and the vocabulary of every layer (tensor parallel)
+    pp: int = 1  # stages that the layers are dealt to (pipeline parallel)
+    cp: int = 1  # context parallel: not supported yet
+    ep: int = 1  # expert parallel: not supported yet
+    pp_schedule: PipelineSchedule = PipelineSchedule["1f1b"]  # interleaved: two stages a process
+    activation_checkpointing: bool = False  # compute a layer's forward again in its backward, rather than keep it
     local_batch: Optional[int] = None  # samples in memory at a time; splits a micro-batch, not its result
 
 

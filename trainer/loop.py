@@ -72,7 +72,7 @@ def train_step(config: Config, engine: TrainingEngine, feed: Feed, step: int) ->
         "tokens_per_s": share.num_tokens / step_s,
         "step_s": step_s,
         "blocked_s": 0.0,
-        "world_size": engine.data_size,
+        "world_size": engine.world_size,
     }
     if config.data.log_ids:
         row["sample_ids"] = consumed_ids(share)
@@ -81,10 +81,8 @@ def train_step(config: Config, engine: TrainingEngine, feed: Feed, step: int) ->
 
 def optimize(engine: TrainingEngine, share: Share, lr: float, key: int) -> tuple[float, float]:
     """One optimizer step: the mean loss over the global batch's targets, and the gradient's norm before clipping."""
-    loss_sum = torch.zeros(1, dtype=torch.float64, device=engine.device)
-    for turn, (number, batch) in enumerate(share.micro_batches, start=1):
-        last = turn == len(share.micro_batches)
-        loss_sum += engine.forward_backward(batch, 1 / share.num_targets, last=last, key=derive(key, number))
+    micro_batches = [(derive(key, number), batch) for number, batch in share.micro_batches]
+    loss_sum = engine.accumulate(micro_batches, 1 / share.num_targets)
     norm = engine.step(lr)
     # Both leave the device together: the only wait for it in a step.
     loss, grad_norm = torch.cat([engine.reduce(loss_sum) / share.num_targets, norm.double().reshape(1)]).tolist()
@@ -103,9 +101,7 @@ def check_finite(row: dict[str, Any]) -> None:
 
 def evaluate(engine: TrainingEngine, share: Share) -> float:
     """The mean loss over the targets of a share's samples, on all ranks."""
-    total = torch.zeros(1, dtype=torch.float64, device=engine.device)
-    for _, batch in share.micro_batches:
-        total += engine.loss(batch)
+    total = engine.loss([batch for _, batch in share.micro_batches])
     return float(engine.reduce(total).item()) / share.num_targets
 
 

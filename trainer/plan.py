@@ -6,6 +6,7 @@ The plan is printed at the start; `dry_run=true` stops after it.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import prod
 
 from torch import nn
 
@@ -17,49 +18,69 @@ from trainer.errors import Refused
 class Topology:
     """The parallel degrees; their product is the number of processes."""
 
-    dp_replicate: int
-    dp_shard: int
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+    pp: int = 1
 
     @property
     def data_size(self) -> int:
         """How many shares the global batch is dealt into."""
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def size(self) -> int:
+        return self.pp * self.data_size * self.tp
+
     def __str__(self) -> str:
-        if self.data_size == 1:
+        if self.size == 1:
             return "one process"
-        kind = "DDP" if self.dp_shard == 1 else "FSDP2" if self.dp_replicate == 1 else "FSDP2 with replicas"
-        return f"{kind}, dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard}"
+        data = "DDP" if self.dp_shard == 1 else "FSDP2" if self.dp_replicate == 1 else "FSDP2 with replicas"
+        kinds = [data] if self.data_size > 1 else []
+        kinds += ["tensor parallel"] if self.tp > 1 else []
+        kinds += ["pipeline"] if self.pp > 1 else []
+        degrees = {name: degree for name, degree in asdict(self).items() if degree > 1 or name.startswith("dp_")}
+        return f"{' and '.join(kinds)}, {' x '.join(f'{name} {degree}' for name, degree in degrees.items())}"
 
 
 def resolve_topology(parallel: Parallel, world_size: int) -> Topology:
     """The degrees for this many processes. `Refused` if they cannot fill the world exactly."""
-    shard = parallel.dp_shard
-    replicate = parallel.dp_replicate if parallel.dp_replicate is not None else (1 if shard == -1 else -1)
-    given = {"parallel.dp_replicate": replicate, "parallel.dp_shard": shard}
-    for key, degree in given.items():
+    for key, what in (("cp", "context"), ("ep", "expert")):
+        if (degree := getattr(parallel, key)) != 1:
+            raise Refused(
+                f"parallel.{key}={degree}: {what} parallelism is not supported. "
+                f"Type parallel.{key}=1 and parallel.tp={degree}."
+            )
+    degrees = {"tp": parallel.tp, "pp": parallel.pp, "dp_shard": parallel.dp_shard}
+    rest = 1 if -1 in degrees.values() else -1
+    degrees["dp_replicate"] = parallel.dp_replicate if parallel.dp_replicate is not None else rest
+    for key, degree in degrees.items():
         if degree < 1 and degree != -1:
-            raise Refused(f"{key}={degree} must be at least 1, or -1 to fill the world. Type {key}=1.")
-    if replicate == shard == -1:
-        raise Refused("Only one degree can fill the world. Type parallel.dp_replicate=1 or parallel.dp_shard=1.")
-    filled = -1 in (replicate, shard)
-    known = max(replicate, shard) if filled else replicate * shard
+            raise Refused(
+                f"parallel.{key}={degree} must be at least 1, or -1 to fill the world. Type parallel.{key}=1."
+            )
+    filled = [key for key, degree in degrees.items() if degree == -1]
+    if len(filled) > 1:
+        choices = " or ".join(f"parallel.{key}=1" for key in sorted(filled))
+        raise Refused(f"Only one degree can fill the world. Type {choices}.")
+    known = prod(degree for degree in degrees.values() if degree != -1)
     if world_size % known if filled else world_size != known:
-        product = " x ".join(f"{key}={degree}" for key, degree in given.items() if degree != -1)
+        product = " x ".join(f"parallel.{key}={degree}" for key, degree in sorted(degrees.items()) if degree != -1)
         raise Refused(
             f"{product} does not {'divide' if filled else 'make up'} the {world_size} process(es) of this run. "
-            f"Type {_fitting(world_size, shard)}, or start {'a multiple of ' if filled else ''}{known} processes."
+            f"Type {_fitting(world_size, degrees)}, or start {'a multiple of ' if filled else ''}{known} processes."
         )
-    if replicate == -1:
-        replicate = world_size // shard
-    elif shard == -1:
-        shard = world_size // replicate
-    return Topology(replicate, shard)
+    return Topology(**{key: world_size // known if degree == -1 else degree for key, degree in degrees.items()})
 
 
-def _fitting(world_size: int, shard: int) -> str:
-    shard = next(n for n in range(min(max(shard, 1), world_size), 0, -1) if world_size % n == 0)
-    return f"parallel.dp_replicate={world_size // shard} parallel.dp_shard={shard}"
+def _fitting(world_size: int, wanted: dict[str, int]) -> str:
+    """Degrees that make up the world: each as near to what was wanted as the others leave room for."""
+    found, left = {}, world_size
+    for key in ("tp", "pp", "dp_shard"):
+        found[key] = next(n for n in range(min(max(wanted[key], 1), left), 0, -1) if left % n == 0)
+        left //= found[key]
+    found = {"dp_replicate": left, "dp_shard": found["dp_shard"]} | {k: found[k] for k in ("tp", "pp") if wanted[k] > 1}
+    return " ".join(f"parallel.{key}={degree}" for key, degree in found.items())
 
 
 @dataclass(frozen=True)
@@ -161,7 +182,7 @@ def describe_run(
     rate = f"lr {config.optimizer.lr:g} after {schedule.warmup_steps} steps of warm-up, then {schedule.curve.name}"
     return [
         ("model", f"{choice_of(config, 'model')}, {total:,} parameters; {method}"),
-        ("processes", f"{topology.data_size} on {device}: {topology}; precision={config.precision.compute.name}"),
+        ("processes", f"{topology.size} on {device}: {topology}; precision={config.precision.compute.name}"),
         ("batch", f"{batch.global_batch} samples = {split}; {tokens}"),
         ("steps", f"{train.steps}; AdamW, {rate}"),
         ("memory", f"about {_megabytes(memory.total)} a process: {parts}"),

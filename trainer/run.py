@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import uuid
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,9 +25,9 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import Refused
 from trainer.loop import Progress, train
 from trainer.methods import apply_method
-from trainer.models import architecture, build_model, load_tokenizer
+from trainer.models import architecture, blocks, build_model, load_tokenizer
 from trainer.parallel.engine import TrainingEngine, make_engine
-from trainer.parallel.torch_engine import blocks
+from trainer.parallel.tensor import check_splittable
 from trainer.parallel.world import World, pick_device, process_group
 from trainer.plan import Topology, describe_run, plan_batch, plan_memory, resolve_topology
 from trainer.resume import Start, check_state, decide
@@ -78,6 +79,8 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
     corpus = load_corpus(config.data, tokenizer, config.train.seq_len)
     model = build(config, "meta")
     check_vocabulary(corpus, model)
+    if topology.tp > 1:
+        check_splittable(model, topology.tp)
     memory = plan_memory(config, model, topology, max(map(count, blocks(model)), default=count(model)))
     epoch = len(corpus.train) / config.train.global_batch
     held_out = f"{len(corpus.held_out):,} held out"
@@ -186,8 +189,9 @@ def show_sample(job: Job, engine: TrainingEngine) -> None:
         return
     dataset = job.corpus.held_out if len(job.corpus.held_out) else job.corpus.train
     try:
+        room = getattr(getattr(job.shapes, "config", None), "max_position_embeddings", None) or sys.maxsize
         prompt, text = sample_text(
-            engine, job.tokenizer, dataset, job.config.eval.generate_tokens, job.config.train.seed
+            engine, job.tokenizer, dataset, job.config.eval.generate_tokens, job.config.train.seed, room
         )
     except Exception as error:
         if job.world.rank == 0:

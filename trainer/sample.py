@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
 from trainer.data.dataset import Dataset
@@ -12,28 +10,26 @@ from trainer.elastic.randomness import reseed
 from trainer.parallel.engine import TrainingEngine
 
 PROMPT_TOKENS = 48
+TEMPERATURE = 0.7
 
 
 def sample_text(
-    engine: TrainingEngine, tokenizer: Tokenizer, dataset: Dataset, num_tokens: int, seed: int
+    engine: TrainingEngine, tokenizer: Tokenizer, dataset: Dataset, num_tokens: int, seed: int, room: int
 ) -> tuple[str, str]:
-    """A prompt from a dataset's first sample, and how the model goes on. Collective: all ranks draw the same tokens."""
-    model = engine.module().eval()
-    room = getattr(getattr(model, "config", None), "max_position_embeddings", None) or sys.maxsize
+    """A prompt from a dataset's first sample, and how the model goes on within `room` positions.
+
+    Collective: all ranks draw the same tokens.
+    """
     start = choose_prompt(dataset, tokenizer.eos, min(PROMPT_TOKENS, max(1, room - num_tokens)))
-    num_tokens = max(1, min(num_tokens, room - len(start)))
     prompt = torch.as_tensor(start.astype("int64"), device=engine.device)[None]
     reseed(seed, "sample")
-    with torch.no_grad():
-        written = model.generate(  # type: ignore[operator]  # every causal language model of transformers has it
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=num_tokens,
-            do_sample=True,
-            temperature=0.7,
-            pad_token_id=tokenizer.eos,
-        )
-    model.train()
+    written = prompt
+    for _ in range(max(1, min(num_tokens, room - len(start)))):
+        chances = torch.softmax(engine.next_logits(written).float() / TEMPERATURE, dim=-1)
+        chosen = torch.multinomial(chances.cpu(), 1).to(engine.device)
+        written = torch.cat([written, chosen], dim=1)
+        if chosen.item() == tokenizer.eos:
+            break
     return tokenizer.decode(prompt[0].tolist()), tokenizer.decode(written[0, prompt.shape[1] :].tolist())
 
 

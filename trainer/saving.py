@@ -81,7 +81,7 @@ class Saver:
             "step": step,
             "tokens": tokens,
             "run_id": self.run_id,
-            "world_size": self.engine.data_size,
+            "world_size": self.engine.world_size,
             "fingerprint": self.fingerprint,
             "architecture": self.architecture,
             "config": as_json(self.config),

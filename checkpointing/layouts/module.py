@@ -62,6 +62,11 @@ def describe(
     return pieces
 
 
+def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter by the name that `describe` gives it, without its prefix; a tied one by all its names."""
+    return {name: p for name, p in _parameters(_unwrapped(model), "") if isinstance(p, nn.Parameter)}
+
+
 def param_groups(model: nn.Module | Mapping[str, Entry], optimizer: Optimizer | None = None) -> dict[str, Any]:
     """The options of all param groups by the names of their parameters, as plain JSON for `objects`.
 

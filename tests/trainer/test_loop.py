@@ -23,23 +23,23 @@ class Recorder:
     """An engine whose loss is one nat a target."""
 
     device = torch.device("cpu")
-    data_rank, data_size = 0, 1
+    world_size, data_rank, data_size = 1, 0, 1
 
     def __init__(self, norm: float = 0.5) -> None:
         self.calls: list[dict[str, Any]] = []
         self.rates: list[float] = []
         self.norm = norm
 
-    def forward_backward(self, batch: Any, weight: float, *, last: bool, key: int) -> torch.Tensor:
-        self.calls.append({"ids": batch.ids.tolist(), "weight": weight, "last": last, "key": key})
-        return self.loss(batch)
+    def accumulate(self, micro_batches: Any, weight: float) -> torch.Tensor:
+        self.calls += [{"ids": batch.ids.tolist(), "weight": weight, "key": key} for key, batch in micro_batches]
+        return self.loss([batch for _, batch in micro_batches])
 
     def step(self, lr: float) -> torch.Tensor:
         self.rates.append(lr)
         return torch.tensor(self.norm)
 
-    def loss(self, batch: Any) -> torch.Tensor:
-        return (batch.labels >= 0).sum().float()
+    def loss(self, batches: Any) -> torch.Tensor:
+        return torch.stack([(batch.labels >= 0).sum() for batch in batches]).sum().double().reshape(1)
 
     def reduce(self, values: torch.Tensor) -> torch.Tensor:
         return values
@@ -75,7 +75,6 @@ def test_what_a_step_asks_of_the_engine() -> None:
     engine, sinks = Recorder(), Sinks()
     done = Progress()
     train(config, engine, feed, held_out, sinks, sinks, done)  # type: ignore[arg-type]
-    assert [call["last"] for call in engine.calls] == [False, False, True] * 5
     for step in range(1, 6):
         share, calls = feed.step(step), engine.calls[3 * step - 3 : 3 * step]
         assert all(call["weight"] == 1 / share.num_targets for call in calls)  # by the count of the global batch
@@ -133,8 +132,8 @@ def test_what_is_not_finite_is_neither_reported_nor_saved(norm: float) -> None:
 
 def test_the_held_out_loss_weighs_targets_and_not_samples() -> None:
     class ByLength(Recorder):
-        def loss(self, batch: Any) -> torch.Tensor:
-            return (batch.labels >= 0).sum().float() * len(batch.ids)
+        def loss(self, batches: Any) -> torch.Tensor:
+            return torch.tensor([sum((batch.labels >= 0).sum().item() * len(batch.ids) for batch in batches)])
 
     parts = [SimpleNamespace(ids=[0] * n, labels=torch.zeros(n, 2)) for n in (1, 3)]
     share = SimpleNamespace(micro_batches=list(enumerate(parts)), num_targets=8)

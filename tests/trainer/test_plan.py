@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from trainer.compose import compose
 from trainer.config import Parallel
 from trainer.errors import Refused
-from trainer.parallel.torch_engine import blocks, make_optimizer
+from trainer.models import blocks
+from trainer.parallel.optimizing import make_optimizer
 from trainer.plan import Topology, plan_batch, plan_memory, resolve_topology
 from trainer.run import build, count
 

@@ -23,7 +23,7 @@ class Scene:
     def __init__(self, directory: Path) -> None:
         self.told: list[str] = []
         self.directory = directory
-        self.data_size = 3
+        self.world_size = 3
         self.taken_over = False
 
     def pieces(self) -> list[Piece]:

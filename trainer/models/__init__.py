@@ -7,6 +7,7 @@ import json
 import torch
 import xxhash
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 from trainer.config import HuggingFace, Model, TinyLlama
 from trainer.data.tokenizer import Tokenizer
@@ -49,3 +50,14 @@ def draws_randomness(model: nn.Module) -> bool:
     return any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or any(
         isinstance(value, float) and value > 0 for key, value in settings.items() if "drop" in key
     )
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a model, by the class names that transformers lists as indivisible, as wrapped."""
+    names = {name for m in model.modules() for name in getattr(m, "_no_split_modules", None) or ()}
+    wrapped = {m._checkpoint_wrapped_module for m in model.modules() if isinstance(m, CheckpointWrapper)}
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, CheckpointWrapper) or (type(m).__name__.removeprefix("FSDP") in names and m not in wrapped)
+    ]

@@ -19,6 +19,7 @@ class TrainingEngine(Protocol):
     """One model and its optimizer, on all ranks. Every method is collective: all ranks call it, in the same order."""
 
     device: torch.device
+    world_size: int  # processes of the run
     data_rank: int  # which share of the global batch this rank computes, of `data_size` shares
     data_size: int
 

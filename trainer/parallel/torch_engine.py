@@ -1,26 +1,32 @@
-"""The engine of plain torch: one process, DDP, FSDP2, or FSDP2 with replicas (HSDP)."""
+"""The engine of plain torch: DDP, FSDP2, HSDP, tensor and pipeline parallelism, and their products.
+
+They are put together outside the model, in this order: the pipeline's stages are cut out, tensor-parallel ranks keep
+their share of every layer, layers are checkpointed, and what is left is sharded or replicated over the data.
+"""
 
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from checkpointing import Piece, describe
+from checkpointing import Piece, describe, parameter_names
 from trainer.config import Compute, Config
-from trainer.config import Optimizer as OptimizerConfig
-from trainer.data.dataset import IGNORE, Batch
-from trainer.elastic.randomness import reseed
+from trainer.data.dataset import Batch
+from trainer.models import blocks
+from trainer.parallel.computing import Draws, logits_of, parts_of, summed_loss
+from trainer.parallel.mesh import Mesh
+from trainer.parallel.optimizing import make_optimizer
+from trainer.parallel.tensor import Cuts, cut
 from trainer.parallel.world import World
 from trainer.plan import Topology
 
@@ -32,68 +38,83 @@ class TorchEngine:
     def __init__(
         self, config: Config, model: nn.Module, topology: Topology, world: World, device: torch.device
     ) -> None:
-        self.device = device
-        self.data_rank, self.data_size = world.rank, world.size
+        self.device, self.world_size = device, world.size
+        self._mesh = Mesh.of(topology, world.rank, device)
+        self.data_rank, self.data_size = self._mesh.data_rank, topology.data_size
         self._local_batch = config.parallel.local_batch
         self._clip = config.optimizer.clip
         self._bf16 = config.precision.compute is Compute.bf16
         self._bare = model
-        self._model = _distribute(self._bare, topology, device)
-        self._optimizer = make_optimizer(self._bare, config.optimizer)
+        tensor_group = self._mesh.group("tp")
+        self._cuts = cut(model, tensor_group) if tensor_group is not None else Cuts()
+        if config.parallel.activation_checkpointing:
+            checkpoint_blocks(model)
+        self._draws = Draws(blocks(model), model)
+        self._model = distribute(model, self._mesh, device)
+        self._optimizer = make_optimizer(model, config.optimizer)
 
-    def forward_backward(self, batch: Batch, weight: float, *, last: bool, key: int) -> torch.Tensor:
-        batch = batch.to(self.device)
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
-        parts = list(batch.split(self._local_batch))
-        for number, part in enumerate(parts):
-            reseed(key, number)
-            with self._synchronise(last and number == len(parts) - 1):
-                loss = self._summed_loss(self._model, part)
+    def accumulate(self, micro_batches: Sequence[tuple[int, Batch]], weight: float) -> torch.Tensor:
+        total = torch.zeros(1, device=self.device, dtype=torch.float64)
+        parts = list(parts_of(micro_batches, self._local_batch, self.device))
+        for turn, part in enumerate(parts, start=1):
+            self._draws.start(part)
+            with self._synchronise(turn == len(parts)):
+                loss = summed_loss(logits_of(self._model, part.batch.inputs, bf16=self._bf16), part.batch.labels)
                 # DDP and FSDP2 take the mean over ranks: this makes it the sum.
                 (loss * (weight * self.data_size)).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
     def step(self, lr: float) -> torch.Tensor:
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        named = {p: name for name, p in reversed(parameter_names(self._bare).items())}  # a tied one once
+        gradients = {name: p.grad for p, name in named.items() if p.grad is not None}
+        if (holders := self._mesh.group("dp_shard", "tp")) is not None:
+            self._cuts.add_up(gradients, holders)
+        norm = self._norm(gradients)
         if self._clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
+            factor = (self._clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([local_of(gradient) for gradient in gradients.values()], factor)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        model = self.module().eval()
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
-        with torch.no_grad():
-            for part in batch.to(self.device).split(self._local_batch):
-                total += self._summed_loss(model, part)
-        model.train()
+    def loss(self, batches: Sequence[Batch]) -> torch.Tensor:
+        total = torch.zeros(1, device=self.device, dtype=torch.float64)
+        with self._evaluating() as model:
+            for part in parts_of([(0, batch) for batch in batches], self._local_batch, self.device):
+                total += summed_loss(logits_of(model, part.batch.inputs, bf16=self._bf16), part.batch.labels)
         return total
 
     def reduce(self, values: torch.Tensor) -> torch.Tensor:
-        if self.data_size > 1:
-            dist.all_reduce(values)
-        return values
+        return self._mesh.sum(values, "dp_replicate", "dp_shard")
 
-    def module(self) -> nn.Module:
-        # Without gradients DDP has nothing to add; FSDP2 lives inside the module itself.
-        return self._bare
+    def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        with self._evaluating() as model:
+            return logits_of(model, tokens, bf16=self._bf16)[:, -1]
 
     def pieces(self) -> list[Piece]:
-        return describe(self._bare, self._optimizer)
+        return describe(self._bare, self._optimizer, logical=self._cuts.held)
 
     def publish(self) -> None:
         """Nothing here is derived from the pieces: masters are what computes."""
 
-    def _summed_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16):
-            logits = model(input_ids=batch.inputs, use_cache=False).logits
-        return cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    def _norm(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The norm of the whole gradient, of which every rank counts its part."""
+        first = self._mesh.at("tp") == 0
+        parts = [local_of(part) for name, g in gradients.items() for part in self._cuts.counted(name, g, first)]
+        norms = torch._foreach_norm(parts) if parts else []
+        squares = torch.stack([torch.zeros((), device=self.device, dtype=torch.float64), *norms]).square().sum()
+        return self._mesh.sum(squares, "dp_shard", "tp").sqrt().float()
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[nn.Module]:
+        """The model to call; without gradients DDP has nothing to add, and FSDP2 lives inside the module itself."""
+        self._bare.eval()
+        with torch.no_grad():
+            yield self._bare
+        self._bare.train()
 
     def _synchronise(self, now: bool) -> AbstractContextManager[object]:
         """DDP reduces gradients once a step. FSDP2 reduces them each time, so that only shards of them are kept."""
@@ -102,36 +123,32 @@ class TorchEngine:
         return nullcontext()
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over what trains; matrices decay, norms and biases do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        fused=True,
-    )
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _distribute(model: nn.Module, topology: Topology, device: torch.device) -> nn.Module:
-    """The model as it is called for training under this topology, on its device."""
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Compute each layer again in its backward (Chen et al. 2016, arXiv:1604.06174)."""
+    layers = set(blocks(model))
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in layers:
+                setattr(parent, name, checkpoint_wrapper(child))
+
+
+def distribute(model: nn.Module, mesh: Mesh, device: torch.device) -> nn.Module:
+    """The model as it is called for training, sharded or replicated over the data, on its device."""
+    topology = mesh.topology
     if topology.dp_shard > 1:
-        mesh = init_device_mesh(
-            device.type, (topology.dp_replicate, topology.dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
-        )
-        mesh = mesh if topology.dp_replicate > 1 else mesh["dp_shard"]
+        assert mesh.whole is not None
+        data = mesh.whole["dp_replicate", "dp_shard"] if topology.dp_replicate > 1 else mesh.whole["dp_shard"]
         # Each block moves to the device as it is sharded, so that the device never holds the whole model.
         for block in blocks(model):
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=data)
         # The root is the model inside peft's wrapper: generating calls that one, past the wrapper's forward.
         root = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
         assert len(list(root.parameters())) == len(list(model.parameters())), "a wrapper has parameters of its own"
-        fully_shard(root, mesh=mesh)
+        fully_shard(root, mesh=data)
         return model
     model = model.to(device)
     if topology.dp_replicate > 1:
@@ -140,12 +157,11 @@ def _distribute(model: nn.Module, topology: Topology, device: torch.device) -> n
         if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
             option = "forward_sync_buffers"
         leave_buffers: dict[str, Any] = {option: False}
-        device_ids = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **leave_buffers)
+        return DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            process_group=mesh.group("dp_replicate"),
+            gradient_as_bucket_view=True,
+            **leave_buffers,
+        )
     return model
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a model, by the class names that transformers lists as indivisible."""
-    names = {name for m in model.modules() for name in getattr(m, "_no_split_modules", None) or ()}
-    return [m for m in model.modules() if type(m).__name__ in names and not isinstance(m, FSDPModule)]

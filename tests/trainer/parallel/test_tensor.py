@@ -1,0 +1,167 @@
+"""Tensor parallelism: every family computes, split over ranks, what it does whole; what cannot be split is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.trainer.parallel.test_torch_engine import train_steps, whole
+from tests.trainer.parallel.zoo import MODELS, save_model
+from tests.worlds import WORLD
+from trainer.compose import compose
+from trainer.errors import Refused
+from trainer.parallel import families, tensor
+from trainer.parallel.tensor import balanced, check_splittable, share_of
+from trainer.run import build
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    top = tmp_path_factory.mktemp("models")
+    for name in MODELS:
+        save_model(top / name, name)
+    return top
+
+
+def overrides(directory: Path, name: str) -> list[str]:
+    return ["train.global_batch=6", "train.micro_batch=2", "model=hf", f"model.path={directory / name}"]
+
+
+LAYOUTS = [
+    (2, ["parallel.tp=2"]),
+    (3, ["parallel.tp=3"]),
+    (4, ["parallel.tp=2", "parallel.dp_shard=2"]),
+    (4, ["parallel.tp=2", "parallel.dp_replicate=2"]),
+]
+
+
+def assert_alike(results: list[dict], alone: dict) -> None:
+    for result in results:
+        np.testing.assert_allclose(result["rows"], alone["rows"], rtol=2e-5)
+        assert result["eval"] == pytest.approx(alone["eval"], rel=1e-5)
+    model = whole(results)
+    assert model.keys() == {name for name, *_ in alone["parts"]}
+    for name, _, shape, part in alone["parts"]:
+        assert model[name].shape == shape and np.isfinite(model[name]).all()
+        np.testing.assert_allclose(model[name], part, atol=4e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_trains_split_as_it_does_whole(directory: Path, name: str) -> None:
+    common = overrides(directory, name)
+    alone = train_steps(common, 3)
+    # Every family is split evenly and unevenly, and sharded further; which layouts do it takes turns.
+    number = list(MODELS).index(name)
+    for size, layout in (LAYOUTS[number % 2], LAYOUTS[2 + number % 2]):
+        assert_alike(WORLD.run(train_steps, size, [*common, *layout], 3), alone)
+
+
+def test_adapters_are_split_with_the_layers_they_adapt(directory: Path) -> None:
+    for name in ("llama_tied", "gpt2", "phi3"):
+        common = [*overrides(directory, name), "method=lora", "method.r=3"]
+        alone = train_steps(common, 3)
+        assert any("lora_A" in part for part, *_ in alone["parts"])
+        assert_alike(WORLD.run(train_steps, 4, [*common, "parallel.tp=2", "parallel.dp_shard=2"], 3), alone)
+
+
+def train_wrongly(overrides: list[str], what: str) -> dict:
+    """With one part of the mechanism broken."""
+    if what == "gradients of what all ranks share are not added up":
+        tensor.Cuts.add_up = lambda *_: None  # type: ignore[method-assign,assignment]
+    elif what == "every rank counts its copy in the norm":
+        tensor.Cuts.counted = lambda _, name, gradient, first: iter([gradient])  # type: ignore[method-assign,assignment]
+    return train_steps(overrides, 3)
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["gradients of what all ranks share are not added up", "every rank counts its copy in the norm"],
+)
+def test_the_comparison_sees_what_is_broken(directory: Path, what: str) -> None:
+    common = overrides(directory, "gemma")
+    with pytest.raises(AssertionError):
+        assert_alike(WORLD.run(restored, 2, [*common, "parallel.tp=2"], what), train_steps(common, 3))
+
+
+def restored(overrides: list[str], what: str) -> dict:
+    before = tensor.Cuts.add_up, tensor.Cuts.counted
+    try:
+        return train_wrongly(overrides, what)
+    finally:
+        tensor.Cuts.add_up, tensor.Cuts.counted = before  # type: ignore[method-assign]
+
+
+def built(directory: Path, name: str, *more: str) -> torch.nn.Module:
+    return build(compose([*overrides(directory, name), "train.seq_len=12", *more]), "meta")
+
+
+def test_what_cannot_be_split_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_splittable(built(directory, "gemma"), 3)
+    with pytest.raises(Refused, match=r"Type parallel\.tp=3"):
+        check_splittable(built(directory, "gemma"), 4)
+    for more in (["method=lora", "method.dropout=0.1"],):
+        with pytest.raises(Refused, match="does not go with dropout inside of layers"):
+            check_splittable(built(directory, "llama", *more), 2)
+    with pytest.raises(Refused, match="does not go with dropout inside of layers"):
+        check_splittable(build(compose(["model.dropout=0.1"]), "meta"), 2)
+    monkeypatch.delitem(families.FAMILIES, "llama")
+    with pytest.raises(Refused, match=r"no plan to split a llama model .* Type parallel\.tp=1"):
+        check_splittable(built(directory, "llama"), 2)
+
+
+def test_a_plan_that_computes_something_else_is_found_at_the_start(directory: Path) -> None:
+    common = [*overrides(directory, "mistral"), "parallel.tp=2"]
+    for said in WORLD.run(swapped, 2, common):
+        assert "computes something else than it did whole" in said
+
+
+def swapped(overrides: list[str]) -> str:
+    """With the heads of keys taken in another order than those of queries."""
+    before = tensor.share_of
+
+    def wrong(heads: int, kv: int, size: int, ranks: int, at: int) -> tensor.Share:
+        share, other = before(heads, kv, size, ranks, at), before(heads, kv, size, ranks, ranks - 1 - at)
+        start = min(other.kv_heads[0], kv - share.kv_heads[1])
+        return tensor.Share(share.heads, (start, share.kv_heads[1]), heads, kv, size, share.first)
+
+    tensor.share_of = wrong
+    try:
+        train_steps(overrides, 1)
+    except Refused as refused:
+        return str(refused)
+    finally:
+        tensor.share_of = before
+    return "was not refused"
+
+
+@given(st.integers(1, 12), st.integers(1, 8), st.integers(1, 16))
+def test_shares_hold_every_head_once_and_its_keys(group: int, kv: int, size: int) -> None:
+    heads = group * kv
+    try:
+        shares = [share_of(heads, kv, 4, size, at) for at in range(size)]
+    except Refused as refused:
+        assert size > kv and "Type parallel.tp=" in str(refused)
+        fitting = int(str(refused).split("Type parallel.tp=")[1].rstrip("."))
+        assert all(share_of(heads, kv, 4, fitting, at) for at in range(fitting))  # what it says to type works
+        return
+    held = [head for share in shares for head in range(share.heads[0], sum(share.heads))]
+    assert held == list(range(heads))
+    counted = [head for s in shares if s.first for head in range(s.kv_heads[0], sum(s.kv_heads))]
+    assert counted == list(range(kv))
+    for share in shares:
+        (start, length), (first, kv_length) = share.heads, share.kv_heads
+        assert length > 0 and length % kv_length == 0  # the heads that one serves are as many for each
+        serving = [first + n // (length // kv_length) for n in range(length)]
+        assert serving == [head // group for head in range(start, start + length)]
+
+
+@given(st.integers(0, 50), st.integers(1, 9))
+def test_balanced_shares_follow_one_another(count: int, size: int) -> None:
+    shares = [balanced(count, size, at) for at in range(size)]
+    assert [n for start, length in shares for n in range(start, start + length)] == list(range(count))
+    assert max(length for _, length in shares) - min(length for _, length in shares) <= 1

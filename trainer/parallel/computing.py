@@ -1,0 +1,69 @@
+"""What every engine computes: a model called on part of a logical micro-batch, its summed loss, its random draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from trainer.data.dataset import IGNORE, Batch
+from trainer.elastic.randomness import reseed
+from trainer.models import draws_randomness
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is computed at a time: a micro-batch, or part `number` of one that is split; `key` starts its draws."""
+
+    batch: Batch
+    key: int
+    number: int
+
+
+def parts_of(
+    micro_batches: Sequence[tuple[int, Batch]], local_batch: int | None, device: torch.device
+) -> Iterator[Part]:
+    for key, batch in micro_batches:
+        for number, part in enumerate(batch.to(device).split(local_batch)):
+            yield Part(part, key, number)
+
+
+def logits_of(model: nn.Module, inputs: torch.Tensor, *, bf16: bool) -> torch.Tensor:
+    with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=bf16):
+        logits: torch.Tensor = model(input_ids=inputs, use_cache=False).logits
+    return logits
+
+
+def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The sum over the targets, in fp32; `logits` of shape [samples, positions, vocabulary]."""
+    return cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+class Draws:
+    """Random draws of a forward keyed by micro-batch, part and layer, so that no layout changes them.
+
+    A layer starts at a key of its own: where a pipeline's stage computes only some layers, they draw the same.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], model: nn.Module) -> None:
+        """`layers` are all of the model's, in their order, also those that other ranks compute."""
+        self._key, self._number = 0, 0
+        if draws_randomness(model):
+            for index, layer in enumerate(layers):
+                layer.register_forward_pre_hook(self._before(index))
+
+    def start(self, part: Part) -> None:
+        """What follows belongs to this part."""
+        self._key, self._number = part.key, part.number
+        reseed(part.key, part.number)
+
+    def _before(self, index: int) -> Any:
+        def hook(layer: nn.Module, _: Any) -> None:
+            if layer.training:
+                reseed(self._key, self._number, index)
+
+        return hook

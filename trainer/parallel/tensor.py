@@ -1,0 +1,422 @@
+"""Tensor parallelism: every rank keeps a share of the heads, of the inner width and of the vocabulary of each layer.
+
+After Shoeybi et al. 2019 (arXiv:1909.08053), with whole heads and shares of different sizes, so that no dimension has
+to be divisible and nothing is padded. Which tensors are cut is told by `families.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from checkpointing import Held, Piece, parameter_names, pieces_of
+from checkpointing.geometry import Interval
+from trainer.errors import Refused
+from trainer.models import blocks
+from trainer.parallel.families import FAMILIES, INNER, KV, QKV, Family, Units
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The query and key-value heads of one rank, as ranges of the model's, of `head_size` elements each.
+
+    Where there are fewer key-value heads than ranks, several ranks hold a copy of one, and `first` is one of them.
+    """
+
+    heads: Interval
+    kv_heads: Interval
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    first: bool
+
+
+def share_of(num_heads: int, num_kv_heads: int, head_size: int, size: int, at: int) -> Share:
+    """Rank `at` of `size`. `Refused` where a rank would be left without a head."""
+    group = num_heads // num_kv_heads  # query heads that one key-value head serves
+    if num_kv_heads >= size:
+        start, length = balanced(num_kv_heads, size, at)
+        return Share((start * group, length * group), (start, length), num_heads, num_kv_heads, head_size, True)
+    mine = at * num_kv_heads // size
+    sharing = [rank for rank in range(size) if rank * num_kv_heads // size == mine]
+    if group < len(sharing):
+        raise Refused(
+            f"parallel.tp={size} is more than the model's {num_heads} heads with {num_kv_heads} for keys and values "
+            f"can be split into. Type parallel.tp={num_heads if num_kv_heads == 1 else num_kv_heads}."
+        )
+    start, length = balanced(group, len(sharing), sharing.index(at))
+    return Share((mine * group + start, length), (mine, 1), num_heads, num_kv_heads, head_size, first=at == sharing[0])
+
+
+def balanced(count: int, size: int, at: int) -> Interval:
+    """Share `at` of `size`; the first ones are larger where the count does not divide."""
+    length, more = divmod(count, size)
+    return at * length + min(at, more), length + (at < more)
+
+
+@dataclass
+class Cuts:
+    """What this rank holds after the cut, by the logical names of parameters."""
+
+    held: dict[str, Held] = field(default_factory=dict)
+    summed: set[str] = field(default_factory=set)  # of whose gradient every rank has only its share's part
+    copied: dict[str, list[Interval]] = field(default_factory=dict)  # ranges that another rank holds and counts as well
+    dims: dict[str, int] = field(default_factory=dict)
+
+    def counted(self, name: str, gradient: torch.Tensor, first: bool) -> Iterator[torch.Tensor]:
+        """The parts of a gradient that this rank, of all that hold them, counts in the norm."""
+        if name not in self.held:
+            if first:
+                yield gradient
+        elif name not in self.copied:
+            yield gradient
+        else:
+            dim = self.dims[name]
+            for piece in pieces_of(name, gradient, self.held[name]):
+                if not any(start <= piece.offset[dim] < start + length for start, length in self.copied[name]):
+                    yield piece.tensor
+
+    def add_up(self, gradients: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> None:
+        """Give every rank the whole gradient of what it holds; `group` are all ranks that hold parts of the model."""
+        names = [name for name in gradients if name in self.summed]
+        if not names:
+            return
+        shapes = {name: self.held[name].shape if name in self.held else tuple(gradients[name].shape) for name in names}
+        sizes = [prod(shapes[name]) for name in names]
+        whole = torch.zeros(sum(sizes), dtype=gradients[names[0]].dtype, device=gradients[names[0]].device)
+        parts: list[tuple[torch.Tensor, Piece]] = []
+        for name, flat in zip(names, torch.split(whole, sizes), strict=True):
+            target = flat.view(shapes[name])
+            for piece in pieces_of(name, gradients[name], self.held.get(name)):
+                parts.append((target[piece.box.slices((0,) * target.dim())], piece))
+                parts[-1][0].add_(piece.tensor)
+        dist.all_reduce(whole, group=group)
+        for part, piece in parts:
+            piece.tensor.copy_(part)
+
+
+def check_splittable(model: Any, size: int) -> None:
+    """`Refused` for families without a plan, for too few heads, and for dropout inside of layers. Not collective."""
+    kind = model.config.model_type
+    if kind not in FAMILIES:
+        raise Refused(
+            f"There is no plan to split a {kind} model over tensor-parallel ranks (there is one for "
+            f"{', '.join(sorted(FAMILIES))}). Type parallel.tp=1, and parallel.dp_shard=-1 to shard it instead."
+        )
+    for at in range(size):
+        _share(model.config, size, at)
+    for block in blocks(model):
+        for path in FAMILIES[kind].regions:
+            _refuse_dropout(block.get_submodule(path), size)
+
+
+def _share(settings: Any, size: int, at: int) -> Share:
+    heads = int(settings.num_attention_heads)
+    head_size = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    kv_heads = int(getattr(settings, "num_key_value_heads", None) or heads)
+    return share_of(heads, kv_heads, int(head_size), size, at)
+
+
+def cut(model: Any, group: dist.ProcessGroup) -> Cuts:
+    """Leave this rank's share of a model, which computes together with the others' what the whole one did.
+
+    Collective; `check_splittable` has accepted the model. `Refused` where the comparison with the whole model fails.
+    """
+    cutter = _Cutter(model, group)
+    tokens = torch.arange(1, 9)[None] % cutter.settings.vocab_size
+    before = _logits(model, tokens)
+    cutter.cut()
+    after = _logits(model, tokens)
+    worst, scale = float((after - before).abs().max()), float(before.abs().max())
+    if not worst <= 1e-3 * scale:
+        raise Refused(
+            f"Under parallel.tp={cutter.size} this model computes something else than it did whole: logits of up to "
+            f"{scale:.3g} differ by {worst:.3g}. Its plan does not fit the installed transformers. Type parallel.tp=1."
+        )
+    return cutter.cuts
+
+
+def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+    model.train(training)
+    return logits
+
+
+class _Cutter:
+    def __init__(self, model: Any, group: dist.ProcessGroup) -> None:
+        self.model, self.group = model, group
+        self.size, self.at = dist.get_world_size(group), dist.get_rank(group)
+        self.settings: Any = self.model.config
+        self.family: Family = FAMILIES[self.settings.model_type]
+        self.cuts = Cuts()
+        self.all_names: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in parameter_names(model).items():
+            self.all_names.setdefault(parameter, []).append(name)
+        self.replaced: dict[nn.Parameter, nn.Parameter] = {}
+        self.share = _share(self.settings, self.size, self.at)
+
+    def cut(self) -> None:
+        for block in blocks(self.model):
+            self._cut_block(block)
+        self._cut_vocabulary()
+
+    def _cut_block(self, block: nn.Module) -> None:
+        family = self.family
+        for path in family.regions:
+            region = block.get_submodule(path)
+            region.register_forward_pre_hook(self._enter_region, with_kwargs=True)
+            self._tell_heads(region)
+            for parameter in region.parameters():
+                self._add_up(parameter)  # but for those that are cut below
+        for path, units in family.outputs.items():
+            self._cut_outputs(block.get_submodule(path), units)
+        for path, units in family.inputs.items():
+            self._cut_inputs(block.get_submodule(path), units)
+        for path, (dim, units) in family.tensors.items():
+            owner, _, name = path.rpartition(".")
+            experts: Any = block.get_submodule(owner)
+            self._cut_parameter(experts, name, dim, units)
+            if getattr(experts, name).shape[dim] % 8:  # 16 bytes of bf16
+                self._compute_one_by_one(experts)
+        for path in family.partial:
+            block.get_submodule(path).register_forward_hook(lambda _, __, output: _sum(output, self.group))
+
+    def _compute_one_by_one(self, experts: Any) -> None:
+        if experts.config._experts_implementation != "eager":
+            experts.config = copy.copy(experts.config)
+            experts.config._experts_implementation = "eager"
+            if self.at == 0:
+                logger.warning(
+                    "the inner width of the experts, split into %d, is no multiple of 8, which grouped matrix products "
+                    "need: experts are computed one by one, which is slower",
+                    self.size,
+                )
+
+    def _tell_heads(self, region: Any) -> None:
+        """What a family's attention reads of its share, beside the shapes of what it holds."""
+        share = self.share
+        (_, heads), (_, kv_heads) = share.heads, share.kv_heads
+        local = {
+            "num_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "num_key_value_groups": heads // kv_heads,
+            "split_size": heads * share.head_size,
+        }
+        for name, value in local.items():
+            if hasattr(region, name):
+                setattr(region, name, value)
+        if hasattr(region, "config"):
+            region.config = copy.copy(region.config)
+            region.config.num_attention_heads, region.config.num_key_value_heads = heads, kv_heads
+
+    def _cut_outputs(self, layer: nn.Module, units: Units) -> None:
+        for path, module in layer.named_modules():
+            if path.startswith("lora_") and "lora_B" not in path:
+                continue
+            if isinstance(module, nn.Linear | Conv1D):
+                dim = 1 if isinstance(module, Conv1D) else 0
+                self._cut_parameter(module, "weight", dim, units)
+                if module.bias is not None:
+                    self._cut_parameter(module, "bias", 0, units)
+
+    def _cut_inputs(self, layer: nn.Module, units: Units) -> None:
+        """The outputs are added up, and only then the bias, which every rank holds whole."""
+        bias: list[nn.Module] = []
+        for path, module in layer.named_modules():
+            if path.startswith("lora_") and "lora_A" not in path:
+                continue
+            if isinstance(module, nn.Linear | Conv1D):
+                self._cut_parameter(module, "weight", 0 if isinstance(module, Conv1D) else 1, units)
+                if module.bias is not None:
+                    self._unsum(module.bias)
+                    bias.append(module)
+                    module.forward = _without_bias(module)  # type: ignore[method-assign]
+
+        def add_up(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+            output = _sum(output, self.group)
+            for module in bias:
+                output = output + module.bias  # type: ignore[operator]
+            return output
+
+        layer.register_forward_hook(add_up)
+
+    def _cut_vocabulary(self) -> None:
+        embedding: Any = self.model.get_input_embeddings()
+        head: Any = self.model.get_output_embeddings()
+        start, length = balanced(embedding.num_embeddings, self.size, self.at)
+        self._cut_parameter(embedding, "weight", 0, (INNER,))
+        if embedding.padding_idx is not None:
+            inside = start <= embedding.padding_idx < start + length
+            embedding.padding_idx = embedding.padding_idx - start if inside else None
+        masks: list[torch.Tensor] = []
+
+        def look_up(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+            local = inputs[0] - start
+            masks.append((local < 0) | (local >= length))
+            return local.masked_fill(masks[-1], 0)
+
+        def add_up(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+            return _sum(output.masked_fill(masks.pop()[..., None], 0), self.group)
+
+        embedding.register_forward_pre_hook(look_up)
+        embedding.register_forward_hook(add_up)
+        self._cut_parameter(head, "weight", 0, (INNER,))
+        if head.bias is not None:
+            self._cut_parameter(head, "bias", 0, (INNER,))
+        sizes = [balanced(embedding.num_embeddings, self.size, at)[1] for at in range(self.size)]
+        head.register_forward_pre_hook(lambda _, inputs: (_enter(inputs[0], self.group), *inputs[1:]))
+        head.register_forward_hook(lambda _, __, output: _gather(output, self.group, sizes))
+
+    def _cut_parameter(self, module: nn.Module, name: str, dim: int, units: Units) -> None:
+        old = getattr(module, name)
+        if old in self.replaced:  # tied
+            setattr(module, name, self.replaced[old])
+            return
+        runs, copied = self._runs(units, old.shape[dim])
+        ranges: list[list[Interval]] = [[(0, size)] for size in old.shape]
+        ranges[dim] = runs
+        kept = torch.cat([old.detach().narrow(dim, start, length) for start, length in runs], dim)
+        new = nn.Parameter(kept.clone(memory_format=torch.contiguous_format), old.requires_grad)
+        for logical in self.all_names[old]:
+            self.cuts.held[logical] = Held(tuple(old.shape), ranges)
+            self.cuts.dims[logical] = dim
+            if copied:
+                self.cuts.copied[logical] = copied
+        shared = KV in units and self.share.num_kv_heads < self.size
+        if not shared:
+            self._unsum(old)
+        self.replaced[old] = new
+        setattr(module, name, new)
+        if isinstance(module, Conv1D) and name == "weight":
+            module.nx, module.nf = kept.shape  # which its forward reads
+
+    def _runs(self, units: Units, size: int) -> tuple[list[Interval], list[Interval]]:
+        """The ranges of a dimension that this rank keeps, and those of them that are not its to count."""
+        share, runs, copied, start = self.share, [], [], 0
+        for unit in units:
+            if unit == INNER:
+                total = size // len(units)
+                first, length = balanced(total, self.size, self.at)
+            else:
+                count = share.num_kv_heads if unit == KV else share.num_heads
+                width = share.head_size * (3 if unit == QKV else 1)
+                total = count * width
+                first, length = (n * width for n in (share.kv_heads if unit == KV else share.heads))
+            runs.append((start + first, length))
+            if unit == KV and not share.first:
+                copied.append(runs[-1])
+            start += total
+        assert start == size, f"{units} make up {start} of {size}"
+        return runs, copied
+
+    def _add_up(self, parameter: nn.Parameter) -> None:
+        self.cuts.summed.update(self.all_names[parameter])
+
+    def _unsum(self, parameter: nn.Parameter) -> None:
+        self.cuts.summed.difference_update(self.all_names[parameter])
+
+    def _enter_region(self, _: nn.Module, arguments: Any, options: Any) -> Any:
+        if arguments:
+            return (_enter(arguments[0], self.group), *arguments[1:]), options
+        entered = _enter(options["hidden_states"], self.group)
+        return arguments, {**options, "hidden_states": entered}
+
+
+def _refuse_dropout(region: nn.Module, size: int) -> None:
+    """Inside a region every rank would draw for other heads and channels than one that holds all of them."""
+    chances = [float(getattr(region, name, 0) or 0) for name in ("attention_dropout",)]
+    inner = [m.p for path, m in region.named_modules() if isinstance(m, nn.Dropout) and path in _INSIDE]
+    inner += [m.p for path, m in region.named_modules() if isinstance(m, nn.Dropout) and "lora_dropout" in path]
+    if any(chance > 0 for chance in (*chances, *inner)):
+        raise Refused(
+            f"parallel.tp={size} does not go with dropout inside of layers (on attention weights, or method.dropout): "
+            "every rank would draw its own. Set it to 0, or type parallel.tp=1."
+        )
+
+
+_INSIDE = ("attn_dropout",)
+
+
+def _without_bias(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(inputs: torch.Tensor) -> torch.Tensor:
+        weight: Any = module.weight
+        return functional.linear(inputs, weight.T if isinstance(module, Conv1D) else weight)
+
+    return forward
+
+
+def _enter(inputs: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    entered: torch.Tensor = _Enter.apply(inputs, group)  # type: ignore[no-untyped-call]
+    return entered
+
+
+def _sum(inputs: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    total: torch.Tensor = _Sum.apply(inputs, group)  # type: ignore[no-untyped-call]
+    return total
+
+
+def _gather(inputs: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
+    whole: torch.Tensor = _Gather.apply(inputs, group, sizes)  # type: ignore[no-untyped-call]
+    return whole
+
+
+class _Enter(torch.autograd.Function):
+    """What all ranks have in common enters the shares: its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return inputs.view_as(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of the shares' outputs, which all ranks have in common."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        total = inputs.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+class _Gather(torch.autograd.Function):
+    """The shares of the last dimension side by side, of `sizes`."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
+        at = dist.get_rank(group)
+        ctx.start, ctx.length = sum(sizes[:at]), sizes[at]
+        padded = inputs.new_zeros(*inputs.shape[:-1], max(sizes))
+        padded[..., : sizes[at]] = inputs
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradient.narrow(-1, ctx.start, ctx.length).contiguous(), None, None
