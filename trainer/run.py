@@ -27,6 +27,7 @@ from trainer.loop import Progress, train
 from trainer.methods import apply_method
 from trainer.models import architecture, blocks, build_model, load_tokenizer
 from trainer.parallel.engine import TrainingEngine, make_engine
+from trainer.parallel.pipeline import check_stages
 from trainer.parallel.tensor import check_splittable
 from trainer.parallel.world import World, pick_device, process_group
 from trainer.plan import Topology, describe_run, plan_batch, plan_memory, resolve_topology
@@ -81,6 +82,8 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
     check_vocabulary(corpus, model)
     if topology.tp > 1:
         check_splittable(model, topology.tp)
+    if topology.pp > 1:
+        check_stages(model, topology.pp, config.parallel.pp_schedule)
     memory = plan_memory(config, model, topology, max(map(count, blocks(model)), default=count(model)))
     epoch = len(corpus.train) / config.train.global_batch
     held_out = f"{len(corpus.held_out):,} held out"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +49,11 @@ class Draws:
     A layer starts at a key of its own: where a pipeline's stage computes only some layers, they draw the same.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], model: nn.Module) -> None:
-        """`layers` are all of the model's, in their order, also those that other ranks compute."""
+    def __init__(self, model: nn.Module, layers: Mapping[nn.Module, int]) -> None:
+        """`layers` are those that this rank computes, each with its number among all."""
         self._key, self._number = 0, 0
         if draws_randomness(model):
-            for index, layer in enumerate(layers):
+            for layer, index in layers.items():
                 layer.register_forward_pre_hook(self._before(index))
 
     def start(self, part: Part) -> None:

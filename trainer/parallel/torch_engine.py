@@ -1,7 +1,7 @@
 """The engine of plain torch: DDP, FSDP2, HSDP, tensor and pipeline parallelism, and their products.
 
-They are put together outside the model, in this order: the pipeline's stages are cut out, tensor-parallel ranks keep
-their share of every layer, layers are checkpointed, and what is left is sharded or replicated over the data.
+They are put together outside the model, in this order: tensor-parallel ranks keep their share of every layer, the
+pipeline's stages are cut out, layers are checkpointed, and what is left is sharded or replicated over the data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
 
 from checkpointing import Piece, describe, parameter_names
 from trainer.config import Compute, Config
@@ -26,6 +25,7 @@ from trainer.models import blocks
 from trainer.parallel.computing import Draws, logits_of, parts_of, summed_loss
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.optimizing import make_optimizer
+from trainer.parallel.pipeline import Pipeline, Shape, inside
 from trainer.parallel.tensor import Cuts, cut
 from trainer.parallel.world import World
 from trainer.plan import Topology
@@ -44,24 +44,37 @@ class TorchEngine:
         self._local_batch = config.parallel.local_batch
         self._clip = config.optimizer.clip
         self._bf16 = config.precision.compute is Compute.bf16
-        self._bare = model
-        tensor_group = self._mesh.group("tp")
-        self._cuts = cut(model, tensor_group) if tensor_group is not None else Cuts()
+        order = {block: number for number, block in enumerate(blocks(model))}
+        self._cuts = Cuts()
+        if (tensor_group := self._mesh.group("tp")) is not None:
+            self._cuts = cut(model, tensor_group)
+        self._pipeline: Pipeline | None = None
+        if (stages_group := self._mesh.group("pp")) is not None:
+            shape = Shape(self._local_batch or config.train.micro_batch, config.train.seq_len)
+            schedule = config.parallel.pp_schedule
+            self._pipeline = Pipeline(model, stages_group, schedule, shape, device, bf16=self._bf16)
+            model = self._pipeline.model
         if config.parallel.activation_checkpointing:
             checkpoint_blocks(model)
-        self._draws = Draws(blocks(model), model)
-        self._model = distribute(model, self._mesh, device)
+        self._draws = Draws(model, {layer: order[unwrapped(layer)] for layer in blocks(model)})
+        self._bare = self._model = model
+        if self._pipeline is not None:
+            self._pipeline.make_stages(self._draws, lambda stage: distribute(stage, stage, self._mesh, device))
+        else:
+            self._model = distribute(model, inside(model), self._mesh, device)
         self._optimizer = make_optimizer(model, config.optimizer)
 
     def accumulate(self, micro_batches: Sequence[tuple[int, Batch]], weight: float) -> torch.Tensor:
-        total = torch.zeros(1, device=self.device, dtype=torch.float64)
         parts = list(parts_of(micro_batches, self._local_batch, self.device))
+        scale = weight * self.data_size  # DDP and FSDP2 take the mean over ranks: this makes it the sum
+        if self._pipeline is not None:
+            return self._pipeline.accumulate(parts, scale)
+        total = torch.zeros(1, device=self.device, dtype=torch.float64)
         for turn, part in enumerate(parts, start=1):
             self._draws.start(part)
             with self._synchronise(turn == len(parts)):
                 loss = summed_loss(logits_of(self._model, part.batch.inputs, bf16=self._bf16), part.batch.labels)
-                # DDP and FSDP2 take the mean over ranks: this makes it the sum.
-                (loss * (weight * self.data_size)).backward()  # type: ignore[no-untyped-call]
+                (loss * scale).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
@@ -70,8 +83,9 @@ class TorchEngine:
         gradients = {name: p.grad for p, name in named.items() if p.grad is not None}
         if (holders := self._mesh.group("dp_shard", "tp")) is not None:
             self._cuts.add_up(gradients, holders)
-        norm = self._norm(gradients)
-        if self._clip > 0:
+        copied = self._pipeline.add_up_tied(gradients) if self._pipeline is not None else None
+        norm = self._norm({name: gradient for name, gradient in gradients.items() if name != copied})
+        if self._clip > 0 and gradients:
             factor = (self._clip / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([local_of(gradient) for gradient in gradients.values()], factor)
         for group in self._optimizer.param_groups:
@@ -82,20 +96,31 @@ class TorchEngine:
 
     def loss(self, batches: Sequence[Batch]) -> torch.Tensor:
         total = torch.zeros(1, device=self.device, dtype=torch.float64)
-        with self._evaluating() as model:
+        with self._evaluating():
             for part in parts_of([(0, batch) for batch in batches], self._local_batch, self.device):
-                total += summed_loss(logits_of(model, part.batch.inputs, bf16=self._bf16), part.batch.labels)
+                if (logits := self._forward(part.batch.inputs)) is not None:
+                    total += summed_loss(logits, part.batch.labels)
         return total
 
     def reduce(self, values: torch.Tensor) -> torch.Tensor:
-        return self._mesh.sum(values, "dp_replicate", "dp_shard")
+        return self._mesh.sum(values, "pp", "dp_replicate", "dp_shard")
 
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        with self._evaluating() as model:
-            return logits_of(model, tokens, bf16=self._bf16)[:, -1]
+        with self._evaluating():
+            logits = self._forward(tokens)
+            if self._pipeline is not None:
+                settings: Any = self._bare.config
+                return self._pipeline.from_last(logits, (*tokens.shape, settings.vocab_size))[:, -1]
+        assert logits is not None
+        return logits[:, -1]
 
     def pieces(self) -> list[Piece]:
-        return describe(self._bare, self._optimizer, logical=self._cuts.held)
+        if self._pipeline is not None:
+            self._pipeline.reshard()
+        here = parameter_names(self._bare)
+        held = {name: held for name, held in self._cuts.held.items() if name in here}
+        pieces = describe(self._bare, self._optimizer, logical=held)
+        return pieces if self._pipeline is None else self._pipeline.under_all_names(pieces)
 
     def publish(self) -> None:
         """Nothing here is derived from the pieces: masters are what computes."""
@@ -106,14 +131,20 @@ class TorchEngine:
         parts = [local_of(part) for name, g in gradients.items() for part in self._cuts.counted(name, g, first)]
         norms = torch._foreach_norm(parts) if parts else []
         squares = torch.stack([torch.zeros((), device=self.device, dtype=torch.float64), *norms]).square().sum()
-        return self._mesh.sum(squares, "dp_shard", "tp").sqrt().float()
+        return self._mesh.sum(squares, "pp", "dp_shard", "tp").sqrt().float()
+
+    def _forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """In evaluation; None on ranks that do not compute the last layer."""
+        if self._pipeline is not None:
+            return self._pipeline.logits(tokens)
+        return logits_of(self._bare, tokens, bf16=self._bf16)
 
     @contextmanager
-    def _evaluating(self) -> Iterator[nn.Module]:
-        """The model to call; without gradients DDP has nothing to add, and FSDP2 lives inside the module itself."""
+    def _evaluating(self) -> Iterator[None]:
+        """Without gradients DDP has nothing to add, and FSDP2 lives inside the module itself."""
         self._bare.eval()
         with torch.no_grad():
-            yield self._bare
+            yield
         self._bare.train()
 
     def _synchronise(self, now: bool) -> AbstractContextManager[object]:
@@ -136,8 +167,16 @@ def checkpoint_blocks(model: nn.Module) -> None:
                 setattr(parent, name, checkpoint_wrapper(child))
 
 
-def distribute(model: nn.Module, mesh: Mesh, device: torch.device) -> nn.Module:
-    """The model as it is called for training, sharded or replicated over the data, on its device."""
+def unwrapped(layer: nn.Module) -> nn.Module:
+    inner: nn.Module = getattr(layer, "_checkpoint_wrapped_module", layer)
+    return inner
+
+
+def distribute(model: nn.Module, root: nn.Module, mesh: Mesh, device: torch.device) -> nn.Module:
+    """The model as it is called for training, sharded or replicated over the data, on its device.
+
+    `root` is what is called inside wrappers that have no parameters of their own: generating calls past them.
+    """
     topology = mesh.topology
     if topology.dp_shard > 1:
         assert mesh.whole is not None
@@ -145,8 +184,6 @@ def distribute(model: nn.Module, mesh: Mesh, device: torch.device) -> nn.Module:
         # Each block moves to the device as it is sharded, so that the device never holds the whole model.
         for block in blocks(model):
             fully_shard(block, mesh=data)
-        # The root is the model inside peft's wrapper: generating calls that one, past the wrapper's forward.
-        root = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
         assert len(list(root.parameters())) == len(list(model.parameters())), "a wrapper has parameters of its own"
         fully_shard(root, mesh=data)
         return model

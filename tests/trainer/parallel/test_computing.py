@@ -33,7 +33,7 @@ def test_the_loss_is_a_sum_over_targets() -> None:
 def test_a_layer_draws_the_same_whatever_was_computed_before_it() -> None:
     model = build(compose(["model.num_layers=3", "model.hidden_size=32", "model.dropout=0.5"])).train()
     layers, drawn = blocks(model), []
-    draws = Draws(layers, model)
+    draws = Draws(model, {layer: index for index, layer in enumerate(layers)})
     for layer in layers:
         layer.register_forward_pre_hook(lambda *_: drawn.append(torch.rand(1).item()))
     inputs = torch.arange(8)[None]
