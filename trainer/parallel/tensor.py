@@ -132,29 +132,11 @@ def _share(settings: Any, size: int, at: int) -> Share:
 def cut(model: Any, group: dist.ProcessGroup) -> Cuts:
     """Leave this rank's share of a model, which computes together with the others' what the whole one did.
 
-    Collective; `check_splittable` has accepted the model. `Refused` where the comparison with the whole model fails.
+    Collective; `check_splittable` has accepted the model.
     """
     cutter = _Cutter(model, group)
-    tokens = torch.arange(1, 9)[None] % cutter.settings.vocab_size
-    before = _logits(model, tokens)
     cutter.cut()
-    after = _logits(model, tokens)
-    worst, scale = float((after - before).abs().max()), float(before.abs().max())
-    if not worst <= 1e-3 * scale:
-        raise Refused(
-            f"Under parallel.tp={cutter.size} this model computes something else than it did whole: logits of up to "
-            f"{scale:.3g} differ by {worst:.3g}. Its plan does not fit the installed transformers. Type parallel.tp=1."
-        )
     return cutter.cuts
-
-
-def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
-    model.train(training)
-    return logits
 
 
 class _Cutter:

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpointing import Piece, describe, parameter_names
 from trainer.config import Compute, Config
 from trainer.data.dataset import Batch
+from trainer.errors import Refused
 from trainer.models import blocks
 from trainer.parallel.computing import Draws, logits_of, parts_of, summed_loss
 from trainer.parallel.mesh import Mesh
@@ -44,6 +45,7 @@ class TorchEngine:
         self._local_batch = config.parallel.local_batch
         self._clip = config.optimizer.clip
         self._bf16 = config.precision.compute is Compute.bf16
+        whole = next_token(model) if topology.tp * topology.pp > 1 else None
         order = {block: number for number, block in enumerate(blocks(model))}
         self._cuts = Cuts()
         if (tensor_group := self._mesh.group("tp")) is not None:
@@ -63,6 +65,8 @@ class TorchEngine:
         else:
             self._model = distribute(model, inside(model), self._mesh, device)
         self._optimizer = make_optimizer(model, config.optimizer)
+        if whole is not None:
+            self._check_same(whole, topology)
 
     def accumulate(self, micro_batches: Sequence[tuple[int, Batch]], weight: float) -> torch.Tensor:
         parts = list(parts_of(micro_batches, self._local_batch, self.device))
@@ -125,6 +129,17 @@ class TorchEngine:
     def publish(self) -> None:
         """Nothing here is derived from the pieces: masters are what computes."""
 
+    def _check_same(self, whole: torch.Tensor, topology: Topology) -> None:
+        """`Refused`, on all ranks, if the parts together do not compute what the whole model did."""
+        parts = self.next_logits(tokens_to_compare(whole.shape[-1]).to(self.device)).float().cpu()
+        worst, scale = float((parts - whole).abs().max()), float(whole.abs().max())
+        if not worst <= (2e-2 if self._bf16 else 1e-3) * scale:
+            raise Refused(
+                f"Under parallel.tp={topology.tp} parallel.pp={topology.pp} this model computes something else than it "
+                f"did whole: logits of up to {scale:.3g} differ by {worst:.3g}. It is taken apart in a way that does not "
+                "fit it. Type parallel.tp=1 parallel.pp=1, and parallel.dp_shard=-1 to shard it instead."
+            )
+
     def _norm(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The norm of the whole gradient, of which every rank counts its part."""
         first = self._mesh.at("tp") == 0
@@ -152,6 +167,20 @@ class TorchEngine:
         if isinstance(self._model, DistributedDataParallel) and not now:
             return self._model.no_sync()
         return nullcontext()
+
+
+def tokens_to_compare(vocabulary: int) -> torch.Tensor:
+    return torch.arange(1, 9)[None] % vocabulary
+
+
+def next_token(model: Any) -> torch.Tensor:
+    """The logits of one token after a few others, by the model as it is."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = logits_of(model, tokens_to_compare(model.config.vocab_size), bf16=False)[:, -1]
+    model.train(training)
+    return logits
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
