@@ -136,7 +136,7 @@ class TorchEngine:
         if not worst <= (2e-2 if self._bf16 else 1e-3) * scale:
             raise Refused(
                 f"Under parallel.tp={topology.tp} parallel.pp={topology.pp} this model computes something else than it "
-                f"did whole: logits of up to {scale:.3g} differ by {worst:.3g}. It is taken apart in a way that does not "
+                f"did whole: logits of up to {scale:.3g} differ by {worst:.3g}. How it is taken apart does not "
                 "fit it. Type parallel.tp=1 parallel.pp=1, and parallel.dp_shard=-1 to shard it instead."
             )
 
