@@ -1,0 +1,59 @@
+"""Every layout once as a source and once as a target; the whole matrix is the benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.matrix import BARS, LAYOUTS, STEPS, contents_differ, furthest, resume, start, train_and_save
+from checkpointing import Piece, save
+from tests.worlds import WORLD
+
+NAMES = list(LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> list[float]:
+    return start([]).train(1, 2 * STEPS)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, uninterrupted: list[float]) -> Path:
+    top = tmp_path_factory.mktemp("matrix")
+    for name, (size, overrides) in LAYOUTS.items():
+        for found in WORLD.run(train_and_save, size, overrides, top / name):
+            assert furthest(found["losses"], uninterrupted[:STEPS]) <= BARS["fp32"], name
+            assert found["wrong"] == [] and (found["gathered"] > 0) == (name in GATHERED), name
+    return top
+
+
+GATHERED = {"fsdp", "fsdp on 3", "hsdp 2x2"}  # whose engine has an API that gathers the whole
+
+
+@pytest.mark.parametrize("number", range(len(NAMES)), ids=[f"{NAMES[n - 1]} to {name}" for n, name in enumerate(NAMES)])
+def test_what_one_layout_saved_another_goes_on_with(
+    trained: Path, uninterrupted: list[float], number: int, tmp_path: Path
+) -> None:
+    source, (size, overrides) = trained / NAMES[number - 1], LAYOUTS[NAMES[number]]
+    for found in WORLD.run(resume_under, size, overrides, source, tmp_path, number % 5 == 0):
+        assert found["same_forward"]
+        assert furthest(found["losses"], uninterrupted[STEPS:]) <= BARS["fp32"]
+        if "control" in found:
+            assert furthest(found["control"], uninterrupted[STEPS:]) > 10 * BARS["fp32"]
+    assert contents_differ(source, tmp_path) == []
+
+
+def resume_under(overrides: list[str], source: Path, again: Path, control: bool) -> dict:
+    return resume(overrides, source, again, control=control)
+
+
+def test_a_single_different_bit_is_found(tmp_path: Path) -> None:
+    one = torch.arange(6.0)
+    other = one.clone()
+    other.view(torch.int32)[3] ^= 1
+    for name, tensor in (("a", one), ("b", other)):
+        save(tmp_path / name, 1, [Piece("model/w", tensor, (0,), (6,))])
+    assert contents_differ(tmp_path / "a", tmp_path / "b") == ["model/w"]
+    assert contents_differ(tmp_path / "a", tmp_path / "a") == []
