@@ -154,6 +154,7 @@ class Schedule:
 
 class Engine(Enum):
     torch = "torch"
+    accelerate = "accelerate"
 
 
 PipelineSchedule = Enum("PipelineSchedule", ["gpipe", "1f1b", "interleaved"])

@@ -26,11 +26,11 @@ from trainer.errors import Refused
 from trainer.loop import Progress, train
 from trainer.methods import apply_method
 from trainer.models import architecture, blocks, build_model, load_tokenizer
-from trainer.parallel.engine import TrainingEngine, make_engine
+from trainer.parallel.engine import TrainingEngine, find_topology, make_engine
 from trainer.parallel.pipeline import check_stages
 from trainer.parallel.tensor import check_splittable
 from trainer.parallel.world import World, pick_device, process_group
-from trainer.plan import Topology, describe_run, plan_batch, plan_memory, resolve_topology
+from trainer.plan import Topology, describe_run, plan_batch, plan_memory
 from trainer.resume import Start, check_state, decide
 from trainer.rundir import bring_back, hold_run_directory
 from trainer.sample import sample_text
@@ -74,7 +74,7 @@ def run(config: Config) -> int:
 
 def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[tuple[str, str]]]:
     """Read the data and work out the plan, as (label, text) lines."""
-    topology = resolve_topology(config.parallel, world.size)
+    topology = find_topology(config, world, device)
     batch = plan_batch(config, topology.data_size)
     tokenizer = load_tokenizer(config.model)
     corpus = load_corpus(config.data, tokenizer, config.train.seq_len)

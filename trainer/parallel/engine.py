@@ -12,7 +12,7 @@ from checkpointing import Piece
 from trainer.config import Config, Engine
 from trainer.data.dataset import Batch
 from trainer.parallel.world import World
-from trainer.plan import Topology
+from trainer.plan import Topology, resolve_topology
 
 
 class TrainingEngine(Protocol):
@@ -49,9 +49,22 @@ class TrainingEngine(Protocol):
         """After a load: rebuild whatever is derived from the pieces."""
 
 
+def find_topology(config: Config, world: World, device: torch.device) -> Topology:
+    """The degrees that the chosen engine computes with. `Refused` if they do not fit these processes."""
+    if config.parallel.engine is Engine.accelerate:
+        from trainer.parallel.accelerate_engine import topology_of
+
+        return topology_of(config, world, device)
+    return resolve_topology(config.parallel, world.size)
+
+
 def make_engine(
     config: Config, model: nn.Module, topology: Topology, world: World, device: torch.device
 ) -> TrainingEngine:
+    if config.parallel.engine is Engine.accelerate:
+        from trainer.parallel.accelerate_engine import make_accelerate_engine
+
+        return make_accelerate_engine(config, model, topology, world, device)
     assert config.parallel.engine is Engine.torch
     from trainer.parallel.torch_engine import TorchEngine
 

@@ -7,7 +7,7 @@ pipeline's stages are cut out, layers are checkpointed, and what is left is shar
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -26,7 +26,7 @@ from trainer.models import blocks
 from trainer.parallel.computing import Draws, logits_of, parts_of, summed_loss
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.optimizing import make_optimizer
-from trainer.parallel.pipeline import Pipeline, Shape, inside
+from trainer.parallel.pipeline import Pipeline, Shape, Stage, inside
 from trainer.parallel.tensor import Cuts, cut
 from trainer.parallel.world import World
 from trainer.plan import Topology
@@ -37,7 +37,13 @@ class TorchEngine:
     same wherever it goes on."""
 
     def __init__(
-        self, config: Config, model: nn.Module, topology: Topology, world: World, device: torch.device
+        self,
+        config: Config,
+        model: nn.Module,
+        topology: Topology,
+        world: World,
+        device: torch.device,
+        distribute_by: Callable[[nn.Module, Mesh, torch.device], nn.Module] | None = None,
     ) -> None:
         self.device, self.world_size = device, world.size
         self._mesh = Mesh.of(topology, world.rank, device)
@@ -60,10 +66,11 @@ class TorchEngine:
             checkpoint_blocks(model)
         self._draws = Draws(model, {layer: order[unwrapped(layer)] for layer in blocks(model)})
         self._bare = self._model = model
+        wrap = distribute_by or distribute
         if self._pipeline is not None:
-            self._pipeline.make_stages(self._draws, lambda stage: distribute(stage, stage, self._mesh, device))
+            self._pipeline.make_stages(self._draws, lambda stage: wrap(stage, self._mesh, device))
         else:
-            self._model = distribute(model, inside(model), self._mesh, device)
+            self._model = wrap(model, self._mesh, device)
         self._optimizer = make_optimizer(model, config.optimizer)
         if whole is not None:
             self._check_same(whole, topology)
@@ -201,11 +208,8 @@ def unwrapped(layer: nn.Module) -> nn.Module:
     return inner
 
 
-def distribute(model: nn.Module, root: nn.Module, mesh: Mesh, device: torch.device) -> nn.Module:
-    """The model as it is called for training, sharded or replicated over the data, on its device.
-
-    `root` is what is called inside wrappers that have no parameters of their own: generating calls past them.
-    """
+def distribute(model: nn.Module, mesh: Mesh, device: torch.device) -> nn.Module:
+    """The model as it is called for training, sharded or replicated over the data, on its device."""
     topology = mesh.topology
     if topology.dp_shard > 1:
         assert mesh.whole is not None
@@ -213,6 +217,8 @@ def distribute(model: nn.Module, root: nn.Module, mesh: Mesh, device: torch.devi
         # Each block moves to the device as it is sharded, so that the device never holds the whole model.
         for block in blocks(model):
             fully_shard(block, mesh=data)
+        # The root is the model inside peft's wrapper, past which evaluation calls it; a stage is one by itself.
+        root = model if isinstance(model, Stage) else inside(model)
         assert len(list(root.parameters())) == len(list(model.parameters())), "a wrapper has parameters of its own"
         fully_shard(root, mesh=data)
         return model

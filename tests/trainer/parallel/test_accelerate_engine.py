@@ -1,0 +1,263 @@
+"""The engine that accelerate sets up computes and saves what the torch engine does."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
+
+from checkpointing import load, save
+from tests.runs import SMALL as TINY
+from tests.trainer.parallel.test_torch_engine import SMALL, dataset, train_steps, whole
+from tests.worlds import WORLD
+from trainer.compose import compose
+from trainer.config import Compute
+from trainer.data.feed import Feed
+from trainer.errors import Refused
+from trainer.loop import optimize
+from trainer.parallel import accelerate_engine
+from trainer.parallel.accelerate_engine import prepare, topology_of
+from trainer.parallel.engine import TrainingEngine, make_engine
+from trainer.parallel.mesh import Mesh
+from trainer.parallel.world import World
+from trainer.plan import Topology, resolve_topology
+from trainer.run import build, run
+
+CPU = torch.device("cpu")
+BATCH = ["train.global_batch=10", "train.micro_batch=2"]  # five micro-batches: two ranks do not divide them
+METHODS = [[], ["method=lora", "method.dropout=0.2"]]
+
+
+class OnGpus(accelerate.Accelerator):
+    """accelerate configured for FSDP2 and standing on GPUs: on CPUs it would not shard."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+        if self.mixed_precision != "no":
+            plugin.set_mixed_precision(self.mixed_precision)
+        self.state.distributed_type, self.state.fsdp_plugin = DistributedType.FSDP, plugin
+
+
+def engine_of(overrides: list[str]) -> TrainingEngine:
+    """`sharded` among the overrides stands for accelerate's FSDP2."""
+    config = compose([*SMALL, *BATCH, *(o for o in overrides if o != "sharded")])
+    world = World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
+    topology = resolve_topology(config.parallel, world.size)
+    if "sharded" not in overrides:
+        return make_engine(config, build(config), topology, world, CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerate_engine, "Accelerator", OnGpus)
+        return make_engine(config, build(config), Topology(dp_shard=world.size), world, CPU)
+
+
+def feed_of(engine: TrainingEngine) -> Feed:
+    return Feed(
+        dataset(), global_batch=10, micro_batch=2, seed=1, pad=0, num_ranks=engine.data_size, rank=engine.data_rank
+    )
+
+
+def contents(engine: TrainingEngine) -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]:
+    return [(p.name, p.offset, p.global_shape, p.tensor.detach().clone().numpy()) for p in engine.pieces()]
+
+
+def train_and_save(overrides: list[str], directory: str) -> dict[str, Any]:
+    """Three steps, what was saved, and two steps more."""
+    engine = engine_of(overrides)
+    feed = feed_of(engine)
+    for step in range(1, 4):
+        optimize(engine, feed.step(step), 1e-2, key=step)
+    parts = contents(engine)
+    save(directory, 3, engine.pieces())
+    return {"parts": parts, "rows": [optimize(engine, feed.step(s), 1e-2, key=s) for s in (4, 5)]}
+
+
+def load_and_train(overrides: list[str], directory: str, forget: bool = False) -> dict[str, Any]:
+    engine = engine_of([*overrides, "train.seed=9"])
+    feed = feed_of(engine)
+    load(directory, engine.pieces())
+    engine.publish()
+    parts = contents(engine)
+    if forget:
+        for piece in engine.pieces():
+            if "/exp_avg" in piece.name:
+                piece.tensor.zero_()
+    return {"parts": parts, "rows": [optimize(engine, feed.step(s), 1e-2, key=s) for s in (4, 5)]}
+
+
+def on(size: int, function: Any, *arguments: Any) -> list[dict[str, Any]]:
+    return WORLD.run(function, size, *arguments) if size > 1 else [function(*arguments)]
+
+
+def losses(results: list[dict[str, Any]]) -> list[list[float]]:
+    return [[loss for loss, _ in result["rows"]] for result in results]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_it_trains_like_one_process_of_the_torch_engine(size: int, method: list[str]) -> None:
+    alone = train_steps([*BATCH, *method])
+    results = on(size, train_steps, [*BATCH, *method, "parallel=accelerate"])
+    for result in results:
+        np.testing.assert_allclose(result["rows"], alone["rows"], rtol=2e-5)
+        assert result["eval"] == pytest.approx(alone["eval"], rel=1e-5)
+    model = whole(results)
+    assert set(model) == {name for name, *_ in alone["parts"]}
+    for name, _, _, part in alone["parts"]:
+        np.testing.assert_allclose(model[name], part, atol=3e-4, err_msg=name)
+
+
+def test_bf16_computes_like_ddp_under_bf16_and_keeps_fp32_masters() -> None:
+    overrides = [*BATCH, "precision=bf16"]
+    ddp, prepared = (
+        WORLD.run(train_steps, 2, [*overrides, layout]) for layout in ("parallel=ddp", "parallel=accelerate")
+    )
+    assert ddp[0]["rows"] == prepared[0]["rows"]
+    assert all(part.dtype == np.float32 for *_, part in prepared[0]["parts"])
+
+
+def sharded_steps(overrides: list[str]) -> dict[str, Any]:
+    engine = engine_of(["parallel=accelerate", "sharded", *overrides])
+    feed = feed_of(engine)
+    rows = [optimize(engine, feed.step(s), 1e-2, key=s) for s in range(1, 5)]
+    return {"rows": rows, "parts": [part for part in contents(engine) if part[0].startswith("model/")]}
+
+
+@pytest.mark.parametrize("method", [*METHODS, ["precision=bf16"]])
+def test_its_fsdp2_trains_like_one_process_of_the_torch_engine(method: list[str]) -> None:
+    alone = train_steps([*BATCH, *method])
+    results = WORLD.run(sharded_steps, 3, method)
+    for result in results:
+        if "precision=bf16" in method:  # then rounding drifts apart
+            np.testing.assert_allclose(result["rows"][0], alone["rows"][0], rtol=1e-4)
+        else:
+            np.testing.assert_allclose(result["rows"], alone["rows"], rtol=2e-5)
+        size, of = (sum(part[3].size for part in parts) for parts in (result["parts"], alone["parts"]))
+        assert size < 0.4 * of
+    assert set(whole(results)) == {name for name, *_ in alone["parts"]}
+
+
+CHANGES = [
+    pytest.param(2, ["parallel=accelerate"], 3, ["parallel=fsdp"], id="accelerate-fsdp"),
+    pytest.param(2, ["parallel=accelerate"], 1, [], id="accelerate-one"),
+    pytest.param(3, ["parallel=fsdp"], 2, ["parallel=accelerate"], id="fsdp-accelerate"),
+    pytest.param(1, [], 2, ["parallel=accelerate"], id="one-accelerate"),
+    pytest.param(3, ["parallel=accelerate", "sharded"], 2, ["parallel=accelerate"], id="sharded-accelerate"),
+    pytest.param(2, ["parallel=ddp"], 3, ["parallel=accelerate", "sharded"], id="ddp-sharded"),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("size", "before", "new_size", "after"), CHANGES)
+def test_a_checkpoint_does_not_know_which_engine_wrote_it(
+    size: int, before: list[str], new_size: int, after: list[str], method: list[str], tmp_path: Path
+) -> None:
+    saved = on(size, train_and_save, [*before, *method], str(tmp_path))
+    loaded = on(new_size, load_and_train, [*after, *method], str(tmp_path))
+    there, here = whole(saved), whole(loaded)
+    assert there.keys() == here.keys()
+    assert any(name.endswith("/exp_avg_sq") for name in there)
+    for name in there:
+        np.testing.assert_array_equal(there[name], here[name], err_msg=name)
+    for found in losses(loaded):
+        np.testing.assert_allclose(found, losses(saved)[0], rtol=0, atol=1e-5)
+    # The comparison can fail: without the moments the step after the load goes elsewhere.
+    forgotten = on(new_size, partial(load_and_train, forget=True), [*after, *method], str(tmp_path))
+    assert not np.allclose(losses(forgotten)[0], losses(saved)[0], rtol=0, atol=1e-5)
+
+
+def first_losses(directory: str) -> list[float]:
+    """Of an engine that was loaded, of one built of the same tensors, and of one with others."""
+    batches = [micro_batch for _, micro_batch in feed_of(engine_of([])).step(4).micro_batches]
+    loaded = engine_of(["parallel=accelerate", "train.seed=9"])
+    load(directory, loaded.pieces())
+    loaded.publish()
+    config = compose([*SMALL, *BATCH, "parallel=accelerate"])
+    world = World(dist.get_rank(), dist.get_world_size())
+    model = build(config)
+    model.load_state_dict({p.name.removeprefix("model/"): p.tensor for p in loaded.pieces() if "model/" in p.name})
+    fresh = make_engine(config, model, resolve_topology(config.parallel, world.size), world, CPU)
+    other = engine_of(["parallel=accelerate", "train.seed=9"])
+    return [float(engine.loss(batches)) for engine in (loaded, fresh, other)]
+
+
+def test_the_first_forward_after_a_load_is_that_of_a_fresh_engine(tmp_path: Path) -> None:
+    WORLD.run(train_and_save, 3, ["parallel=fsdp"], str(tmp_path))
+    for loaded, fresh, other in WORLD.run(first_losses, 2, str(tmp_path)):
+        assert loaded == fresh != other
+
+
+def alone_under_a_launcher() -> tuple[bool, bool]:
+    rows = train_steps([*BATCH, "parallel=accelerate"], 1)["rows"]
+    return dist.is_initialized(), rows == train_steps(BATCH, 1)["rows"]
+
+
+def test_a_single_process_of_a_launcher_joins_no_process_group() -> None:
+    assert WORLD.run(alone_under_a_launcher, 1, environment=True) == [(False, True)]
+
+
+def test_nothing_of_accelerate_outlives_its_work_and_a_world_that_differs_is_refused() -> None:
+    with pytest.raises(Refused, match="set up"):
+        prepare(torch.nn.Linear(2, 2), Mesh(Topology(dp_replicate=2), 0, None), CPU, compute=Compute.fp32)
+    assert AcceleratorState._shared_state == PartialState._shared_state == {}
+    prepare(torch.nn.Linear(2, 2), Mesh(Topology(), 0, None), CPU, compute=Compute.fp32)
+    assert AcceleratorState._shared_state == PartialState._shared_state == {}
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+REFUSED = [
+    ([], {"ACCELERATE_USE_DEEPSPEED": "true"}, "cpu", "parallel=zero1, parallel=zero2 or parallel=zero3"),
+    ([], {"ACCELERATE_USE_MEGATRON_LM": "true"}, "cpu", "parallel=tp"),
+    ([], {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "cuda", "parallel.dp_shard"),
+    ([], {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "cpu", "gradient_accumulation_steps: 1"),
+    ([], {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "cpu", "--dynamo_backend no"),
+    ([], {"ACCELERATE_MIXED_PRECISION": "bf16"}, "cpu", "Type precision=bf16, or start with --mixed_precision no"),
+    (["precision=bf16"], {"ACCELERATE_MIXED_PRECISION": "no"}, "cpu", "precision=fp32, or .* --mixed_precision bf16"),
+    (["precision=bf16"], {"ACCELERATE_MIXED_PRECISION": "fp16"}, "cpu", "Start with --mixed_precision bf16"),
+    ([], {"ACCELERATE_MIXED_PRECISION": "fp16"}, "cpu", "Start with --mixed_precision no"),
+    ([], {"ACCELERATE_USE_CPU": "True"}, "cuda", "CUDA_VISIBLE_DEVICES="),
+    ([], {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "cpu", "--multi_gpu --num_processes N"),
+    ([], {"OMPI_COMM_WORLD_SIZE": "2"}, "cpu", "--multi_gpu --num_processes N"),
+    ([], FSDP, "cpu", "parallel=fsdp"),
+    ([], {**FSDP, "FSDP_VERSION": "1"}, "cuda", "fsdp_version: 2"),
+    ([], {**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "cuda", "fsdp_offload_params: false"),
+    ([], {**FSDP, "FSDP_IGNORED_MODULES": "lm_head"}, "cuda", "fsdp_ignored_modules"),
+    (["parallel.tp=2"], {}, "cpu", "parallel.tp=1, or parallel.engine=torch"),
+    (["parallel.pp=2"], {}, "cpu", "parallel.pp=1"),
+    (["parallel.dp_shard=2"], {}, "cpu", "parallel.dp_shard=1"),
+    (["parallel.dp_replicate=2"], FSDP, "cuda", "parallel.dp_replicate=1"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "environment", "device", "remedy"), REFUSED)
+def test_what_contradicts_is_refused_with_what_to_type(
+    overrides: list[str], environment: dict[str, str], device: str, remedy: str
+) -> None:
+    config = compose(["parallel=accelerate", *overrides])
+    with pytest.raises(Refused, match=remedy):
+        topology_of(config, World(0, 2, 0, 2), torch.device(device), environment)
+
+
+def test_the_degrees_are_what_accelerate_is_configured_for() -> None:
+    config, two = compose(["parallel=accelerate", "precision=bf16"]), World(0, 2, 0, 2)
+    agreed = {"ACCELERATE_MIXED_PRECISION": "bf16", "MASTER_PORT": "29500", "RANK": "0"}
+    assert topology_of(config, two, CPU, agreed) == Topology(dp_replicate=2)
+    assert topology_of(config, two, CPU, {}) == Topology(dp_replicate=2)
+    assert topology_of(config, two, torch.device("cuda", 0), {**agreed, **FSDP}) == Topology(dp_shard=2)
+    assert topology_of(config, World(), CPU, FSDP) == Topology()  # one process has nothing to shard with
+
+
+def test_a_run_is_refused_before_anything_starts(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(Refused, match="parallel=zero1"):
+        run(compose([*TINY, "parallel=accelerate"]))
+    assert not list(in_tmp.iterdir())

@@ -1,0 +1,171 @@
+"""The engine that Hugging Face accelerate sets up: DDP, or FSDP2 on GPUs, as `accelerate launch` configured it.
+
+accelerate prepares the model and nothing else. How a step is computed, the optimizer, the data and the checkpoints are
+those of the torch engine, so a run may change between the two.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, patch_environment
+from torch import nn
+
+from trainer.config import Compute, Config, Parallel
+from trainer.errors import Refused
+from trainer.parallel.mesh import Mesh
+from trainer.parallel.torch_engine import TorchEngine
+from trainer.parallel.world import World
+from trainer.plan import Topology
+
+# What accelerate's configuration, which `accelerate launch` hands on in the environment, must not ask for.
+_UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed, which is an engine of its own here. Type parallel=zero1, parallel=zero2 or "
+    "parallel=zero3 instead of parallel=accelerate",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM. Type parallel=tp instead of parallel=accelerate",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config. Leave parallel=accelerate out and type "
+    "parallel.dp_replicate, parallel.dp_shard and parallel.tp",
+}
+_MIXED_PRECISION = {Compute.fp32: "no", Compute.bf16: "bf16"}
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def make_accelerate_engine(
+    config: Config, model: nn.Module, topology: Topology, world: World, device: torch.device
+) -> TorchEngine:
+    return TorchEngine(
+        config, model, topology, world, device, distribute_by=partial(prepare, compute=config.precision.compute)
+    )
+
+
+def topology_of(
+    config: Config, world: World, device: torch.device, environment: Mapping[str, str] = os.environ
+) -> Topology:
+    """The degrees that accelerate's configuration asks for. `Refused` where this engine or these options differ."""
+    _check_started(environment)
+    for key, what in _UNSUPPORTED.items():
+        if _is_on(environment, key):
+            raise Refused(f"accelerate's configuration asks for {what}.")
+    if (steps := environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != "1":
+        raise Refused(
+            f"accelerate's configuration accumulates gradients over {steps} steps, and here the batch says how often: "
+            "set gradient_accumulation_steps: 1, and type train.global_batch and train.micro_batch."
+        )
+    if (backend := environment.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() != "no":
+        raise Refused(
+            f"accelerate's configuration compiles the model ({backend}), and compiled layers would draw other dropout. "
+            "Start with --dynamo_backend no."
+        )
+    _check_precision(config.precision.compute, environment.get("ACCELERATE_MIXED_PRECISION"))
+    if device.type != "cpu" and _is_on(environment, "ACCELERATE_USE_CPU"):
+        raise Refused(
+            "accelerate's configuration says CPU, and this machine has GPUs. Put CUDA_VISIBLE_DEVICES= in front."
+        )
+    shards = _is_on(environment, "ACCELERATE_USE_FSDP") and world.size > 1
+    if shards:
+        _check_sharding(device, environment)
+    topology = Topology(dp_shard=world.size) if shards else Topology(dp_replicate=world.size)
+    _check_degrees(config.parallel, topology)
+    return topology
+
+
+def prepare(model: nn.Module, mesh: Mesh, device: torch.device, *, compute: Compute) -> nn.Module:
+    """The model as accelerate wraps it, in the process group that is already there.
+
+    accelerate keeps its state for the whole process; here none outlives the call, so that another run finds none.
+    """
+    # A launcher's single process would join a process group of its own, which nothing here leaves again.
+    alone = {"LOCAL_RANK": -1} if mesh.topology.size == 1 else {}
+    try:
+        with patch_environment(**alone):
+            accelerator = Accelerator(
+                mixed_precision=_MIXED_PRECISION[compute],
+                cpu=device.type == "cpu",
+                kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            )
+        _check_agreement(accelerator, mesh, device)
+        if not accelerator.is_fsdp2:
+            return accelerator.prepare(model)  # type: ignore[no-any-return]
+        # Shards stay fp32 as in every layout, and bf16 is autocast; accelerate would gather and reduce in bf16.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        # It shards a model only together with an optimizer. Ours is built of what comes out.
+        stand_in = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+        sharded, _ = accelerator.prepare(model, stand_in)
+        return sharded  # type: ignore[no-any-return]
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _is_on(environment: Mapping[str, str], key: str) -> bool:
+    return environment.get(key, "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
+def _check_started(environment: Mapping[str, str]) -> None:
+    """Of several processes on CPUs `accelerate launch --cpu` starts one: the others are MPI's to start."""
+    several = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_PORT" in environment
+    several |= any(int(environment.get(key, "1")) > 1 for key in _MPI_SIZES)
+    if several and "RANK" not in environment:
+        raise Refused(
+            "`accelerate launch --cpu` leaves several processes to MPI, from which this trainer takes no ranks. Start "
+            "with `accelerate launch --multi_gpu --num_processes N`, which starts N processes on CPUs as well, or with "
+            "`python -m launch local --nproc N -- parallel=accelerate`."
+        )
+
+
+def _check_precision(compute: Compute, configured: str | None) -> None:
+    """Nothing is configured where torchrun or `python -m launch` started the processes."""
+    if configured in (None, _MIXED_PRECISION[compute]):
+        return
+    there = {name: ours for ours, name in _MIXED_PRECISION.items()}.get(configured)
+    remedy = (
+        f"Type precision={there.name}, or start" if there else f"mixed_precision {configured} is not trained. Start"
+    )
+    raise Refused(
+        f"accelerate's configuration says mixed_precision {configured}, and this command precision={compute.name}. "
+        f"{remedy} with --mixed_precision {_MIXED_PRECISION[compute]}."
+    )
+
+
+def _check_sharding(device: torch.device, environment: Mapping[str, str]) -> None:
+    if device.type == "cpu":
+        raise Refused(
+            "accelerate's configuration asks for FSDP, and on CPUs accelerate would train whole copies without a word. "
+            "Type parallel=fsdp instead of parallel=accelerate, or take FSDP out of accelerate's configuration."
+        )
+    if (version := environment.get("FSDP_VERSION", "1")) != "2":
+        raise Refused(f"accelerate's configuration asks for FSDP {version}. Set fsdp_version: 2.")
+    if _is_on(environment, "FSDP_OFFLOAD_PARAMS"):
+        raise Refused("accelerate's configuration keeps shards on the CPU. Set fsdp_offload_params: false.")
+    if environment.get("FSDP_IGNORED_MODULES"):
+        raise Refused("accelerate's configuration leaves modules out of FSDP. Take fsdp_ignored_modules out of it.")
+
+
+def _check_degrees(parallel: Parallel, topology: Topology) -> None:
+    for key in ("tp", "pp", "cp", "ep", "dp_shard"):
+        if (degree := getattr(parallel, key)) != 1:
+            raise Refused(
+                f"parallel.{key}={degree} is not for parallel.engine=accelerate, whose layout is what accelerate is "
+                f"configured for. Type parallel.{key}=1, or parallel.engine=torch."
+            )
+    if parallel.dp_replicate not in (None, -1, topology.dp_replicate):
+        raise Refused(
+            f"parallel.dp_replicate={parallel.dp_replicate}, and accelerate is configured for {topology}. "
+            f"Type parallel.dp_replicate={topology.dp_replicate}."
+        )
+
+
+def _check_agreement(accelerator: Accelerator, mesh: Mesh, device: torch.device) -> None:
+    """What accelerate found must be what was planned: other collectives than planned would wait for ever."""
+    sharded = accelerator.distributed_type is DistributedType.FSDP
+    found = (accelerator.num_processes, accelerator.device.type, sharded)
+    planned = (mesh.topology.size, device.type, mesh.topology.dp_shard > 1)
+    if found != planned:
+        raise Refused(
+            f"accelerate set up (processes, device, FSDP) {found} where the launcher gave {planned}. "
+            "Start with `accelerate launch` or `python -m launch local`, and set no ACCELERATE_ variables by hand."
+        )
