@@ -1,0 +1,62 @@
+"""A run that `accelerate launch` starts is killed, and `python -m launch` goes on with it under FSDP2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+from tests.runs import SMALL, assert_same_run, environment, events, kill_tree, launch, rows, wait_for
+from tests.worlds import train
+
+RUN = [*SMALL, "train.steps=40", "checkpoint.every=5", "data.log_ids=true", "eval.every=0"]
+WAIT_S = 90
+
+
+def accelerate_launch(arguments: list[str], home: Path, log: Path) -> subprocess.Popen[bytes]:
+    """As its documentation starts a script; a home of its own, so that no configuration on this machine counts."""
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "accelerate.commands.launch", *arguments],
+            cwd=ROOT,
+            env=environment(HF_HOME=str(home), OMP_NUM_THREADS="1"),
+            stdout=output,
+            stderr=output,
+        )
+
+
+def test_killed_under_accelerate_launch_and_resumed_under_fsdp2(tmp_path: Path) -> None:
+    a, b, log = tmp_path / "a", tmp_path / "b", tmp_path / "log"
+    train([*RUN, f"run.dir={a}"])
+    flags = ["--multi_gpu", "--num_processes=2", "--main_process_ip=127.0.0.1", "--main_process_port=0"]
+    process = accelerate_launch([*flags, "-m", "trainer", "parallel=accelerate", *RUN, f"run.dir={b}"], tmp_path, log)
+    try:
+        wait_for(lambda: process.poll() is not None or any(row["step"] >= 7 for row in rows(b)), WAIT_S)
+        assert process.poll() is None, log.read_text()
+    finally:
+        kill_tree(process.pid)
+        process.wait(30)
+    assert {row["world_size"] for row in rows(b)} == {2}
+
+    done = launch(2, ["parallel=fsdp", *RUN, f"run.dir={b}"])
+    assert done.returncode == 0, done.stderr
+    assert "parallel.engine was accelerate, is torch" in done.stdout
+    resumed = [step for event, step in events(b) if event == "resume"]
+    assert len(resumed) == 1 and resumed[0] >= 5
+    assert_same_run(rows(a), rows(b), last=40)
+
+
+def test_one_process_in_the_place_of_several_is_refused(tmp_path: Path) -> None:
+    """On CPUs `accelerate launch --cpu` starts one process where there is no MPI, whatever was asked for."""
+    log = tmp_path / "log"
+    flags = ["--cpu", "--num_processes=2"]
+    process = accelerate_launch(
+        [*flags, "-m", "trainer", "parallel=accelerate", f"run.dir={tmp_path}/run"], tmp_path, log
+    )
+    try:
+        assert process.wait(WAIT_S) != 0
+    finally:
+        kill_tree(process.pid)
+    assert "trainer: `accelerate launch --cpu` leaves several processes to MPI" in log.read_text()
+    assert not (tmp_path / "run").exists()
