@@ -61,6 +61,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "pp x fsdp": (4, ["parallel=pp", "parallel.dp_shard=2"]),
     "pp x tp": (4, ["parallel=pp", "parallel.tp=2"]),
     "pp, interleaved": (2, ["parallel=pp", "parallel.pp_schedule=interleaved"]),
+    "accelerate": (2, ["parallel=accelerate"]),
 }
 # Sizes that no number of ranks here divides, but for the layers that two stages a process need.
 MODEL = [
