@@ -173,6 +173,7 @@ class Parallel:
     ep: int = 1  # expert parallel: not supported yet
     pp_schedule: PipelineSchedule = PipelineSchedule["1f1b"]  # interleaved: two stages a process
     activation_checkpointing: bool = False  # compute a layer's forward again in its backward, rather than keep it
+    auto: bool = False  # choose the degrees by the memory of model and device; those given are not looked at
     local_batch: Optional[int] = None  # samples in memory at a time; splits a micro-batch, not its result
 
 

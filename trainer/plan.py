@@ -127,44 +127,17 @@ def plan_batch(config: Config, data_size: int) -> BatchPlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on each process while it trains. The first three are exact up to rounding, the others estimates."""
+    """Bytes of the process that needs most while it trains."""
 
     parameters: int
     gradients: int
     optimizer: int
-    gathered: int  # the parameters and gradients of the layers that FSDP2 holds whole at a time
+    gathered: int  # the layers that FSDP2 holds whole at a time, with their gradients
     activations: int
 
     @property
     def total(self) -> int:
         return self.parameters + self.gradients + self.optimizer + self.gathered + self.activations
-
-
-def plan_memory(config: Config, model: nn.Module, topology: Topology, largest_block: int) -> MemoryPlan:
-    """`model` may be on the device meta; `largest_block` is the size in parameters of its largest repeated layer."""
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    shards = topology.dp_shard
-    return MemoryPlan(
-        parameters=-(-4 * total // shards),
-        gradients=-(-4 * trained // shards),
-        optimizer=-(-8 * trained // shards),  # AdamW's two moments
-        # Two layers at a time (the next is gathered while one computes), with their gradients.
-        gathered=0 if shards == 1 else 4 * 4 * largest_block,
-        activations=_activations(config, model),
-    )
-
-
-def _activations(config: Config, model: nn.Module) -> int:
-    """What one forward keeps for its backward, roughly: 24 hidden and 5 intermediate vectors a layer, and the logits
-    four times (themselves, their soft-max, their gradient, the loss's copy)."""
-    settings = getattr(model, "config", None)
-    hidden, layers, vocab = (
-        int(getattr(settings, key, 0) or 0) for key in ("hidden_size", "num_hidden_layers", "vocab_size")
-    )
-    inner = int(getattr(settings, "intermediate_size", 0) or 4 * hidden)
-    tokens = (config.parallel.local_batch or config.train.micro_batch) * config.train.seq_len
-    return 4 * tokens * (layers * (24 * hidden + 5 * inner) + 4 * vocab)
 
 
 def describe_run(

@@ -24,13 +24,15 @@ from trainer.data.sources import Corpus, load_corpus
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import Refused
 from trainer.loop import Progress, train
+from trainer.memory import footprint, plan_memory
 from trainer.methods import apply_method
-from trainer.models import architecture, blocks, build_model, load_tokenizer
+from trainer.models import architecture, build_model, load_tokenizer
+from trainer.parallel.auto import Cluster, choose, memory_of
 from trainer.parallel.engine import TrainingEngine, find_topology, make_engine
 from trainer.parallel.pipeline import check_stages
-from trainer.parallel.tensor import check_splittable
+from trainer.parallel.tensor import check_splittable, is_splittable
 from trainer.parallel.world import World, pick_device, process_group
-from trainer.plan import Topology, describe_run, plan_batch, plan_memory
+from trainer.plan import Topology, describe_run, plan_batch
 from trainer.resume import Start, check_state, decide
 from trainer.rundir import bring_back, hold_run_directory
 from trainer.sample import sample_text
@@ -74,22 +76,29 @@ def run(config: Config) -> int:
 
 def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[tuple[str, str]]]:
     """Read the data and work out the plan, as (label, text) lines."""
-    topology = find_topology(config, world, device)
-    batch = plan_batch(config, topology.data_size)
+    if not config.parallel.auto:
+        find_topology(config, world, device)  # refused before anything is read
     tokenizer = load_tokenizer(config.model)
     corpus = load_corpus(config.data, tokenizer, config.train.seq_len)
     model = build(config, "meta")
     check_vocabulary(corpus, model)
+    sizes, why = footprint(config, model), list[str]()
+    if config.parallel.auto:
+        cluster = Cluster(world.size, world.local_size, memory_of(device, world.local_size))
+        config, why = choose(config, sizes, cluster, lambda size: is_splittable(model, size))
+    topology = find_topology(config, world, device)
+    batch = plan_batch(config, topology.data_size)
     if topology.tp > 1:
         check_splittable(model, topology.tp)
     if topology.pp > 1:
         check_stages(model, topology.pp, config.parallel.pp_schedule)
-    memory = plan_memory(config, model, topology, max(map(count, blocks(model)), default=count(model)))
+    memory = plan_memory(config, sizes, topology, batch.rounds)
     epoch = len(corpus.train) / config.train.global_batch
     held_out = f"{len(corpus.held_out):,} held out"
     plan = describe_run(config, model, topology, batch, memory, device.type)
     plan.insert(1, ("data", f"{corpus.name}: {len(corpus.train):,} samples ({epoch:,.1f} steps an epoch), {held_out}"))
     plan += [("data", note) for note in corpus.notes]
+    plan += [("layout", line) for line in why]
     return Job(config, world, device, topology, tokenizer, corpus, model), plan
 
 
@@ -112,6 +121,12 @@ def train_together(job: Job, start: Start, lease: Lease | None) -> None:
 def agree(job: Job, start: Start) -> Start:
     """Check that all ranks read the same data, and take rank 0's decision where to start."""
     team = Team()
+    layouts = team.together(lambda: str(job.topology))
+    if others := [rank for rank, layout in enumerate(layouts) if layout != layouts[0]]:
+        raise Refused(
+            f"Rank {others[0]} would compute under {layouts[others[0]]}, and rank 0 under {layouts[0]}. "
+            "Machines with different memory choose differently: type the degrees instead of parallel=auto."
+        )
     fingerprints = team.together(lambda: [job.corpus.train.fingerprint, job.corpus.held_out.fingerprint])
     if others := [rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]]:
         raise Refused(
@@ -216,7 +231,3 @@ def check_vocabulary(corpus: Corpus, model: nn.Module) -> None:
         raise Refused(
             f"The data holds token {largest}, and the model knows {size} tokens. Give the model its own tokenizer."
         )
-
-
-def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

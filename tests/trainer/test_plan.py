@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.compose import compose
 from trainer.config import Parallel
 from trainer.errors import Refused
-from trainer.models import blocks
-from trainer.parallel.optimizing import make_optimizer
-from trainer.plan import Topology, plan_batch, plan_memory, resolve_topology
-from trainer.run import build, count
+from trainer.plan import Topology, plan_batch, resolve_topology
 
 CONFIG = compose([])
 
@@ -81,37 +75,29 @@ def test_local_batch_must_fit() -> None:
             plan_batch(compose([f"parallel.local_batch={bad}"]), 1)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("shards", [1, 3])
-def test_memory_of_the_state_is_exact(method: str, shards: int) -> None:
-    config = compose([f"method={method}"])
-    model = build(config)
-    memory = plan_memory(config, model, Topology(1, shards), max(map(count, blocks(model))))
-    optimizer = make_optimizer(model, config.optimizer)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    optimizer.step()
-    moments = sum(v.nbytes for s in optimizer.state.values() for k, v in s.items() if k != "step")
-    assert memory.parameters == math.ceil(sum(p.nbytes for p in model.parameters()) / shards)
-    assert memory.gradients == math.ceil(gradients / shards)
-    assert memory.optimizer == math.ceil(moments / shards)
-    assert (memory.gathered > 0) == (shards > 1)
+@pytest.mark.parametrize(
+    ("given_", "world", "expected"),
+    [
+        ({"tp": -1, "dp_replicate": 1}, 3, Topology(tp=3)),
+        ({"tp": 2}, 4, Topology(dp_replicate=2, tp=2)),
+        ({"tp": 2, "pp": 2, "dp_shard": -1}, 8, Topology(dp_shard=2, tp=2, pp=2)),
+        ({"pp": -1, "dp_shard": 2, "dp_replicate": 1}, 6, Topology(dp_shard=2, pp=3)),
+    ],
+)
+def test_layers_can_be_split_and_dealt(given_: dict[str, int], world: int, expected: Topology) -> None:
+    assert resolve_topology(Parallel(**given_), world) == expected
 
 
-def test_memory_of_activations_is_of_the_right_size() -> None:
-    config = compose(["train.micro_batch=4", "train.seq_len=256", "train.global_batch=4"])
-    model = build(config)
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        tokens = torch.zeros(4, 256, dtype=torch.long)
-        logits = model(input_ids=tokens, use_cache=False).logits
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-        estimate = plan_memory(config, model, Topology(1, 1), 0).activations
-        assert 0.5 < estimate / sum(kept.values()) < 2
+@pytest.mark.parametrize(
+    ("given_", "world", "message"),
+    [
+        ({"tp": 3}, 4, r"Type parallel\.dp_replicate=2 parallel\.dp_shard=1 parallel\.tp=2, or start a multiple of 3"),
+        ({"tp": -1, "pp": -1}, 4, "Only one degree can fill the world"),
+        ({"pp": 0}, 1, r"parallel\.pp=0 must be at least 1"),
+        ({"cp": 2}, 2, r"context parallelism is not supported\. Type parallel\.cp=1 and parallel\.tp=2"),
+        ({"ep": 4}, 4, r"expert parallelism is not supported\. Type parallel\.ep=1 and parallel\.tp=4"),
+    ],
+)
+def test_degrees_of_layers_that_do_not_fit_are_refused(given_: dict[str, int], world: int, message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        resolve_topology(Parallel(**given_), world)

@@ -122,6 +122,14 @@ def check_splittable(model: Any, size: int) -> None:
             _refuse_dropout(block.get_submodule(path), size)
 
 
+def is_splittable(model: Any, size: int) -> bool:
+    try:
+        check_splittable(model, size)
+    except Refused:
+        return False
+    return True
+
+
 def _share(settings: Any, size: int, at: int) -> Share:
     heads = int(settings.num_attention_heads)
     head_size = getattr(settings, "head_dim", None) or settings.hidden_size // heads

@@ -1,0 +1,172 @@
+"""How much memory a process needs under a layout, from the model's shapes alone; nothing is allocated for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+from trainer.config import Compute, Config, PipelineSchedule
+from trainer.models import blocks
+from trainer.parallel.computing import summed_loss
+from trainer.parallel.families import FAMILIES
+from trainer.parallel.pipeline import cut_out, inside, stages_of
+from trainer.parallel.tensor import balanced
+from trainer.plan import MemoryPlan, Topology
+
+logger = logging.getLogger(__name__)
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model needs, in bytes of fp32 and of activations of one part of a micro-batch."""
+
+    layers: tuple[int, ...]  # parameters of each
+    first: int  # parameters that the first stage has beside layers: embeddings
+    last: int  # and the last: norm and head. What is tied to an embedding is counted with both
+    tied: int
+    total: int  # parameters of all
+    trained: int  # and of those that train
+    kept: int  # of a layer's forward for its backward: what every tensor-parallel rank keeps whole
+    cut: int  # and what it keeps its share of
+    hidden: int  # what passes from layer to layer
+    logits: int  # and what comes out, in fp32
+    ends: int  # what is kept of the embedding, the norm, the head and the loss
+
+    @property
+    def layer(self) -> int:
+        """The largest."""
+        return max(self.layers, default=0)
+
+
+def footprint(config: Config, model: nn.Module) -> Footprint:
+    """`model` is on the device meta."""
+    size = [sum(p.numel() for p in layer.parameters()) for layer in blocks(model)]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    total = sum(p.numel() for p in model.parameters())
+    rest = total - sum(size)
+    tied = embedding.weight.numel() if head is not None and head.weight is embedding.weight else 0
+    at_end = 0 if head is None or tied else sum(p.numel() for p in head.parameters())
+    samples, positions = config.parallel.local_batch or config.train.micro_batch, config.train.seq_len
+    bf16 = config.precision.compute is Compute.bf16
+    try:
+        one, two = (_kept(model, number, samples, positions, bf16) for number in (1, 2))
+    except Exception:  # whatever a model's own code does with tensors that hold nothing
+        logger.warning("what this model keeps of a forward cannot be told beforehand: the plan leaves it out")
+        one = two = _Kept()
+    settings: Any = model.config
+    tokens = samples * positions * FP32
+    return Footprint(
+        layers=tuple(n * FP32 for n in size),
+        first=(rest - at_end) * FP32,
+        last=at_end * FP32,
+        tied=tied * FP32,
+        total=total * FP32,
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad) * FP32,
+        kept=two.whole - one.whole,
+        cut=two.cut - one.cut,
+        hidden=tokens * settings.hidden_size,
+        logits=tokens * settings.vocab_size,
+        ends=max(0, 2 * one.whole - two.whole + 2 * one.cut - two.cut),
+    )
+
+
+def plan_memory(config: Config, print_: Footprint, topology: Topology, rounds: int) -> MemoryPlan:
+    """For the stage that needs most; `rounds` are the micro-batches that a process computes in a step."""
+    return max(
+        (_plan_stage(config, print_, topology, rounds, stage) for stage in range(topology.pp)), key=lambda p: p.total
+    )
+
+
+def _plan_stage(config: Config, of: Footprint, topology: Topology, rounds: int, stage: int) -> MemoryPlan:
+    pp, tp, shards = topology.pp, topology.tp, topology.dp_shard
+    parallel = config.parallel
+    num_stages = stages_of(pp, parallel.pp_schedule) if pp > 1 else 1
+    mine = range(stage, num_stages, pp)
+    shares = [balanced(len(of.layers), num_stages, index) for index in mine]
+    layers = sum(length for _, length in shares)
+    first, last = 0 in mine, num_stages - 1 in mine
+    ends = (of.first if first else 0) + (of.last if last else 0) + (of.tied if last and not first else 0)
+    held = (sum(sum(of.layers[start : start + length]) for start, length in shares) + ends) // tp
+    trained = held * of.trained // of.total
+    in_flight = 1
+    if pp > 1:  # the first stage starts as many before the first comes back
+        in_flight = rounds if parallel.pp_schedule is PipelineSchedule.gpipe else min(rounds, pp - stage)
+    layer = of.kept + of.cut // tp
+    kept = layers * (of.hidden if parallel.activation_checkpointing else layer) * in_flight
+    at_once = layer if parallel.activation_checkpointing else 0
+    if last:
+        kept, at_once = kept + of.ends, at_once + 2 * of.logits  # with their gradient
+    # Gradients are there from the first backward on; with one round only when little is left of the forward.
+    gradients = -(-trained // shards)
+    forward = kept + at_once
+    activations = forward if rounds > 1 else max(forward - gradients, layer)
+    return MemoryPlan(
+        parameters=-(-held // shards),
+        gradients=gradients,
+        optimizer=-(-2 * trained // shards),  # AdamW's two moments
+        # Two layers at a time (the next is gathered while one computes), with their gradients.
+        gathered=0 if shards == 1 else 4 * of.layer // tp,
+        activations=activations,
+    )
+
+
+@dataclass
+class _Kept:
+    whole: int = 0
+    cut: int = 0
+
+
+def _kept(model: nn.Module, num_layers: int, samples: int, positions: int, bf16: bool) -> _Kept:
+    """What autograd keeps of a forward through so many of the layers, parameters left out."""
+    part = cut_out(inside(model), range(num_layers), first=True, last=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        state = {
+            name: torch.empty(t.shape, dtype=t.dtype, requires_grad=t.requires_grad)
+            for name, t in (*part.named_parameters(), *part.named_buffers())
+        }
+        tokens = torch.zeros(samples, positions, dtype=torch.int64)
+        with _counting(part, list(state.values())) as kept, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = functional_call(part, state, kwargs={"input_ids": tokens, "use_cache": False}).logits
+            summed_loss(logits, tokens)
+    return kept
+
+
+@contextmanager
+def _counting(part: Any, own: list[torch.Tensor]) -> Iterator[_Kept]:
+    family = FAMILIES.get(part.config.model_type)
+    inside_of, handles, kept = [0], [], _Kept()
+    for block in blocks(part):
+        for path in family.regions if family else ():
+            region = block.get_submodule(path)
+            handles.append(region.register_forward_pre_hook(lambda *_: inside_of.__setitem__(0, 1)))
+            handles.append(region.register_forward_hook(lambda *_: inside_of.__setitem__(0, 0)))
+    seen = {t.untyped_storage()._cdata: t.untyped_storage() for t in own}  # kept alive, so that no two are one
+    width = part.config.hidden_size
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen[storage._cdata] = storage
+            if inside_of[0] and tensor.shape[-1:] != (width,):
+                kept.cut += storage.nbytes()
+            else:
+                kept.whole += storage.nbytes()
+        return tensor
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
