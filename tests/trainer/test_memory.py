@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import gc
 import math
-import weakref
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.peak import Peak
 from tests.trainer.parallel.zoo import MODELS, save_model
 from tests.worlds import WORLD
 from trainer.compose import compose
@@ -28,37 +24,6 @@ from trainer.parallel.optimizing import make_optimizer
 from trainer.parallel.world import World
 from trainer.plan import Topology, plan_batch, resolve_topology
 from trainer.run import build
-
-
-class Peak(TorchDispatchMode):
-    """The most bytes of memory that tensors had at a time, of those held already and of every operation's outputs."""
-
-    def __init__(self, held: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.now = self.most = 0
-        for tensor in held:
-            self.add(tensor)
-
-    def add(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.sizes or not storage.nbytes():
-            return
-        self.sizes[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self.drop, key)
-
-    def drop(self, key: int) -> None:
-        self.now -= self.sizes.pop(key, 0)
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor)
-        return outputs
 
 
 def planned_over_measured(overrides: list[str]) -> float:
