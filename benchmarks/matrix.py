@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
@@ -62,6 +63,12 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "pp x tp": (4, ["parallel=pp", "parallel.tp=2"]),
     "pp, interleaved": (2, ["parallel=pp", "parallel.pp_schedule=interleaved"]),
     "accelerate": (2, ["parallel=accelerate"]),
+    "zero 0": (2, ["parallel.engine=deepspeed"]),
+    "zero 1": (2, ["parallel=zero1"]),
+    "zero 2": (2, ["parallel=zero2"]),
+    "zero 3": (2, ["parallel=zero3"]),
+    "zero 3 on 3": (3, ["parallel=zero3"]),
+    "zero 3, offload": (2, ["parallel=zero3", "parallel.offload=true"]),
 }
 # Sizes that no number of ranks here divides, but for the layers that two stages a process need.
 MODEL = [
@@ -130,9 +137,13 @@ def train_and_save(overrides: list[str], directory: Path) -> dict[str, Any]:
 
 def gather(engine: Any) -> dict[str, torch.Tensor]:
     """Full parameters by the engine's own API; none where it has none."""
-    if hasattr(engine, "gathered"):
-        found: dict[str, torch.Tensor] = engine.gathered()
-        return found
+    if isinstance(zero := getattr(engine, "_engine", None), nn.Module):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        named = parameter_names(zero)
+        if engine._engine.zero_optimization_stage() == 0:
+            return {f"model/{name}": parameter.detach() for name, parameter in named.items()}
+        return {f"model/{name}": safe_get_full_fp32_param(parameter).detach() for name, parameter in named.items()}
     bare = getattr(engine, "_bare", None)
     sharded = {n: p for n, p in parameter_names(bare).items() if isinstance(p, DTensor)} if bare is not None else {}
     if engine._cuts.held or engine._pipeline is not None:  # what torch gathers is then a part only

@@ -24,10 +24,12 @@ from checkpointing.geometry import Box, External, Piece
 from checkpointing.layouts import (
     Held,
     describe,
+    describe_zero,
     materialize,
     param_groups,
     parameter_names,
     pieces_of,
+    publish_zero,
     restore_param_groups,
 )
 from checkpointing.restore import load
@@ -51,6 +53,7 @@ __all__ = [
     "ReplicaError",
     "VersionError",
     "describe",
+    "describe_zero",
     "external_of",
     "load",
     "materialize",
@@ -58,6 +61,7 @@ __all__ = [
     "parameter_names",
     "pieces_of",
     "prune",
+    "publish_zero",
     "restore_param_groups",
     "save",
 ]

@@ -62,12 +62,26 @@ def main() -> int:
 def _compose_and_run() -> int:
     from trainer.compose import compose_from_command_line
 
+    sys.argv[1:] = without_local_rank(sys.argv[1:])
+
     config = compose_from_command_line()
     if config is None:
         return 0
     from trainer.run import run  # seconds of imports, which a refused command does not wait for
 
     return run(config)
+
+
+def without_local_rank(arguments: list[str]) -> list[str]:
+    """DeepSpeed's launcher adds `--local_rank=N`, which is in the environment too."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in ("--local_rank", "--local-rank"):
+            next(rest, None)
+        elif not argument.startswith(("--local_rank=", "--local-rank=")):
+            kept.append(argument)
+    return kept
 
 
 def say(what: object, status: int) -> int:

@@ -155,6 +155,7 @@ class Schedule:
 class Engine(Enum):
     torch = "torch"
     accelerate = "accelerate"
+    deepspeed = "deepspeed"
 
 
 PipelineSchedule = Enum("PipelineSchedule", ["gpipe", "1f1b", "interleaved"])
@@ -175,6 +176,9 @@ class Parallel:
     activation_checkpointing: bool = False  # compute a layer's forward again in its backward, rather than keep it
     auto: bool = False  # choose the degrees by the memory of model and device; those given are not looked at
     local_batch: Optional[int] = None  # samples in memory at a time; splits a micro-batch, not its result
+    zero_stage: int = option(0, low=0, high=3)  # DeepSpeed shards the optimizer (1), gradients (2), parameters (3)
+    offload: bool = False  # DeepSpeed keeps the optimizer's state, and updates, in CPU memory (zero_stage 1 to 3)
+    deepspeed: Optional[str] = None  # a JSON of DeepSpeed's own options, as far as they do not contradict ours
 
 
 class Compute(Enum):
@@ -310,6 +314,13 @@ def check(config: Config) -> None:
         raise Refused(f"optimizer.betas={betas} must be two numbers in [0, 1), such as optimizer.betas=[0.9,0.95].")
     if isinstance(model, TinyLlama):
         _check_heads(model)
+    parallel = config.parallel
+    for name in ("zero_stage", "offload", "deepspeed") if parallel.engine is Engine.torch else ():
+        if value := getattr(parallel, name):
+            raise Refused(
+                f"parallel.{name}={value} is an option of DeepSpeed's engine only. Type parallel=zero1, parallel=zero2 "
+                f"or parallel=zero3 with it, or leave it out."
+            )
 
 
 def _check_bounds(options: Any, prefix: str) -> None:

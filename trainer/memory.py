@@ -108,13 +108,17 @@ def _plan_stage(config: Config, of: Footprint, topology: Topology, rounds: int, 
     if last:
         kept, at_once = kept + of.ends, at_once + 2 * of.logits  # with their gradient
     # Gradients are there from the first backward on; with one round only when little is left of the forward.
-    gradients = -(-trained // shards)
+    zero = parallel.zero_stage
+    if zero:  # DeepSpeed keeps masters beside the parameters
+        shards = topology.data_size if zero == 3 else 1
+    gradients = -(-trained // (topology.data_size if zero >= 2 else shards))
     forward = kept + at_once
     activations = forward if rounds > 1 else max(forward - gradients, layer)
     return MemoryPlan(
         parameters=-(-held // shards),
         gradients=gradients,
-        optimizer=-(-2 * trained // shards),  # AdamW's two moments
+        # AdamW's two moments; with parallel.offload they are in host memory.
+        optimizer=-(-3 * trained // topology.data_size) if zero else -(-2 * trained // shards),
         # Two layers at a time (the next is gathered while one computes), with their gradients.
         gathered=0 if shards == 1 else 4 * of.layer // tp,
         activations=activations,

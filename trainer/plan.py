@@ -10,7 +10,7 @@ from math import prod
 
 from torch import nn
 
-from trainer.config import Config, Parallel, choice_of
+from trainer.config import Config, Engine, Parallel, choice_of
 from trainer.errors import Refused
 
 
@@ -152,10 +152,15 @@ def describe_run(
     method = f"method={choice_of(config, 'method')} trains {trained:,} ({trained / total:.2%})"
     split = f"{batch.num_micro_batches} micro-batches of {batch.micro_batch}, {batch.rounds} rounds a process{idle}"
     tokens = f"up to {batch.global_batch * train.seq_len:,} target tokens a step"
+    layout = (
+        f"DeepSpeed, ZeRO stage {config.parallel.zero_stage}"
+        if config.parallel.engine is Engine.deepspeed
+        else topology
+    )
     rate = f"lr {config.optimizer.lr:g} after {schedule.warmup_steps} steps of warm-up, then {schedule.curve.name}"
     return [
         ("model", f"{choice_of(config, 'model')}, {total:,} parameters; {method}"),
-        ("processes", f"{topology.size} on {device}: {topology}; precision={config.precision.compute.name}"),
+        ("processes", f"{topology.size} on {device}: {layout}; precision={config.precision.compute.name}"),
         ("batch", f"{batch.global_batch} samples = {split}; {tokens}"),
         ("steps", f"{train.steps}; AdamW, {rate}"),
         ("memory", f"about {_megabytes(memory.total)} a process: {parts}"),

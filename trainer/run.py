@@ -18,7 +18,7 @@ from torch import nn
 from checkpointing import DamagedError, LeaseHeldError, MismatchError, load
 from checkpointing.collective import Team
 from checkpointing.lease import Lease
-from trainer.config import Config
+from trainer.config import Config, Engine
 from trainer.data.feed import Feed
 from trainer.data.sources import Corpus, load_corpus
 from trainer.data.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ def run(config: Config) -> int:
             start = decide(config, job.corpus.train.fingerprint, job.shapes)
             say_plan(config, [*plan, *(("start", line) for line in start.lines)])
         if not config.dry_run:
-            with process_group(world, device):
+            with process_group(world, device, alone=config.parallel.engine is Engine.deepspeed):
                 train_together(job, start, lease)
     return 0
 

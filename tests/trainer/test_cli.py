@@ -113,3 +113,11 @@ cli.run_as_process()
     script = script.replace("cli.run_as_process()", "main()")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "torn down" in done.stdout
+
+
+def test_the_local_rank_of_deepspeeds_launcher_is_dropped() -> None:
+    kept = ["train.steps=1", "dry_run=true"]
+    for stray in (["--local_rank=1"], ["--local_rank", "1"], ["--local-rank=1"], []):
+        assert cli.without_local_rank([kept[0], *stray, kept[1]]) == kept
+    done = trainer("--local_rank=0", "train.stepz=1")
+    assert done.returncode == 2 and done.stderr.startswith("trainer: There is no option train.stepz.")

@@ -58,7 +58,7 @@ REFUSALS = {
     "data=jsonl": r"data\.path has no value",
     "data.path=x": r"data\.path is an option of data=text and data=jsonl only",
     "method.r=2": r"method\.r is an option of method=lora only",
-    "parallel.engine=megatron": r"Invalid value 'megatron', expected one of \[torch, accelerate",
+    "parallel.engine=megatron": r"Invalid value 'megatron', expected one of \[torch, accelerate, deepspeed\]",
     "run.dir=${nope}": "Interpolation key 'nope' not found",
     "train.global_batch=[": r"The override train\.global_batch=\[ cannot be read: .*viable alternative",
     "run.dir=a=b": r"The override run\.dir=a=b cannot be read: .*Quote a value",

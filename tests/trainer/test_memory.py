@@ -97,6 +97,16 @@ def test_memory_of_the_state_is_exact(method: str, shards: int) -> None:
     assert (memory.gathered > 0) == (shards > 1)
 
 
+@pytest.mark.parametrize(("stage", "divided"), [(1, (1, 1)), (2, (1, 2)), (3, (2, 2))])
+def test_memory_of_zero_follows_its_stage(stage: int, divided: tuple[int, int]) -> None:
+    config = compose([f"parallel=zero{stage}"])
+    of = footprint(config, build(config, "meta"))
+    memory = plan_memory(config, of, Topology(2), 2)
+    assert (memory.parameters, memory.gradients) == tuple(math.ceil(of.total / n) for n in divided)
+    assert memory.optimizer == math.ceil(3 * of.total / 2)  # two moments and masters
+    assert (memory.gathered > 0) == (stage == 3)
+
+
 def test_split_and_dealt_models_need_what_is_planned() -> None:
     wide = ["model.hidden_size=384", "model.intermediate_size=1376", "model.num_layers=4"]
     for size, layout in ((2, ["parallel=tp"]), (2, ["parallel=pp"]), (2, ["parallel=fsdp"])):

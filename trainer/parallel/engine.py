@@ -11,6 +11,8 @@ from torch import nn
 from checkpointing import Piece
 from trainer.config import Config, Engine
 from trainer.data.dataset import Batch
+from trainer.errors import Refused
+from trainer.parallel.deepspeed_options import check_deepspeed
 from trainer.parallel.world import World
 from trainer.plan import Topology, resolve_topology
 
@@ -55,7 +57,15 @@ def find_topology(config: Config, world: World, device: torch.device) -> Topolog
         from trainer.parallel.accelerate_engine import topology_of
 
         return topology_of(config, world, device)
-    return resolve_topology(config.parallel, world.size)
+    topology = resolve_topology(config.parallel, world.size)
+    if config.parallel.engine is Engine.deepspeed:
+        check_deepspeed(config, topology)
+    elif config.parallel.zero_stage or config.parallel.offload or config.parallel.deepspeed:
+        raise Refused(
+            "parallel.zero_stage, parallel.offload and parallel.deepspeed are DeepSpeed's. Add "
+            "parallel.engine=deepspeed, or type parallel=fsdp to shard without it."
+        )
+    return topology
 
 
 def make_engine(
@@ -65,7 +75,10 @@ def make_engine(
         from trainer.parallel.accelerate_engine import make_accelerate_engine
 
         return make_accelerate_engine(config, model, topology, world, device)
-    assert config.parallel.engine is Engine.torch
+    if config.parallel.engine is Engine.deepspeed:
+        from trainer.parallel.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, model, topology, world, device)
     from trainer.parallel.torch_engine import TorchEngine
 
     return TorchEngine(config, model, topology, world, device)

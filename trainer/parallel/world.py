@@ -56,12 +56,15 @@ def pick_device(world: World) -> torch.device:
 
 
 @contextmanager
-def process_group(world: World, device: torch.device) -> Iterator[None]:
-    """The processes joined for the time of the context; nothing to join for one alone."""
-    if world.size == 1:
+def process_group(world: World, device: torch.device, *, alone: bool = False) -> Iterator[None]:
+    """The processes joined for the time of the context; one alone has nothing to join, unless a group is needed."""
+    if world.size == 1 and not alone:
         yield
         return
-    if device.type == "cuda":
+    if world.size == 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    elif device.type == "cuda":
         torch.cuda.set_device(device)
         # gloo beside nccl carries what lies on the CPU, such as a checkpoint's plans.
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=10), device_id=device)

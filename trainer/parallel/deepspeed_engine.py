@@ -1,0 +1,157 @@
+"""The engine of DeepSpeed: ZeRO stages 0 to 3, optimizer state on the CPU where that is asked for.
+
+DeepSpeed only shards, reduces and steps. What is computed, clipped and drawn is the same as in every other engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+
+from checkpointing import Piece
+from checkpointing.layouts.zero import describe_zero, publish_zero
+from trainer.config import Compute, Config
+from trainer.data.dataset import Batch
+from trainer.models import blocks
+from trainer.parallel.computing import Draws, logits_of, parts_of, summed_loss
+from trainer.parallel.deepspeed_options import engine_options
+from trainer.parallel.optimizing import make_optimizer
+from trainer.parallel.torch_engine import checkpoint_blocks
+from trainer.parallel.world import World
+from trainer.plan import Topology
+
+
+class DeepSpeedEngine:
+    """Every process is a share of the data."""
+
+    def __init__(
+        self, config: Config, model: nn.Module, topology: Topology, world: World, device: torch.device
+    ) -> None:
+        self.device, self.world_size = device, world.size
+        self.data_rank, self.data_size = world.rank, topology.data_size
+        self._local_batch = config.parallel.local_batch
+        self._clip = config.optimizer.clip
+        self._bare = model
+        if config.parallel.activation_checkpointing:
+            checkpoint_blocks(model)
+        self._draws = Draws(model, {layer: number for number, layer in enumerate(blocks(model))})
+        if config.precision.compute is Compute.bf16:
+            # DeepSpeed's own bf16 would keep a second copy of the weights, and norms and the residual stream would be
+            # bf16 too: a run would compute something else than in the other layouts. Its autocast would reduce
+            # gradients in bf16, and it switches one around it off; so autocast is inside of what it calls.
+            model.forward = torch.autocast(device.type, dtype=torch.bfloat16)(model.forward)
+        ours = functional.linear
+        self._engine = initialize(
+            world,
+            device,
+            model=model,
+            optimizer=make_optimizer(model, config.optimizer),
+            config=engine_options(config, sum(p.numel() for p in model.parameters() if p.requires_grad)),
+        )
+        # Stage 3 replaces torch's linear in the whole process by one that does not keep gathered weights for the
+        # backward; here it is in place only while this engine computes.
+        self._linear, functional.linear = functional.linear, ours
+
+    def accumulate(self, micro_batches: Sequence[tuple[int, Batch]], weight: float) -> torch.Tensor:
+        total = torch.zeros(1, device=self.device, dtype=torch.float64)
+        parts = list(parts_of(micro_batches, self._local_batch, self.device))
+        with self._computing():
+            for turn, part in enumerate(parts, start=1):
+                self._engine.set_gradient_accumulation_boundary(turn == len(parts))
+                self._draws.start(part)
+                loss = summed_loss(logits_of(self._engine, part.batch.inputs, bf16=False), part.batch.labels)
+                # DeepSpeed takes the mean over ranks, and over as many turns as it was told: one.
+                self._engine.backward(loss * (weight * self.data_size))
+                total += loss.detach()
+        return total
+
+    def step(self, lr: float) -> torch.Tensor:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        norm = None
+        if self._engine.zero_optimization_stage() == 0:  # DeepSpeed would clip, and keep the norm to itself
+            norm = nn.utils.clip_grad_norm_(self._bare.parameters(), self._clip or math.inf)
+        self._engine.step()
+        if norm is None:
+            norm = torch.as_tensor(self._engine.get_global_grad_norm())
+        return norm.to(self.device, torch.float32)
+
+    def loss(self, batches: Sequence[Batch]) -> torch.Tensor:
+        total = torch.zeros(1, device=self.device, dtype=torch.float64)
+        with self._evaluating() as model:
+            for part in parts_of([(0, batch) for batch in batches], self._local_batch, self.device):
+                total += summed_loss(logits_of(model, part.batch.inputs, bf16=False), part.batch.labels)
+        return total
+
+    def reduce(self, values: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(values)
+        return values
+
+    def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        with self._evaluating() as model:
+            return logits_of(model, tokens, bf16=False)[:, -1]
+
+    def pieces(self) -> list[Piece]:
+        return describe_zero(self._engine)
+
+    def publish(self) -> None:
+        publish_zero(self._engine)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[nn.Module]:
+        """The model to call; stage 3 gathers by hooks of its modules."""
+        self._bare.eval()
+        with torch.no_grad(), self._computing():
+            yield self._bare
+        self._bare.train()
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        ours, functional.linear = functional.linear, self._linear
+        try:
+            yield
+        finally:
+            functional.linear = ours
+
+
+def initialize(world: World, device: torch.device, **arguments: Any) -> Any:
+    """DeepSpeed's own engine, in the process group that is there. It writes to stderr, and only what matters."""
+    os.environ["DS_ACCELERATOR"] = device.type  # it would look for one itself, and say so
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # one process alone has none
+    import deepspeed
+    import deepspeed.ops
+
+    # It calls torch's collectives by names that torch wants to drop: nothing that a user could change.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+    # On CPUs it would compile an all-reduce at the first use, for over a minute, whose shared memory nobody removes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    forget_earlier_engines()
+    return deepspeed.initialize(**arguments)[0]
+
+
+def forget_earlier_engines() -> None:
+    """DeepSpeed keeps the groups of a process group that is gone, and numbers modules through the life of a process.
+
+    Ranks compare those numbers in stage 3, and would fail where one had another engine before.
+    """
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references()
+    (count,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    count[0] = Init.param_id = 0
