@@ -117,7 +117,7 @@ def held(directory: Path) -> dict[str, torch.Tensor]:
     return {piece.name: piece.tensor for piece in pieces}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3", "zero2+offload", "zero3+offload"])
 def test_a_run_goes_on_under_another_layout(tmp_path: Path, stage: str) -> None:
     zero = STAGES[stage]
     reference = Leg((1, 2, 3, 4)).take([])
@@ -125,7 +125,8 @@ def test_a_run_goes_on_under_another_layout(tmp_path: Path, stage: str) -> None:
     Leg((1, 2), after=ours).take([])
     np.testing.assert_allclose(WORLD.run(Leg((1, 2), after=theirs).take, 2, zero)[0], reference[:2], rtol=1e-5)
     np.testing.assert_allclose(Leg((3, 4), theirs).take([]), reference[2:], rtol=1e-5)
-    others = [(ours, 3, zero), (ours, 1, zero), (theirs, 3, ["parallel=fsdp"]), (theirs, 3, ["parallel=zero3"])]
+    others = [(ours, 3, zero), (theirs, 3, ["parallel=fsdp"])]
+    others += [(ours, 1, zero), (theirs, 3, ["parallel=zero2"])] if stage == "zero3" else []
     for number, (directory, size, layout) in enumerate(others):
         again = tmp_path / str(number)
         for rows_of_rank in WORLD.run(Leg((3, 4), directory, before=again).take, size, layout):
