@@ -140,7 +140,7 @@ def gather(engine: Any) -> dict[str, torch.Tensor]:
     if isinstance(zero := getattr(engine, "_engine", None), nn.Module):
         from deepspeed.utils import safe_get_full_fp32_param
 
-        named = parameter_names(zero)
+        named = parameter_names(engine._bare)
         if engine._engine.zero_optimization_stage() == 0:
             return {f"model/{name}": parameter.detach() for name, parameter in named.items()}
         return {f"model/{name}": safe_get_full_fp32_param(parameter).detach() for name, parameter in named.items()}

@@ -38,7 +38,7 @@ def pieces_of(name: str, tensor: torch.Tensor, logical: Shape | Held | None = No
         shape, ranges = tuple(tensor.shape if logical is None else logical), [[(0, size)] for size in tensor.shape]
         fits = all(n <= padded for n, padded in zip(shape, tensor.shape, strict=False))
     if not fits or len(shape) != tensor.dim():
-        raise LayoutError(f"{name}: a tensor of shape {tuple(tensor.shape)} does not hold {logical}")
+        raise LayoutError(f"{name}: a tensor of shape {tuple(tensor.shape)} does not hold one of shape {shape}")
     coordinate = tensor.device_mesh.get_coordinate() if isinstance(tensor, DTensor) else ()
     if coordinate is None:  # this rank is not part of the mesh
         return []

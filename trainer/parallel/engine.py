@@ -11,7 +11,6 @@ from torch import nn
 from checkpointing import Piece
 from trainer.config import Config, Engine
 from trainer.data.dataset import Batch
-from trainer.errors import Refused
 from trainer.parallel.deepspeed_options import check_deepspeed
 from trainer.parallel.world import World
 from trainer.plan import Topology, resolve_topology
@@ -60,11 +59,6 @@ def find_topology(config: Config, world: World, device: torch.device) -> Topolog
     topology = resolve_topology(config.parallel, world.size)
     if config.parallel.engine is Engine.deepspeed:
         check_deepspeed(config, topology)
-    elif config.parallel.zero_stage or config.parallel.offload or config.parallel.deepspeed:
-        raise Refused(
-            "parallel.zero_stage, parallel.offload and parallel.deepspeed are DeepSpeed's. Add "
-            "parallel.engine=deepspeed, or type parallel=fsdp to shard without it."
-        )
     return topology
 
 
