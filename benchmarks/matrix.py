@@ -137,7 +137,7 @@ def train_and_save(overrides: list[str], directory: Path) -> dict[str, Any]:
 
 def gather(engine: Any) -> dict[str, torch.Tensor]:
     """Full parameters by the engine's own API; none where it has none."""
-    if isinstance(zero := getattr(engine, "_engine", None), nn.Module):
+    if isinstance(getattr(engine, "_engine", None), nn.Module):
         from deepspeed.utils import safe_get_full_fp32_param
 
         named = parameter_names(engine._bare)
