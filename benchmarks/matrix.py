@@ -78,6 +78,8 @@ MODEL = [
     "model.num_heads=6",
     "model.num_kv_heads=3",
     "model.vocab_size=257",
+]
+TRAINING = [
     "train.seq_len=12",
     "train.global_batch=10",
     "train.micro_batch=2",
@@ -106,7 +108,8 @@ class Started:
 
 def start(overrides: list[str], full: Path | None = None, seed: int = 0) -> Started:
     """With a model of random weights, or of those in the checkpoints of a directory."""
-    config = compose([*MODEL, *overrides, f"train.seed={seed}"])
+    sizes = () if "model=hf" in overrides else MODEL
+    config = compose([*sizes, *TRAINING, *overrides, f"train.seed={seed}"])
     world = World(dist.get_rank(), dist.get_world_size(), 0, 1) if dist.is_initialized() else World()
     model = build(config)
     if full is not None:

@@ -13,7 +13,6 @@ ELSEWHERE = {
     "checkpointing/errors.py": "names only",
     "trainer/errors.py": "names only",
     "trainer/parallel/engine.py": "a protocol: trainer/parallel/torch_engine.py",
-    "trainer/parallel/families.py": "a table: trainer/parallel/tensor.py tries every entry",
     "trainer/__main__.py": "trainer/cli.py, in processes of its own",
 }
 MODULES = [

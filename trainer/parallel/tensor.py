@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -74,6 +74,25 @@ class Cuts:
     summed: set[str] = field(default_factory=set)  # of whose gradient every rank has only its share's part
     copied: dict[str, list[Interval]] = field(default_factory=dict)  # ranges that another rank holds and counts as well
     dims: dict[str, int] = field(default_factory=dict)
+    # Ranges in a fused tensor that several ranks hold, beside other ranges of different lengths: what shards it further
+    # cuts them at other places on each rank.
+    fused: dict[str, list[Interval]] = field(default_factory=dict)
+
+    def one_by_one(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """With those described row by row: only equal boxes may be held twice."""
+        found: list[Piece] = []
+        for piece in pieces:
+            name = piece.name.partition("/")[2]
+            name = name if name in self.fused else name.rpartition("/")[0]
+            dim = self.dims.get(name, 0)
+            ranges = self.fused.get(name, ()) if piece.tensor.dim() > dim else ()
+            if any(start <= piece.offset[dim] < start + length for start, length in ranges):
+                for row in range(piece.tensor.shape[dim]):
+                    offset = tuple(n + row if d == dim else n for d, n in enumerate(piece.offset))
+                    found.append(replace(piece, tensor=piece.tensor.detach().narrow(dim, row, 1), offset=offset))
+            else:
+                found.append(piece)
+        return found
 
     def counted(self, name: str, gradient: torch.Tensor, first: bool) -> Iterator[torch.Tensor]:
         """The parts of a gradient that this rank, of all that hold them, counts in the norm."""
@@ -288,6 +307,9 @@ class _Cutter:
             if copied:
                 self.cuts.copied[logical] = copied
         shared = KV in units and self.share.num_kv_heads < self.size
+        if shared and len(units) > 1:
+            fused = [run for unit, run in zip(units, runs, strict=True) if unit == KV]
+            self.cuts.fused.update(dict.fromkeys(self.all_names[old], fused))
         if not shared:
             self._unsum(old)
         self.replaced[old] = new

@@ -130,7 +130,7 @@ class TorchEngine:
             self._pipeline.reshard()
         here = parameter_names(self._bare)
         held = {name: held for name, held in self._cuts.held.items() if name in here}
-        pieces = describe(self._bare, self._optimizer, logical=held)
+        pieces = self._cuts.one_by_one(describe(self._bare, self._optimizer, logical=held))
         return pieces if self._pipeline is None else self._pipeline.under_all_names(pieces)
 
     def publish(self) -> None:
