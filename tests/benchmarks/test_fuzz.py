@@ -18,7 +18,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_minute_of_hostile_checkpoints_reaches_the_whole_parser() -> None:
     counts = {}
-    part = covered(lambda: counts.update(campaign(20, seed=11)))
+    part = covered(lambda: counts.update(campaign(120, seed=11, most=2500)))
     assert part >= 0.95
     assert counts["cases"] > counts["loaded"] > 0  # some changes are harmless, and most are not
     more = campaign(40, seed=12)
@@ -46,7 +46,7 @@ def test_what_hangs_or_takes_too_much_is_found(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("benchmarks.fuzz.use", lambda files, first: files is first or use(files, first))
     for bad, error in ((hang, "TimeoutError"), (swallow, "MemoryError")):
         with monkeypatch.context() as patch:
-            patch.setattr(codec, "_check_stored", bad)
+            patch.setattr(codec, "_decode_boxes", bad)
             with pytest.raises(Found, match=error):
                 campaign(60, seed=0, most=5)
 
