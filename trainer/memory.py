@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.nn import functional
 
 from trainer.config import Compute, Config, PipelineSchedule
 from trainer.models import blocks
@@ -64,7 +65,8 @@ def footprint(config: Config, model: nn.Module) -> Footprint:
     except Exception:  # whatever a model's own code does with tensors that hold nothing
         logger.warning("what this model keeps of a forward cannot be told beforehand: the plan leaves it out")
         one = two = _Kept()
-    settings: Any = model.config
+    given: Any = model.config
+    settings: Any = given.get_text_config() if hasattr(given, "get_text_config") else given
     tokens = samples * positions * FP32
     return Footprint(
         layers=tuple(n * FP32 for n in size),
@@ -75,8 +77,8 @@ def footprint(config: Config, model: nn.Module) -> Footprint:
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad) * FP32,
         kept=two.whole - one.whole,
         cut=two.cut - one.cut,
-        hidden=tokens * settings.hidden_size,
-        logits=tokens * settings.vocab_size,
+        hidden=tokens * int(getattr(settings, "hidden_size", 0) or 0),
+        logits=tokens * int(getattr(settings, "vocab_size", 0) or 0),
         ends=max(0, 2 * one.whole - two.whole + 2 * one.cut - two.cut),
     )
 
@@ -120,7 +122,8 @@ def _plan_stage(config: Config, of: Footprint, topology: Topology, rounds: int, 
         # AdamW's two moments; with parallel.offload they are in host memory.
         optimizer=-(-3 * trained // topology.data_size) if zero else -(-2 * trained // shards),
         # Two layers at a time (the next is gathered while one computes), with their gradients.
-        gathered=0 if shards == 1 else 4 * of.layer // tp,
+        # A pipeline gathers its stage once a step, and holds the gradients of all of it until the last micro-batch.
+        gathered=0 if shards == 1 else held + trained if pp > 1 else 4 * of.layer // tp,
         activations=activations,
     )
 
@@ -140,10 +143,29 @@ def _kept(model: nn.Module, num_layers: int, samples: int, positions: int, bf16:
             for name, t in (*part.named_parameters(), *part.named_buffers())
         }
         tokens = torch.zeros(samples, positions, dtype=torch.int64)
-        with _counting(part, list(state.values())) as kept, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with (
+            _grouped_by_shape(),
+            _counting(part, list(state.values())) as kept,
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        ):
             logits = functional_call(part, state, kwargs={"input_ids": tokens, "use_cache": False}).logits
             summed_loss(logits, tokens)
     return kept
+
+
+@contextmanager
+def _grouped_by_shape() -> Iterator[None]:
+    """Grouped matrix products of experts know no fake fp32 tensors: one product of the same shape instead."""
+    name = "grouped_mm"
+    before = getattr(functional, name, None)
+    if before is None:
+        yield
+        return
+    setattr(functional, name, lambda a, b, **_: a @ b[0])
+    try:
+        yield
+    finally:
+        setattr(functional, name, before)
 
 
 @contextmanager
@@ -156,7 +178,7 @@ def _counting(part: Any, own: list[torch.Tensor]) -> Iterator[_Kept]:
             handles.append(region.register_forward_pre_hook(lambda *_: inside_of.__setitem__(0, 1)))
             handles.append(region.register_forward_hook(lambda *_: inside_of.__setitem__(0, 0)))
     seen = {t.untyped_storage()._cdata: t.untyped_storage() for t in own}  # kept alive, so that no two are one
-    width = part.config.hidden_size
+    width = getattr(part.config, "hidden_size", 0)
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

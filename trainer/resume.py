@@ -17,7 +17,7 @@ from checkpointing import CheckpointError, VersionError, describe
 from checkpointing.format import Manifest
 from checkpointing.generations import Generation, abandon, candidates, read_index, scan
 from checkpointing.storage import FileStorage
-from trainer.config import CHOICES, Config, as_json, choice_of, flatten
+from trainer.config import CHOICES, Config, Jsonl, as_json, choice_of, flatten
 from trainer.errors import Refused
 from trainer.models import architecture, draws_randomness
 
@@ -100,6 +100,8 @@ def check_state(
         del refused["train.steps"]
     if "parallel.local_batch" in changes and draws_randomness(model):  # dropout is drawn a part at a time
         refused["parallel.local_batch"] = "parallel.local_batch (the model has dropout, drawn for each part)"
+    if "parallel.pp" in changes and draws_randomness(model) and isinstance(config.data, Jsonl):
+        refused["parallel.pp"] = "parallel.pp (dropout is drawn for the width of a pipeline's micro-batches)"
     if fingerprint != state["fingerprint"] and "data" not in refused:
         refused["data"] = "data (what it holds has changed)"
     different = architecture(model) != state["architecture"]

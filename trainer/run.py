@@ -29,7 +29,7 @@ from trainer.methods import apply_method
 from trainer.models import architecture, build_model, load_tokenizer
 from trainer.parallel.auto import Cluster, choose, memory_of
 from trainer.parallel.engine import TrainingEngine, find_topology, make_engine
-from trainer.parallel.pipeline import check_stages
+from trainer.parallel.pipeline import check_stages, is_stageable
 from trainer.parallel.tensor import check_splittable, is_splittable
 from trainer.parallel.world import World, pick_device, process_group
 from trainer.plan import Topology, describe_run, plan_batch
@@ -85,7 +85,14 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
     sizes, why = footprint(config, model), list[str]()
     if config.parallel.auto:
         cluster = Cluster(world.size, world.local_size, memory_of(device, world.local_size))
-        config, why = choose(config, sizes, cluster, lambda size: is_splittable(model, size))
+        schedule = config.parallel.pp_schedule
+        config, why = choose(
+            config,
+            sizes,
+            cluster,
+            lambda size: is_splittable(model, size),
+            lambda size: is_stageable(model, size, schedule),
+        )
     topology = find_topology(config, world, device)
     batch = plan_batch(config, topology.data_size)
     if topology.tp > 1:
@@ -121,7 +128,7 @@ def train_together(job: Job, start: Start, lease: Lease | None) -> None:
 def agree(job: Job, start: Start) -> Start:
     """Check that all ranks read the same data, and take rank 0's decision where to start."""
     team = Team()
-    layouts = team.together(lambda: str(job.topology))
+    layouts = team.together(lambda: str(job.config.parallel))
     if others := [rank for rank, layout in enumerate(layouts) if layout != layouts[0]]:
         raise Refused(
             f"Rank {others[0]} would compute under {layouts[others[0]]}, and rank 0 under {layouts[0]}. "

@@ -18,8 +18,9 @@ from checkpointing.layouts.dtensor import Held, pieces_of
 
 logger = logging.getLogger("checkpointing")
 
-# What wrappers by name put into names: torch.compile, activation checkpointing, and peft around adapted layers.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|base_layer)\.")
+# What wrappers by name put into names: torch.compile, activation checkpointing, and peft around an adapted layer's own
+# parameters. Not around other adapters: of several parameters of one layer each has its own, one around the other.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:(?:_orig_mod|_checkpoint_wrapped_module)\.|(?:base_layer\.)+(?=[^.]+$))")
 
 
 Entry = tuple[nn.Module | None, Optimizer | None]
@@ -63,8 +64,15 @@ def describe(
 
 
 def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter by the name that `describe` gives it, without its prefix; a tied one by all its names."""
-    return {name: p for name, p in _parameters(_unwrapped(model), "") if isinstance(p, nn.Parameter)}
+    """Every parameter by the name that `describe` gives it, without its prefix; a tied one by all its names.
+
+    `LayoutError` where that is the name of two.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in _parameters(_unwrapped(model), ""):
+        if isinstance(parameter, nn.Parameter) and found.setdefault(name, parameter) is not parameter:
+            raise LayoutError(f"two parameters are named {name} when the names of wrappers are left out")
+    return found
 
 
 def param_groups(model: nn.Module | Mapping[str, Entry], optimizer: Optimizer | None = None) -> dict[str, Any]:

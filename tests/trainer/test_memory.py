@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.peak import Peak
-from tests.trainer.parallel.zoo import MODELS, save_model
+from tests.trainer.parallel.zoo import save_model
 from tests.worlds import WORLD
 from trainer.compose import compose
 from trainer.data.dataset import Windows
@@ -71,12 +71,11 @@ def test_the_plan_is_within_a_tenth_of_what_a_step_needs(overrides: list[str]) -
     assert planned_over_measured(overrides) == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3", "qwen3", "gemma"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3", "qwen3", "gemma", "mixtral"])
 def test_every_family_can_be_planned(name: str, tmp_path: Path) -> None:
     save_model(tmp_path, name)
     ratio = planned_over_measured(["model=hf", f"model.path={tmp_path}", "train.seq_len=48"])
     assert ratio == pytest.approx(1, abs=0.2)  # of a model this small the least part is its state
-    assert name in MODELS
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

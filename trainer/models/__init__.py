@@ -48,7 +48,7 @@ def draws_randomness(model: nn.Module) -> bool:
     """Whether a training forward draws random numbers, as far as modules and the model's configuration tell."""
     settings: dict[str, object] = getattr(getattr(model, "config", None), "to_dict", dict)()
     return any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or any(
-        isinstance(value, float) and value > 0 for key, value in settings.items() if "drop" in key
+        isinstance(value, float) and value > 0 for key, value in settings.items() if "drop" in key or "jitter" in key
     )
 
 

@@ -28,15 +28,20 @@ class Cluster:
 
 
 def choose(
-    config: Config, of: Footprint, cluster: Cluster, splittable: Callable[[int], bool]
+    config: Config,
+    of: Footprint,
+    cluster: Cluster,
+    splittable: Callable[[int], bool],
+    stageable: Callable[[int], bool],
 ) -> tuple[Config, list[str]]:
     """The configuration with the first layout that fits, and why it was taken. `Refused` if none does.
 
-    `splittable` tells whether the model can be tensor-parallel over so many ranks.
+    `splittable` tells whether the model can be tensor-parallel over so many ranks, `stageable` whether it can be dealt
+    to so many in a pipeline.
     """
     usable, best = int(USABLE * cluster.budget), 0
     tried: list[tuple[str, int]] = []
-    for topology, checkpointing in layouts(cluster, len(of.layers), splittable):
+    for topology, checkpointing in layouts(cluster, splittable, stageable):
         chosen = with_layout(config, topology, checkpointing)
         need = plan_memory(chosen, of, topology, plan_batch(chosen, topology.data_size).rounds).total
         if need <= usable:
@@ -53,7 +58,9 @@ def choose(
     )
 
 
-def layouts(cluster: Cluster, num_layers: int, splittable: Callable[[int], bool]) -> Iterator[tuple[Topology, bool]]:
+def layouts(
+    cluster: Cluster, splittable: Callable[[int], bool], stageable: Callable[[int], bool]
+) -> Iterator[tuple[Topology, bool]]:
     """From the fastest to the thriftiest, each with or without activation checkpointing.
 
     Whole copies; shards within a machine, which gather over its fast links, then across machines; layers computed
@@ -68,7 +75,7 @@ def layouts(cluster: Cluster, num_layers: int, splittable: Callable[[int], bool]
     tensor = [n for n in within if n > 1 and splittable(n)]
     for tp in tensor:
         yield Topology(dp_shard=size // tp, tp=tp), True
-    for pp in (n for n in across if 1 < n <= num_layers):
+    for pp in (n for n in across if n > 1 and stageable(n)):
         for tp in [1, *(n for n in tensor if size % (n * pp) == 0)]:
             yield Topology(dp_shard=size // (pp * tp), tp=tp, pp=pp), True
 

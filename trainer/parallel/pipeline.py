@@ -26,6 +26,7 @@ from trainer.data.dataset import IGNORE, Batch
 from trainer.errors import Refused
 from trainer.models import blocks
 from trainer.parallel.computing import Draws, Part, summed_loss
+from trainer.parallel.families import FAMILIES
 from trainer.parallel.tensor import balanced
 
 INTERLEAVED = 2  # stages a rank has then
@@ -64,14 +65,44 @@ def inside(model: nn.Module) -> PreTrainedModel:
 
 
 def check_stages(model: nn.Module, size: int, schedule: PipelineSchedule) -> None:
-    """`Refused` where a stage would be left without a layer, or something in the model has no known stage."""
+    """`Refused` where a stage would have no layer or nothing to train, and for families that are not known in stages.
+
+    Not collective.
+    """
+    settings: Any = model.config
+    if settings.model_type not in FAMILIES:
+        raise Refused(
+            f"A {settings.model_type} model is not known to compute the same in stages (those that are: "
+            f"{', '.join(sorted(FAMILIES))}). Type parallel.pp=1, and parallel.dp_shard=-1 to shard it instead."
+        )
     num_layers, num_stages = len(blocks(model)), stages_of(size, schedule)
     if num_stages > num_layers:
         raise Refused(
             f"parallel.pp={size} with parallel.pp_schedule={schedule.name} makes {num_stages} stages of the model's "
             f"{num_layers} layers. Type parallel.pp={max(1, num_layers * size // num_stages)}."
         )
-    cut_out(inside(model), range(1), first=False, last=False)
+    for at in range(size):
+        indices = range(at, num_stages, size)
+        layers = [n for index in indices for n in _dealt(num_layers, num_stages, index)]
+        part = cut_out(inside(model), layers, first=0 in indices, last=num_stages - 1 in indices)
+        if not any(parameter.requires_grad for parameter in part.parameters()):
+            raise Refused(
+                f"parallel.pp={size} leaves process {at} of a pipeline without anything to train. Name layers of all "
+                "stages in method.target_modules, or type parallel.pp=1."
+            )
+
+
+def is_stageable(model: nn.Module, size: int, schedule: PipelineSchedule) -> bool:
+    try:
+        check_stages(model, size, schedule)
+    except Refused:
+        return False
+    return True
+
+
+def _dealt(num_layers: int, num_stages: int, index: int) -> range:
+    start, length = balanced(num_layers, num_stages, index)
+    return range(start, start + length)
 
 
 def stages_of(size: int, schedule: PipelineSchedule) -> int:
@@ -169,7 +200,7 @@ class Pipeline:
         for name, parameter in parameter_names(model).items():
             self._names.setdefault(parameter, []).append(name)
         self.tied = next((names for names in self._names.values() if len(names) > 1), [])
-        self._counts = [balanced(len(blocks(model)), self.num_stages, index) for index in range(self.num_stages)]
+        self._num_layers = len(blocks(model))
         self.model = self._cut([n for index in self.indices for n in self._layers(index)], self.indices)
         self.stages: list[Stage] = []
         self.called: list[nn.Module] = []
@@ -177,8 +208,7 @@ class Pipeline:
         self._scale, self._total = 1.0, torch.zeros(1, device=device, dtype=torch.float64)
 
     def _layers(self, index: int) -> range:
-        start, length = self._counts[index]
-        return range(start, start + length)
+        return _dealt(self._num_layers, self.num_stages, index)
 
     def _cut(self, layers: Sequence[int], indices: Sequence[int]) -> PreTrainedModel:
         return cut_out(self._whole, layers, first=0 in indices, last=self.num_stages - 1 in indices)

@@ -136,9 +136,16 @@ def check_splittable(model: Any, size: int) -> None:
         )
     for at in range(size):
         _share(model.config, size, at)
+    uncut = [model.get_input_embeddings(), model.get_output_embeddings()]
     for block in blocks(model):
+        uncut += [block.get_submodule(path.rpartition(".")[0]) for path in FAMILIES[kind].tensors]
         for path in FAMILIES[kind].regions:
             _refuse_dropout(block.get_submodule(path), size)
+    if any(hasattr(module, "base_layer") for module in uncut):
+        raise Refused(
+            f"parallel.tp={size} does not go with adapters on experts, embeddings or the output. Name other layers in "
+            "method.target_modules, such as [q_proj,v_proj], or type parallel.tp=1."
+        )
 
 
 def is_splittable(model: Any, size: int) -> bool:
@@ -351,13 +358,13 @@ class _Cutter:
 
 def _refuse_dropout(region: nn.Module, size: int) -> None:
     """Inside a region every rank would draw for other heads and channels than one that holds all of them."""
-    chances = [float(getattr(region, name, 0) or 0) for name in ("attention_dropout",)]
+    chances = [float(getattr(region, name, 0) or 0) for name in ("attention_dropout", "jitter_noise")]
     inner = [m.p for path, m in region.named_modules() if isinstance(m, nn.Dropout) and path in _INSIDE]
     inner += [m.p for path, m in region.named_modules() if isinstance(m, nn.Dropout) and "lora_dropout" in path]
     if any(chance > 0 for chance in (*chances, *inner)):
         raise Refused(
-            f"parallel.tp={size} does not go with dropout inside of layers (on attention weights, or method.dropout): "
-            "every rank would draw its own. Set it to 0, or type parallel.tp=1."
+            f"parallel.tp={size} does not go with dropout inside of layers (on attention weights, or method.dropout) "
+            "or jitter of routers: every rank would draw its own. Set it to 0, or type parallel.tp=1."
         )
 
 

@@ -26,8 +26,8 @@ from trainer.models import blocks
 from trainer.parallel.computing import Draws, logits_of, parts_of, summed_loss
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.optimizing import make_optimizer
-from trainer.parallel.pipeline import Pipeline, Shape, Stage, inside
-from trainer.parallel.tensor import Cuts, cut
+from trainer.parallel.pipeline import Pipeline, Shape, Stage, check_stages, inside
+from trainer.parallel.tensor import Cuts, check_splittable, cut
 from trainer.parallel.world import World
 from trainer.plan import Topology
 
@@ -50,7 +50,11 @@ class TorchEngine:
         self.data_rank, self.data_size = self._mesh.data_rank, topology.data_size
         self._local_batch = config.parallel.local_batch
         self._clip = config.optimizer.clip
-        self._bf16 = config.precision.compute is Compute.bf16
+        self._bf16 = self.bf16 = config.precision.compute is Compute.bf16
+        if topology.tp > 1:
+            check_splittable(model, topology.tp)
+        if topology.pp > 1:
+            check_stages(model, topology.pp, config.parallel.pp_schedule)
         whole = next_token(model) if topology.tp * topology.pp > 1 else None
         order = {block: number for number, block in enumerate(blocks(model))}
         self._cuts = Cuts()
@@ -84,7 +88,7 @@ class TorchEngine:
         for turn, part in enumerate(parts, start=1):
             self._draws.start(part)
             with self._synchronise(turn == len(parts)):
-                loss = summed_loss(logits_of(self._model, part.batch.inputs, bf16=self._bf16), part.batch.labels)
+                loss = summed_loss(logits_of(self._model, part.batch.inputs, bf16=self.bf16), part.batch.labels)
                 (loss * scale).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
@@ -138,9 +142,10 @@ class TorchEngine:
 
     def _check_same(self, whole: torch.Tensor, topology: Topology) -> None:
         """`Refused`, on all ranks, if the parts together do not compute what the whole model did."""
-        parts = self.next_logits(tokens_to_compare(whole.shape[-1]).to(self.device)).float().cpu()
+        with self._in_fp32():
+            parts = self.next_logits(tokens_to_compare(whole.shape[-1]).to(self.device)).float().cpu()
         worst, scale = float((parts - whole).abs().max()), float(whole.abs().max())
-        if not worst <= (2e-2 if self._bf16 else 1e-3) * scale:
+        if not worst <= 1e-3 * scale:
             raise Refused(
                 f"Under parallel.tp={topology.tp} parallel.pp={topology.pp} this model computes something else than it "
                 f"did whole: logits of up to {scale:.3g} differ by {worst:.3g}. How it is taken apart does not "
@@ -159,7 +164,7 @@ class TorchEngine:
         """In evaluation; None on ranks that do not compute the last layer."""
         if self._pipeline is not None:
             return self._pipeline.logits(tokens)
-        return logits_of(self._bare, tokens, bf16=self._bf16)
+        return logits_of(self._bare, tokens, bf16=self.bf16)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -168,6 +173,15 @@ class TorchEngine:
         with torch.no_grad():
             yield
         self._bare.train()
+
+    @contextmanager
+    def _in_fp32(self) -> Iterator[None]:
+        """Rounding to bf16 would hide what is small but wrong."""
+        for computing in (self, *(self._pipeline.stages if self._pipeline is not None else ())):
+            computing.bf16 = False
+        yield
+        for computing in (self, *(self._pipeline.stages if self._pipeline is not None else ())):
+            computing.bf16 = self._bf16
 
     def _synchronise(self, now: bool) -> AbstractContextManager[object]:
         """DDP reduces gradients once a step. FSDP2 reduces them each time, so that only shards of them are kept."""

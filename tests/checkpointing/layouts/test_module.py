@@ -18,6 +18,7 @@ from checkpointing import (
     load,
     materialize,
     param_groups,
+    parameter_names,
     restore_param_groups,
     save,
 )
@@ -391,3 +392,26 @@ def test_a_parameter_that_is_not_in_the_model_is_refused() -> None:
     ):
         with pytest.raises(LayoutError, match="that is not in the model"):
             action()
+
+
+class Adapted(nn.Module):
+    """As peft wraps: an adapter around a layer, and another around that."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(2, 2, bias=False)})
+
+
+def test_an_adapter_around_an_adapter_has_a_name_of_its_own() -> None:
+    model = nn.ModuleDict({"q": Adapted(nn.Linear(2, 2)), "experts": Adapted(Adapted(nn.Linear(2, 2)))})
+    names = [p.name for p in describe(model)]
+    assert len(set(names)) == len(names) == len(list(model.parameters())) == len(parameter_names(model))
+    assert {"model/q.weight", "model/q.lora_A.default.weight", "model/experts.weight"} <= set(names)
+
+
+def test_two_parameters_of_one_name_are_refused() -> None:
+    model = nn.ModuleDict({"q": Adapted(nn.Linear(2, 2))})
+    model["q"].weight = nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(LayoutError, match=r"two parameters are named q\.weight"):
+        parameter_names(model)

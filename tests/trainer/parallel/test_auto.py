@@ -82,9 +82,9 @@ def test_known_models_on_known_machines(
     cluster = Cluster(size, local, memory * 10**9)
     if expected is None:
         with pytest.raises(Refused, match=r"parallel=auto finds no layout .* Start \d+ processes, or type method=lora"):
-            choose(config, of, cluster, lambda tp: tp <= 8)
+            choose(config, of, cluster, lambda tp: tp <= 8, lambda pp: pp <= len(of.layers))
         return
-    chosen, lines = choose(config, of, cluster, lambda tp: tp <= 8)
+    chosen, lines = choose(config, of, cluster, lambda tp: tp <= 8, lambda pp: pp <= len(of.layers))
     topology = resolve_topology(chosen.parallel, size)
     assert {key: degree for key, degree in asdict(topology).items() if degree > 1} == expected
     need = plan_memory(chosen, of, topology, plan_batch(chosen, topology.data_size).rounds).total
@@ -95,14 +95,14 @@ def test_known_models_on_known_machines(
 
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 12))
 def test_every_layout_that_is_tried_fills_the_world(size: int, local: int, num_layers: int) -> None:
-    tried = list(layouts(Cluster(size, local, 0), num_layers, lambda tp: tp <= 4))
+    tried = list(layouts(Cluster(size, local, 0), lambda tp: tp <= 4, lambda pp: pp <= num_layers))
     assert all(topology.size == size and topology.tp <= min(4, local) for topology, _ in tried)
     assert all(topology.pp <= num_layers for topology, _ in tried)
     assert len(set(tried)) == len(tried) and tried[0][0].dp_replicate == size
 
 
 def test_what_cannot_be_split_is_not_tried() -> None:
-    assert all(topology.tp == 1 for topology, _ in layouts(Cluster(8, 8, 0), 4, lambda _: False))
+    assert all(topology.tp == 1 for topology, _ in layouts(Cluster(8, 8, 0), lambda _: False, lambda _: True))
     model = build(compose(["model.num_heads=4", "model.num_kv_heads=2"]), "meta")
     assert [is_splittable(model, size) for size in (1, 2, 4, 5)] == [True, True, True, False]
 

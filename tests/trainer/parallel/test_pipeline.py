@@ -103,6 +103,21 @@ def test_more_stages_than_layers_are_refused() -> None:
         check_stages(model, 2, INTERLEAVED)
 
 
+def test_a_stage_without_anything_to_train_is_refused() -> None:
+    for layer in (0, 1):
+        adapted = ["method=lora", f"method.target_modules=[layers.{layer}.self_attn.q_proj]"]
+        model = build(compose([*SMALL, *adapted]), "meta")
+        with pytest.raises(Refused, match=rf"leaves process {1 - layer} of a pipeline without anything to train"):
+            check_stages(model, 2, ONE_F_ONE_B)
+
+
+def test_families_that_were_not_tried_in_stages_are_refused() -> None:
+    model = build(compose(SMALL), "meta")
+    inside(model).config.model_type = "phi"
+    with pytest.raises(Refused, match=r"A phi model is not known to compute the same in stages"):
+        check_stages(model, 2, ONE_F_ONE_B)
+
+
 def test_what_has_no_known_stage_is_refused() -> None:
     model = build(compose(SMALL), "meta")
     base = inside(model).model

@@ -109,6 +109,11 @@ def test_what_cannot_be_split_is_refused(directory: Path, monkeypatch: pytest.Mo
             check_splittable(built(directory, "llama", *more), 2)
     with pytest.raises(Refused, match="does not go with dropout inside of layers"):
         check_splittable(build(compose(["model.dropout=0.1"]), "meta"), 2)
+    with pytest.raises(Refused, match="does not go with adapters on experts, embeddings or the output"):
+        check_splittable(built(directory, "mixtral", "method=lora"), 2)
+    for target in ("lm_head", "embed_tokens"):
+        with pytest.raises(Refused, match="does not go with adapters on experts, embeddings or the output"):
+            check_splittable(built(directory, "llama", "method=lora", f"method.target_modules=[{target}]"), 2)
     monkeypatch.delitem(families.FAMILIES, "llama")
     with pytest.raises(Refused, match=r"no plan to split a llama model .* Type parallel\.tp=1"):
         check_splittable(built(directory, "llama"), 2)
