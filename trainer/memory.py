@@ -19,7 +19,7 @@ from trainer.models import blocks
 from trainer.parallel.computing import summed_loss
 from trainer.parallel.families import FAMILIES
 from trainer.parallel.pipeline import cut_out, inside, stages_of
-from trainer.parallel.tensor import balanced
+from trainer.parallel.shares import balanced
 from trainer.plan import MemoryPlan, Topology
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from trainer.errors import Refused
 from trainer.models import blocks
 from trainer.parallel.computing import Draws, Part, summed_loss
 from trainer.parallel.families import FAMILIES
-from trainer.parallel.tensor import balanced
+from trainer.parallel.shares import balanced
 
 INTERLEAVED = 2  # stages a rank has then
 

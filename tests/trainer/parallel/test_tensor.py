@@ -7,16 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.trainer.parallel.test_torch_engine import train_steps, whole
 from tests.trainer.parallel.zoo import MODELS, save_model
 from tests.worlds import WORLD
 from trainer.compose import compose
 from trainer.errors import Refused
-from trainer.parallel import families, tensor
-from trainer.parallel.tensor import balanced, check_splittable, share_of
+from trainer.parallel import families, shares, tensor
+from trainer.parallel.tensor import check_splittable
 from trainer.run import build
 
 
@@ -129,10 +127,10 @@ def swapped(overrides: list[str]) -> str:
     """With the heads of keys taken in another order than those of queries."""
     before = tensor.share_of
 
-    def wrong(heads: int, kv: int, size: int, ranks: int, at: int) -> tensor.Share:
+    def wrong(heads: int, kv: int, size: int, ranks: int, at: int) -> shares.Share:
         share, other = before(heads, kv, size, ranks, at), before(heads, kv, size, ranks, ranks - 1 - at)
         start = min(other.kv_heads[0], kv - share.kv_heads[1])
-        return tensor.Share(share.heads, (start, share.kv_heads[1]), heads, kv, size, share.first)
+        return shares.Share(share.heads, (start, share.kv_heads[1]), heads, kv, size, share.first)
 
     tensor.share_of = wrong
     try:
@@ -142,31 +140,3 @@ def swapped(overrides: list[str]) -> str:
     finally:
         tensor.share_of = before
     return "was not refused"
-
-
-@given(st.integers(1, 12), st.integers(1, 8), st.integers(1, 16))
-def test_shares_hold_every_head_once_and_its_keys(group: int, kv: int, size: int) -> None:
-    heads = group * kv
-    try:
-        shares = [share_of(heads, kv, 4, size, at) for at in range(size)]
-    except Refused as refused:
-        assert size > kv and "Type parallel.tp=" in str(refused)
-        fitting = int(str(refused).split("Type parallel.tp=")[1].rstrip("."))
-        assert all(share_of(heads, kv, 4, fitting, at) for at in range(fitting))  # what it says to type works
-        return
-    held = [head for share in shares for head in range(share.heads[0], sum(share.heads))]
-    assert held == list(range(heads))
-    counted = [head for s in shares if s.first for head in range(s.kv_heads[0], sum(s.kv_heads))]
-    assert counted == list(range(kv))
-    for share in shares:
-        (start, length), (first, kv_length) = share.heads, share.kv_heads
-        assert length > 0 and length % kv_length == 0  # the heads that one serves are as many for each
-        serving = [first + n // (length // kv_length) for n in range(length)]
-        assert serving == [head // group for head in range(start, start + length)]
-
-
-@given(st.integers(0, 50), st.integers(1, 9))
-def test_balanced_shares_follow_one_another(count: int, size: int) -> None:
-    shares = [balanced(count, size, at) for at in range(size)]
-    assert [n for start, length in shares for n in range(start, start + length)] == list(range(count))
-    assert max(length for _, length in shares) - min(length for _, length in shares) <= 1
