@@ -45,6 +45,17 @@ def test_a_family_goes_from_each_layout_to_the_next(name: str, tmp_path: Path) -
         assert contents_differ(tmp_path / source, tmp_path / target) == []
 
 
+def test_adapters_around_the_experts_parameters_go_on_under_another_layout(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "mixtral")  # of a layer's experts two parameters are adapted, one around the other
+    model = ["model=hf", f"model.path={tmp_path / 'model'}", "method=lora"]
+    uninterrupted = start(model).train(1, 2 * STEPS)
+    train_and_save(model, tmp_path / "a")
+    for found in WORLD.run(resume_under, 2, [*model, "parallel=fsdp"], tmp_path / "a", tmp_path / "b"):
+        assert found["same_forward"]
+        assert furthest(found["losses"], uninterrupted[STEPS:]) <= BARS["fp32"]
+    assert contents_differ(tmp_path / "a", tmp_path / "b") == []
+
+
 @pytest.mark.parametrize("what", ["mlp.gate_up_proj", "self_attn.qkv_proj"])
 def test_halves_and_heads_in_another_order_are_found(what: str, tmp_path: Path) -> None:
     """With the same norm they would not be, which is why contents are compared."""
