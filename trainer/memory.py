@@ -42,6 +42,7 @@ class Footprint:
     hidden: int  # what passes from layer to layer
     logits: int  # and what comes out, in fp32
     ends: int  # what is kept of the embedding, the norm, the head and the loss
+    known: bool = True  # whether what a forward keeps could be told; it counts as nothing otherwise
 
     @property
     def layer(self) -> int:
@@ -60,11 +61,13 @@ def footprint(config: Config, model: nn.Module) -> Footprint:
     at_end = 0 if head is None or tied else sum(p.numel() for p in head.parameters())
     samples, positions = config.parallel.local_batch or config.train.micro_batch, config.train.seq_len
     bf16 = config.precision.compute is Compute.bf16
+    known = True
     try:
         one, two = (_kept(model, number, samples, positions, bf16) for number in (1, 2))
     except Exception:  # whatever a model's own code does with tensors that hold nothing
         logger.warning("what this model keeps of a forward cannot be told beforehand: the plan leaves it out")
         one = two = _Kept()
+        known = False
     given: Any = model.config
     settings: Any = given.get_text_config() if hasattr(given, "get_text_config") else given
     tokens = samples * positions * FP32
@@ -80,6 +83,7 @@ def footprint(config: Config, model: nn.Module) -> Footprint:
         hidden=tokens * int(getattr(settings, "hidden_size", 0) or 0),
         logits=tokens * int(getattr(settings, "vocab_size", 0) or 0),
         ends=max(0, 2 * one.whole - two.whole + 2 * one.cut - two.cut),
+        known=known,
     )
 
 

@@ -39,6 +39,11 @@ def choose(
     `splittable` tells whether the model can be tensor-parallel over so many ranks, `stageable` whether it can be dealt
     to so many in a pipeline.
     """
+    if not of.known:
+        raise Refused(
+            "parallel=auto goes by memory, and what this model keeps of a forward cannot be told beforehand. Type the "
+            "layout instead, such as parallel=fsdp."
+        )
     usable, best = int(USABLE * cluster.budget), 0
     tried: list[tuple[str, int]] = []
     for topology, checkpointing in layouts(cluster, splittable, stageable):

@@ -101,6 +101,16 @@ def test_every_layout_that_is_tried_fills_the_world(size: int, local: int, num_l
     assert len(set(tried)) == len(tried) and tried[0][0].dp_replicate == size
 
 
+def test_what_cannot_be_told_beforehand_is_not_taken_for_nothing() -> None:
+    config = compose(SMALL)
+    model = build(config, "meta")
+    model.model.layers[0].forward = lambda *_, **__: 1 / 0
+    of = footprint(config, model)
+    assert not of.known
+    with pytest.raises(Refused, match=r"cannot be told beforehand\. Type the layout instead"):
+        choose(config, of, Cluster(8, 8, 10**12), lambda _: True, lambda _: True)
+
+
 def test_what_cannot_be_split_is_not_tried() -> None:
     assert all(topology.tp == 1 for topology, _ in layouts(Cluster(8, 8, 0), lambda _: False, lambda _: True))
     model = build(compose(["model.num_heads=4", "model.num_kv_heads=2"]), "meta")
