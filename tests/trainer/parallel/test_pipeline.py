@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.trainer.parallel.test_tensor import assert_alike, overrides
 from tests.trainer.parallel.test_torch_engine import SMALL, train_steps
-from tests.trainer.parallel.zoo import MODELS, save_model
+from tests.trainer.parallel.zoo import MODELS
 from tests.worlds import WORLD
 from trainer.compose import compose
 from trainer.config import PipelineSchedule
@@ -24,14 +24,6 @@ from trainer.parallel.pipeline import Shape, check_stages, cut_out, inside, stag
 from trainer.run import build
 
 ONE_F_ONE_B, INTERLEAVED = PipelineSchedule["1f1b"], PipelineSchedule.interleaved
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    top = tmp_path_factory.mktemp("models")
-    for name in MODELS:
-        save_model(top / name, name)
-    return top
 
 
 LAYOUTS = [

@@ -9,21 +9,13 @@ import pytest
 import torch
 
 from tests.trainer.parallel.test_torch_engine import train_steps, whole
-from tests.trainer.parallel.zoo import MODELS, save_model
+from tests.trainer.parallel.zoo import MODELS
 from tests.worlds import WORLD
 from trainer.compose import compose
 from trainer.errors import Refused
 from trainer.parallel import families, shares, tensor
 from trainer.parallel.tensor import check_splittable
 from trainer.run import build
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    top = tmp_path_factory.mktemp("models")
-    for name in MODELS:
-        save_model(top / name, name)
-    return top
 
 
 def overrides(directory: Path, name: str) -> list[str]:
