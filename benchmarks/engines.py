@@ -36,11 +36,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.peak import Peak
 from benchmarks.report import Row, compared, finish, free_port
+from checkpointing.layouts.zero import describe_zero
 from trainer.compose import compose
 from trainer.data.dataset import Batch, Windows
 from trainer.data.feed import Feed, Share
 from trainer.loop import optimize
-from trainer.parallel.engine import make_engine
+from trainer.parallel.deepspeed_engine import DeepSpeedEngine
+from trainer.parallel.engine import TrainingEngine, make_engine
 from trainer.parallel.world import World, process_group
 from trainer.plan import resolve_topology
 from trainer.run import build
@@ -48,7 +50,15 @@ from trainer.run import build
 SIZE, WARMUP = 2, 6
 TIME_BAR, MEMORY_BAR = 1.05, 1.03
 CONFIG = ["train.global_batch=8", "train.micro_batch=2"]
-ENGINES = {"DDP": "ddp", "FSDP2": "fsdp", "TP": "tp", "PP": "pp"}
+ENGINES = {
+    "DDP": "ddp",
+    "FSDP2": "fsdp",
+    "TP": "tp",
+    "PP": "pp",
+    "ZeRO-1": "zero1",
+    "ZeRO-2": "zero2",
+    "ZeRO-3": "zero3",
+}
 
 
 class ByHand:
@@ -88,6 +98,10 @@ class ByHand:
 
     def clip(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.bare.parameters(), 1.0)
+
+    def held(self) -> list[torch.Tensor]:
+        """What it keeps between steps."""
+        return [_local(t) for t in (*self.bare.parameters(), *_state(self.optimizer))]
 
     def step(self, share: Share) -> float:
         total = self.backward([batch for _, batch in share.micro_batches], 1 / share.num_targets)
@@ -196,7 +210,73 @@ class PP(ByHand):
         torch.nn.utils.clip_grads_with_norm_(self.bare.parameters(), 1.0, square.sqrt())
 
 
-BY_HAND: dict[str, type[ByHand]] = {"DDP": DDP, "FSDP2": FSDP2, "TP": TP, "PP": PP}
+class Zero(ByHand):
+    """As DeepSpeed's documentation does it: mean losses, `backward` and `step` for each micro-batch."""
+
+    stage = 0
+
+    def wrap(self) -> nn.Module:
+        return self.bare  # type: ignore[no-any-return]
+
+    def __init__(self, model: nn.Module) -> None:
+        import deepspeed
+
+        super().__init__(model)
+        options = {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 2,
+            "gradient_clipping": 1.0,
+            "steps_per_print": sys.maxsize,
+            "zero_allow_untested_optimizer": True,
+            # Its default is two gigabytes of buffers, whatever the model's size.
+            "zero_optimization": {
+                "stage": self.stage,
+                "reduce_bucket_size": sum(p.numel() for p in model.parameters()),
+            },
+        }
+        self.model = deepspeed.initialize(model=model, optimizer=self.optimizer, config=options)[0]
+
+    def held(self) -> list[torch.Tensor]:
+        return held_by_deepspeed(self.model)
+
+    def step(self, share: Share) -> float:
+        total = torch.zeros(())
+        for _, batch in share.micro_batches:
+            loss = self.loss(batch)
+            self.model.backward(loss / batch.labels.numel())
+            self.model.step()
+            total += loss.detach()
+        dist.all_reduce(total)
+        return float(total) / share.num_targets
+
+
+class Zero1(Zero):
+    stage = 1
+
+
+class Zero2(Zero):
+    stage = 2
+
+
+class Zero3(Zero):
+    stage = 3
+
+
+BY_HAND: dict[str, type[ByHand]] = {
+    "DDP": DDP,
+    "FSDP2": FSDP2,
+    "TP": TP,
+    "PP": PP,
+    "ZeRO-1": Zero1,
+    "ZeRO-2": Zero2,
+    "ZeRO-3": Zero3,
+}
+
+
+def held_by_deepspeed(engine: Any) -> list[torch.Tensor]:
+    """Parameters, their masters and moments."""
+    parameters = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in engine.module.parameters()]
+    return [*parameters, *(piece.tensor for piece in describe_zero(engine))]
 
 
 def measure(rank: int, port: int, name: str, steps: int, directory: str) -> None:
@@ -229,8 +309,8 @@ def measure(rank: int, port: int, name: str, steps: int, directory: str) -> None
                     seconds[side].append(time.perf_counter() - began)
             assert abs(losses["ours"] - losses["peer"]) < 2e-5, f"step {number}: {losses}"
         held: dict[str, list[torch.Tensor]] = {
-            "ours": [piece.tensor for piece in engine.pieces()],
-            "peer": [_local(t) for t in (*peer.bare.parameters(), *_state(peer.optimizer))],
+            "ours": _held_by(engine),
+            "peer": peer.held(),
         }
         peaks = {}
         for side, tensors in held.items():
@@ -240,6 +320,12 @@ def measure(rank: int, port: int, name: str, steps: int, directory: str) -> None
             peaks[side] = _most(peak.most)
     if rank == 0:
         Path(directory, "found.json").write_text(json.dumps([seconds, peaks]))
+
+
+def _held_by(engine: TrainingEngine) -> list[torch.Tensor]:
+    if isinstance(engine, DeepSpeedEngine):
+        return held_by_deepspeed(engine._engine)
+    return [piece.tensor for piece in engine.pieces()]
 
 
 def _state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -25,10 +25,13 @@ class World:
 
     @staticmethod
     def from_environment(environment: Mapping[str, str] = os.environ) -> World:
-        """What torchrun and its kin set; one process alone without it."""
+        """What torchrun and its kin set, and DeepSpeed's launcher; one process alone without it."""
         if "RANK" not in environment:
             return World()
-        keys: tuple[str, ...] = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        local_size = "LOCAL_WORLD_SIZE"
+        if local_size not in environment and "LOCAL_SIZE" in environment:
+            local_size = "LOCAL_SIZE"  # as DeepSpeed's launcher calls it
+        keys: tuple[str, ...] = ("RANK", "WORLD_SIZE", "LOCAL_RANK", local_size)
         try:
             world = World(*(int(environment[key]) for key in keys))
             if world.size > 1:

@@ -24,6 +24,13 @@ def test_what_torchrun_says() -> None:
         World.from_environment({**given, "WORLD_SIZE": "many"})
 
 
+def test_what_the_launcher_of_deepspeed_says() -> None:
+    given = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}
+    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    assert World.from_environment(given) == World(5, 8, 1, 4)
+    assert World.from_environment({**given, "LOCAL_WORLD_SIZE": "2"}).local_size == 2
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
