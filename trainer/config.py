@@ -6,6 +6,7 @@ DictConfig travels further.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
@@ -136,6 +137,9 @@ class Optimizer:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = option(1e-8, low=0)
     weight_decay: float = option(0.1, low=0)  # on matrices only, not on norms and biases
+    lr_scale: Any = (
+        None  # {pattern in names: factor of lr}, the first that matches; a typed dict would take no overrides
+    )
     clip: float = option(1.0, low=0)  # largest norm of the whole gradient; 0: no clipping
 
 
@@ -184,6 +188,7 @@ class Parallel:
 class Compute(Enum):
     fp32 = "fp32"
     bf16 = "bf16"
+    fp16 = "fp16"  # with a dynamic loss scale
 
 
 @dataclass
@@ -312,6 +317,7 @@ def check(config: Config) -> None:
     betas, model = config.optimizer.betas, config.model
     if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise Refused(f"optimizer.betas={betas} must be two numbers in [0, 1), such as optimizer.betas=[0.9,0.95].")
+    _check_lr_scale(config.optimizer.lr_scale)
     if isinstance(model, TinyLlama):
         _check_heads(model)
     parallel = config.parallel
@@ -333,6 +339,20 @@ def _check_bounds(options: Any, prefix: str) -> None:
             wanted = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
             wanted = wanted if isfinite(value) else f"a finite number, {wanted}"
             raise Refused(f"{key}={value} must be {wanted}. Type {key}={low} or more.")
+
+
+def _check_lr_scale(given: Any) -> None:
+    example = "such as 'optimizer.lr_scale={lm_head: 0.1}'"
+    if not isinstance(given, dict | None):
+        raise Refused(f"optimizer.lr_scale={given} must hold a factor for each pattern in names. Type one {example}.")
+    for pattern, factor in (given or {}).items():
+        try:
+            re.compile(str(pattern))
+        except re.error as error:
+            why = f"is not a regular expression: {error}"
+            raise Refused(f"optimizer.lr_scale: {pattern} {why}. Type another, {example}.") from None
+        if not (isinstance(factor, int | float) and isfinite(factor) and factor >= 0):
+            raise Refused(f"optimizer.lr_scale: {pattern}: {factor} must be a number, at least 0. Type one {example}.")
 
 
 def _check_heads(model: TinyLlama) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,17 +15,10 @@ from trainer.data.feed import Feed, Share
 from trainer.elastic.randomness import derive
 from trainer.errors import TrainingFailed
 from trainer.parallel.engine import TrainingEngine
+from trainer.progress import LossScale, Progress
 from trainer.saving import Saver
 from trainer.schedule import learning_rate
 from trainer.track.tracker import RunTracker
-
-
-@dataclass
-class Progress:
-    """How far a run is. The step is the cursor of the data as well."""
-
-    step: int = 0
-    tokens: int = 0
 
 
 def train(
@@ -41,7 +33,7 @@ def train(
     """Train from where `done` stands to the last step, reporting and saving on the way."""
     last, blocked_s = config.train.steps, 0.0
     for step in range(done.step + 1, last + 1):
-        row = train_step(config, engine, feed, step)
+        row = train_step(config, engine, feed, step, done.loss_scale)
         check_finite(row)
         done.step, done.tokens = step, done.tokens + row["tokens"]
         row["tokens"] = done.tokens
@@ -52,15 +44,20 @@ def train(
         blocked_s = 0.0
         if due(step, config.checkpoint.every, last):
             losses: dict[str, float] = {key: row[key] for key in ("loss", "eval_loss") if key in row}
-            blocked_s = saver.save(done.step, done.tokens, losses)
+            blocked_s = saver.save(done, losses)
 
 
-def train_step(config: Config, engine: TrainingEngine, feed: Feed, step: int) -> dict[str, Any]:
-    """One optimizer step on all ranks, and its line of metrics; `tokens` are this step's."""
+def train_step(
+    config: Config, engine: TrainingEngine, feed: Feed, step: int, scale: LossScale | None = None
+) -> dict[str, Any]:
+    """One optimizer step on all ranks, and its line of metrics; `tokens` are this step's.
+
+    A step that overflowed under a loss scale was left out, and has no norm.
+    """
     began = time.perf_counter()
     lr = learning_rate(step, config.train.steps, config.optimizer.lr, config.schedule)
     share = feed.step(step)
-    loss, grad_norm = optimize(engine, share, lr, derive(config.train.seed, "step", step))
+    loss, grad_norm = optimize(engine, share, lr, derive(config.train.seed, "step", step), scale)
     step_s = time.perf_counter() - began
     row: dict[str, Any] = {
         "step": step,
@@ -74,16 +71,23 @@ def train_step(config: Config, engine: TrainingEngine, feed: Feed, step: int) ->
         "blocked_s": 0.0,
         "world_size": engine.world_size,
     }
+    if scale is not None:
+        row["loss_scale"] = scale.factor
+        scale.update(math.isfinite(grad_norm))
+        row["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
     if config.data.log_ids:
         row["sample_ids"] = consumed_ids(share)
     return row
 
 
-def optimize(engine: TrainingEngine, share: Share, lr: float, key: int) -> tuple[float, float]:
+def optimize(
+    engine: TrainingEngine, share: Share, lr: float, key: int, scale: LossScale | None = None
+) -> tuple[float, float]:
     """One optimizer step: the mean loss over the global batch's targets, and the gradient's norm before clipping."""
+    factor = None if scale is None else scale.factor
     micro_batches = [(derive(key, number), batch) for number, batch in share.micro_batches]
-    loss_sum = engine.accumulate(micro_batches, 1 / share.num_targets)
-    norm = engine.step(lr)
+    loss_sum = engine.accumulate(micro_batches, (factor or 1) / share.num_targets)
+    norm = engine.step(lr, factor)
     # Both leave the device together: the only wait for it in a step.
     loss, grad_norm = torch.cat([engine.reduce(loss_sum) / share.num_targets, norm.double().reshape(1)]).tolist()
     return loss, grad_norm
@@ -91,9 +95,12 @@ def optimize(engine: TrainingEngine, share: Share, lr: float, key: int) -> tuple
 
 def check_finite(row: dict[str, Any]) -> None:
     """All ranks see the same two numbers, so they stop together."""
-    if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+    norm = row["grad_norm"]
+    if norm is None and row["loss_scale"] > 1 and math.isfinite(row["loss"]):
+        return  # the step was left out, and a smaller scale may do
+    if norm is None or not (math.isfinite(row["loss"]) and math.isfinite(norm)):
         raise TrainingFailed(
-            f"Step {row['step']} gave a loss of {row['loss']} and a gradient norm of {row['grad_norm']}, and its "
+            f"Step {row['step']} gave a loss of {row['loss']} and a gradient norm of {norm}, and its "
             "weights are of no use. What was saved before stays as it is. Lower optimizer.lr, or look at this step's "
             + (f"samples: {row['sample_ids']}." if "sample_ids" in row else "samples: data.log_ids=true names them.")
         )

@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn import functional
 
-from trainer.config import Compute, Config, PipelineSchedule
+from trainer.config import Config, PipelineSchedule
 from trainer.models import blocks
-from trainer.parallel.computing import summed_loss
+from trainer.parallel.computing import LOW, computed_in, summed_loss
 from trainer.parallel.families import FAMILIES
 from trainer.parallel.pipeline import cut_out, inside, stages_of
 from trainer.parallel.shares import balanced
@@ -60,10 +60,10 @@ def footprint(config: Config, model: nn.Module) -> Footprint:
     tied = embedding.weight.numel() if head is not None and head.weight is embedding.weight else 0
     at_end = 0 if head is None or tied else sum(p.numel() for p in head.parameters())
     samples, positions = config.parallel.local_batch or config.train.micro_batch, config.train.seq_len
-    bf16 = config.precision.compute is Compute.bf16
+    low = LOW.get(config.precision.compute)
     known = True
     try:
-        one, two = (_kept(model, number, samples, positions, bf16) for number in (1, 2))
+        one, two = (_kept(model, number, samples, positions, low) for number in (1, 2))
     except Exception:  # whatever a model's own code does with tensors that hold nothing
         logger.warning("what this model keeps of a forward cannot be told beforehand: the plan leaves it out")
         one = two = _Kept()
@@ -138,7 +138,7 @@ class _Kept:
     cut: int = 0
 
 
-def _kept(model: nn.Module, num_layers: int, samples: int, positions: int, bf16: bool) -> _Kept:
+def _kept(model: nn.Module, num_layers: int, samples: int, positions: int, low: torch.dtype | None) -> _Kept:
     """What autograd keeps of a forward through so many of the layers, parameters left out."""
     part = cut_out(inside(model), range(num_layers), first=True, last=True)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -150,7 +150,7 @@ def _kept(model: nn.Module, num_layers: int, samples: int, positions: int, bf16:
         with (
             _grouped_by_shape(),
             _counting(part, list(state.values())) as kept,
-            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+            computed_in(low, torch.device("cpu")),
         ):
             logits = functional_call(part, state, kwargs={"input_ids": tokens, "use_cache": False}).logits
             summed_loss(logits, tokens)

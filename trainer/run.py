@@ -18,21 +18,23 @@ from torch import nn
 from checkpointing import DamagedError, LeaseHeldError, MismatchError, load
 from checkpointing.collective import Team
 from checkpointing.lease import Lease
-from trainer.config import Config, Engine
+from trainer.config import Compute, Config, Engine
 from trainer.data.feed import Feed
 from trainer.data.sources import Corpus, load_corpus
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import Refused
-from trainer.loop import Progress, train
+from trainer.loop import train
 from trainer.memory import footprint, plan_memory
 from trainer.methods import apply_method
 from trainer.models import architecture, build_model, load_tokenizer
 from trainer.parallel.auto import Cluster, choose, memory_of
 from trainer.parallel.engine import TrainingEngine, find_topology, make_engine
+from trainer.parallel.optimizing import lr_scales
 from trainer.parallel.pipeline import check_stages, is_stageable
 from trainer.parallel.tensor import check_splittable, is_splittable
 from trainer.parallel.world import World, pick_device, process_group
 from trainer.plan import Topology, describe_run, plan_batch
+from trainer.progress import Progress
 from trainer.resume import Start, check_state, decide
 from trainer.rundir import bring_back, hold_run_directory
 from trainer.sample import sample_text
@@ -82,6 +84,7 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
     corpus = load_corpus(config.data, tokenizer, config.train.seq_len)
     model = build(config, "meta")
     check_vocabulary(corpus, model)
+    lr_scales(model, config.optimizer)
     sizes, why = footprint(config, model), list[str]()
     if config.parallel.auto:
         cluster = Cluster(world.size, world.local_size, memory_of(device, world.local_size))
@@ -164,7 +167,7 @@ def train_and_finish(
 ) -> None:
     """Bring the run directory to where training starts, and train to the end."""
     config, world = job.config, job.world
-    done = Progress(state.get("step", 0), state.get("tokens", 0))
+    done = Progress.of(state, scaled=config.precision.compute is Compute.fp16)
     # A branch of another run is a run of its own.
     known = state.get("run_id") if start.own else None
     run_id = Team().together(lambda: known or uuid.uuid4().hex[:8])[0]

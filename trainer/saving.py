@@ -16,6 +16,7 @@ from checkpointing.storage import FileStorage
 from trainer.config import Config, as_json
 from trainer.errors import TrainingFailed
 from trainer.parallel.engine import TrainingEngine
+from trainer.progress import Progress
 from trainer.track.tracker import RunTracker
 
 logger = logging.getLogger(__name__)
@@ -34,16 +35,16 @@ class Saver:
     architecture: str  # of the model
     lease: Lease | None
 
-    def save(self, step: int, tokens: int, metrics: dict[str, float]) -> float:
-        """Save and commit step `step`; returns the seconds that training waited for it. Collective."""
-        began = time.perf_counter()
+    def save(self, done: Progress, metrics: dict[str, float]) -> float:
+        """Save and commit what is done; returns the seconds that training waited for it. Collective."""
+        began, step = time.perf_counter(), done.step
         try:
             Team().together(self._make_sure)
             generation = save(
                 Path(self.config.checkpoint.dir),
                 step,
                 self.engine.pieces(),
-                {"trainer": self._state(step, tokens)},
+                {"trainer": self._state(done)},
                 run_id=self.run_id,
                 incarnation=self.incarnation,
                 metrics=metrics,
@@ -76,10 +77,9 @@ class Saver:
         except OSError as error:
             logger.warning("old generations in %s cannot be deleted: %s", self.config.checkpoint.dir, error)
 
-    def _state(self, step: int, tokens: int) -> dict[str, Any]:
+    def _state(self, done: Progress) -> dict[str, Any]:
         return {
-            "step": step,
-            "tokens": tokens,
+            **done.as_state(),
             "run_id": self.run_id,
             "world_size": self.engine.world_size,
             "fingerprint": self.fingerprint,

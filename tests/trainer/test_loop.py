@@ -15,7 +15,8 @@ from trainer.data.feed import Feed
 from trainer.data.sources import load_corpus
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.errors import TrainingFailed
-from trainer.loop import Progress, due, evaluate, optimize, train
+from trainer.loop import due, evaluate, optimize, train
+from trainer.progress import LossScale, Progress
 from trainer.schedule import learning_rate
 
 
@@ -25,18 +26,20 @@ class Recorder:
     device = torch.device("cpu")
     world_size, data_rank, data_size = 1, 0, 1
 
-    def __init__(self, norm: float = 0.5) -> None:
+    def __init__(self, *norms: float) -> None:
         self.calls: list[dict[str, Any]] = []
         self.rates: list[float] = []
-        self.norm = norm
+        self.norms = list(norms)
+        self.scales: list[float | None] = []
 
     def accumulate(self, micro_batches: Any, weight: float) -> torch.Tensor:
         self.calls += [{"ids": batch.ids.tolist(), "weight": weight, "key": key} for key, batch in micro_batches]
         return self.loss([batch for _, batch in micro_batches])
 
-    def step(self, lr: float) -> torch.Tensor:
+    def step(self, lr: float, loss_scale: float | None = None) -> torch.Tensor:
         self.rates.append(lr)
-        return torch.tensor(self.norm)
+        self.scales.append(loss_scale)
+        return torch.tensor(self.norms.pop(0) if self.norms else 0.5)
 
     def loss(self, batches: Any) -> torch.Tensor:
         return torch.stack([(batch.labels >= 0).sum() for batch in batches]).sum().double().reshape(1)
@@ -56,10 +59,10 @@ class Sinks:
         self.told.append(("row", row["step"]))
         self.rows.append(row)
 
-    def save(self, step: int, tokens: int, metrics: dict[str, float]) -> float:
+    def save(self, done: Progress, metrics: dict[str, float]) -> float:
         assert metrics == {key: self.rows[-1][key] for key in ("loss", "eval_loss") if key in self.rows[-1]}
-        self.told.append(("save", step))
-        assert tokens == self.rows[-1]["tokens"]
+        self.told.append(("save", done.step))
+        assert done.tokens == self.rows[-1]["tokens"]
         return 0.25
 
 
@@ -128,6 +131,25 @@ def test_what_is_not_finite_is_neither_reported_nor_saved(norm: float) -> None:
     with pytest.raises(TrainingFailed, match=rf"samples: \[{feed.step(3).sample_ids[0]}, "):
         train(config, Recorder(norm), feed, held_out, sinks, sinks, done)  # type: ignore[arg-type]
     assert sinks.told == [] and (done.step, done.tokens) == (2, 7)
+
+
+def test_a_step_that_overflowed_under_a_loss_scale_is_reported_as_left_out() -> None:
+    config, feed, held_out = configure("precision=fp16")
+    engine, sinks, done = Recorder(0.5, float("inf"), float("nan")), Sinks(), Progress(0, 0, LossScale(64.0))
+    train(config, engine, feed, held_out, sinks, sinks, done)  # type: ignore[arg-type]
+    assert engine.scales == [64.0, 64.0, 32.0, 16.0, 16.0]
+    assert [row["loss_scale"] for row in sinks.rows] == engine.scales
+    assert [row["grad_norm"] for row in sinks.rows] == [0.5, None, None, 0.5, 0.5]
+    weights = [engine.calls[3 * step]["weight"] * feed.step(step + 1).num_targets for step in range(5)]
+    assert weights == pytest.approx(engine.scales)
+    assert done.loss_scale == LossScale(16.0, 2)
+
+
+def test_a_loss_scale_does_not_shrink_for_ever() -> None:
+    config, feed, held_out = configure("precision=fp16")
+    done = Progress(0, 0, LossScale(2.0))
+    with pytest.raises(TrainingFailed, match=r"Step 2 gave .* gradient norm of None"):
+        train(config, Recorder(*[float("inf")] * 5), feed, held_out, Sinks(), Sinks(), done)  # type: ignore[arg-type]
 
 
 def test_the_held_out_loss_weighs_targets_and_not_samples() -> None:

@@ -16,7 +16,7 @@ from checkpointing.storage import FileStorage
 from tests.runs import SMALL, assert_same_run, events, rows
 from trainer.compose import compose
 from trainer.errors import Refused, TrainingFailed
-from trainer.loop import Progress
+from trainer.progress import Progress
 from trainer.run import run
 
 BASE = [*SMALL, "train.steps=12", "checkpoint.every=4", "eval.every=5", "data.log_ids=true"]

@@ -14,6 +14,7 @@ from checkpointing.generations import scan
 from checkpointing.storage import FileStorage
 from trainer.compose import compose
 from trainer.errors import TrainingFailed
+from trainer.progress import LossScale, Progress
 from trainer.saving import Saver
 
 
@@ -48,7 +49,7 @@ class Scene:
 
 def test_metrics_are_durable_before_the_checkpoint_and_the_event_comes_after_it(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
-    assert scene.saver().save(7, 700, {"eval_loss": 1.5}) > 0
+    assert scene.saver().save(Progress(7, 700, LossScale(8.0, 3)), {"eval_loss": 1.5}) > 0
     assert scene.told == ["sync", "pieces", "commit 7 durable"]
     target = Piece("model/w", torch.zeros(6), (0,), (6,))
     state: Any = load(tmp_path, [target])["trainer"]
@@ -61,6 +62,7 @@ def test_metrics_are_durable_before_the_checkpoint_and_the_event_comes_after_it(
         "fingerprint": "data",
         "architecture": "model",
     }
+    assert Progress.of(state, scaled=True) == Progress(7, 700, LossScale(8.0, 3))
     assert state["config"]["checkpoint"]["dir"] == str(tmp_path)
     manifest = scan(FileStorage(tmp_path))[0].manifest
     assert manifest is not None and (manifest.incarnation, manifest.metrics) == (4, {"eval_loss": 1.5})
@@ -69,18 +71,18 @@ def test_metrics_are_durable_before_the_checkpoint_and_the_event_comes_after_it(
 def test_only_who_holds_the_lease_deletes(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
     for step in (1, 2, 3):
-        scene.saver("checkpoint.keep=1", lease=False).save(step, 0, {})
+        scene.saver("checkpoint.keep=1", lease=False).save(Progress(step), {})
     assert len(scan(FileStorage(tmp_path))) == 3
-    scene.saver("checkpoint.keep=1").save(4, 0, {})
+    scene.saver("checkpoint.keep=1").save(Progress(4), {})
     assert [g.step for g in scan(FileStorage(tmp_path))] == [4]
 
 
 def test_a_run_that_was_replaced_does_not_write(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
-    scene.saver().save(1, 0, {})
+    scene.saver().save(Progress(1), {})
     scene.taken_over, scene.told = True, []
     with pytest.raises(LeaseHeldError, match="another process took it over"):
-        scene.saver().save(2, 0, {})
+        scene.saver().save(Progress(2), {})
     assert scene.told == [] and [g.step for g in scan(FileStorage(tmp_path))] == [1]
 
 
@@ -88,7 +90,7 @@ def test_a_full_disk_is_one_paragraph_and_leaves_the_previous_generation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = Scene(tmp_path)
-    scene.saver().save(1, 0, {})
+    scene.saver().save(Progress(1), {})
 
     def put(self: FileStorage, name: str, parts: object) -> None:
         raise OSError(28, "No space left on device")
@@ -98,7 +100,7 @@ def test_a_full_disk_is_one_paragraph_and_leaves_the_previous_generation(
         with pytest.raises(
             TrainingFailed, match=r"Step 2 could not be saved: .*No space left.* the same command goes on"
         ):
-            scene.saver().save(2, 0, {})
+            scene.saver().save(Progress(2), {})
     assert [g.step for g in scan(FileStorage(tmp_path)) if g.committed] == [1]
-    scene.saver().save(2, 0, {})  # there is room again
+    scene.saver().save(Progress(2), {})  # there is room again
     assert [g.step for g in scan(FileStorage(tmp_path)) if g.committed] == [2, 1]

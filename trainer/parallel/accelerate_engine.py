@@ -31,7 +31,7 @@ _UNSUPPORTED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config. Leave parallel=accelerate out and type "
     "parallel.dp_replicate, parallel.dp_shard and parallel.tp",
 }
-_MIXED_PRECISION = {Compute.fp32: "no", Compute.bf16: "bf16"}
+_MIXED_PRECISION = {Compute.fp32: "no", Compute.bf16: "bf16", Compute.fp16: "fp16"}
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -61,6 +61,8 @@ def topology_of(
             f"accelerate's configuration compiles the model ({backend}), and compiled layers would draw other dropout. "
             "Start with --dynamo_backend no."
         )
+    if device.type == "cpu" and config.precision.compute is Compute.fp16:
+        raise Refused("accelerate computes in fp16 on GPUs only. Type precision=bf16, or parallel=ddp.")
     _check_precision(config.precision.compute, environment.get("ACCELERATE_MIXED_PRECISION"))
     if device.type != "cpu" and _is_on(environment, "ACCELERATE_USE_CPU"):
         raise Refused(

@@ -10,9 +10,13 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from trainer.config import Compute
 from trainer.data.dataset import IGNORE, Batch
 from trainer.elastic.randomness import reseed
 from trainer.models import draws_randomness
+
+# What matrix products are computed in where that is not fp32.
+LOW: dict[Compute, torch.dtype] = {Compute.bf16: torch.bfloat16, Compute.fp16: torch.float16}
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,13 @@ def parts_of(
             yield Part(part, key, number)
 
 
-def logits_of(model: nn.Module, inputs: torch.Tensor, *, bf16: bool) -> torch.Tensor:
-    with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=bf16):
+def computed_in(low: torch.dtype | None, device: torch.device) -> torch.autocast:
+    """Matrix products in low precision; None leaves them in fp32."""
+    return torch.autocast(device.type, dtype=low or torch.bfloat16, enabled=low is not None)
+
+
+def logits_of(model: nn.Module, inputs: torch.Tensor, *, low: torch.dtype | None) -> torch.Tensor:
+    with computed_in(low, inputs.device):
         logits: torch.Tensor = model(input_ids=inputs, use_cache=False).logits
     return logits
 

@@ -21,12 +21,12 @@ from torch.nn import functional
 
 from checkpointing import Piece
 from checkpointing.layouts.zero import describe_zero, publish_zero
-from trainer.config import Compute, Config
+from trainer.config import Config
 from trainer.data.dataset import Batch
 from trainer.models import blocks
-from trainer.parallel.computing import Draws, logits_of, parts_of, summed_loss
+from trainer.parallel.computing import LOW, Draws, computed_in, logits_of, parts_of, summed_loss
 from trainer.parallel.deepspeed_options import engine_options
-from trainer.parallel.optimizing import make_optimizer
+from trainer.parallel.optimizing import lr_scales, make_optimizer, set_lr
 from trainer.parallel.torch_engine import checkpoint_blocks
 from trainer.parallel.world import World
 from trainer.plan import Topology
@@ -46,17 +46,17 @@ class DeepSpeedEngine:
         if config.parallel.activation_checkpointing:
             checkpoint_blocks(model)
         self._draws = Draws(model, {layer: number for number, layer in enumerate(blocks(model))})
-        if config.precision.compute is Compute.bf16:
+        if (low := LOW.get(config.precision.compute)) is not None:
             # DeepSpeed's own bf16 would keep a second copy of the weights, and norms and the residual stream would be
             # bf16 too: a run would compute something else than in the other layouts. Its autocast would reduce
             # gradients in bf16, and it switches one around it off; so autocast is inside of what it calls.
-            model.forward = torch.autocast(device.type, dtype=torch.bfloat16)(model.forward)
+            model.forward = computed_in(low, device)(model.forward)
         ours = functional.linear
         self._engine = initialize(
             world,
             device,
             model=model,
-            optimizer=make_optimizer(model, config.optimizer),
+            optimizer=make_optimizer(model, config.optimizer, lr_scales(model, config.optimizer)),
             config=engine_options(config, sum(p.numel() for p in model.parameters() if p.requires_grad)),
         )
         # Stage 3 replaces torch's linear in the whole process by one that does not keep gathered weights for the
@@ -70,28 +70,42 @@ class DeepSpeedEngine:
             for turn, part in enumerate(parts, start=1):
                 self._engine.set_gradient_accumulation_boundary(turn == len(parts))
                 self._draws.start(part)
-                loss = summed_loss(logits_of(self._engine, part.batch.inputs, bf16=False), part.batch.labels)
+                loss = summed_loss(logits_of(self._engine, part.batch.inputs, low=None), part.batch.labels)
                 # DeepSpeed takes the mean over ranks, and over as many turns as it was told: one.
                 self._engine.backward(loss * (weight * self.data_size))
                 total += loss.detach()
         return total
 
-    def step(self, lr: float) -> torch.Tensor:
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
-        norm = None
+    def step(self, lr: float, loss_scale: float | None = None) -> torch.Tensor:
+        optimizer = self._engine.optimizer
+        set_lr(optimizer.param_groups, lr)
         if self._engine.zero_optimization_stage() == 0:  # DeepSpeed would clip, and keep the norm to itself
-            norm = nn.utils.clip_grad_norm_(self._bare.parameters(), self._clip or math.inf)
+            norm = self._clip_whole(loss_scale)
+            self._engine.step()
+            return norm
+        # It divides by a scale that it is given, and leaves out a step that overflows. Only here: its backward would
+        # multiply the loss by it, which has been done.
+        optimizer.custom_loss_scaler, optimizer.external_loss_scale = loss_scale is not None, loss_scale
         self._engine.step()
-        if norm is None:
-            norm = torch.as_tensor(self._engine.get_global_grad_norm())
+        optimizer.custom_loss_scaler = False
+        return torch.as_tensor(self._engine.get_global_grad_norm()).to(self.device, torch.float32)
+
+    def _clip_whole(self, loss_scale: float | None) -> torch.Tensor:
+        """Of stage 0, whose gradients are whole; the norm before. None are left of a step that overflowed."""
+        parameters = [p for p in self._bare.parameters() if p.grad is not None]
+        if loss_scale is not None:
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / loss_scale)
+        norm = nn.utils.clip_grad_norm_(parameters, self._clip or math.inf)
+        if loss_scale is not None and not norm.isfinite():
+            for parameter in parameters:
+                parameter.grad = None
         return norm.to(self.device, torch.float32)
 
     def loss(self, batches: Sequence[Batch]) -> torch.Tensor:
         total = torch.zeros(1, device=self.device, dtype=torch.float64)
         with self._evaluating() as model:
             for part in parts_of([(0, batch) for batch in batches], self._local_batch, self.device):
-                total += summed_loss(logits_of(model, part.batch.inputs, bf16=False), part.batch.labels)
+                total += summed_loss(logits_of(model, part.batch.inputs, low=None), part.batch.labels)
         return total
 
     def reduce(self, values: torch.Tensor) -> torch.Tensor:
@@ -100,7 +114,7 @@ class DeepSpeedEngine:
 
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         with self._evaluating() as model:
-            return logits_of(model, tokens, bf16=False)[:, -1]
+            return logits_of(model, tokens, low=None)[:, -1]
 
     def pieces(self) -> list[Piece]:
         return describe_zero(self._engine)

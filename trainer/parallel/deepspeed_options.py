@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Compute, Config
+from trainer.config import Config
 from trainer.errors import Refused
 from trainer.plan import Topology
 
@@ -123,7 +123,7 @@ def user_options(config: Config) -> dict[str, Any]:
 
 def _ours(config: Config) -> dict[str, tuple[Any, str]]:
     """What the trainer says: the value in DeepSpeed's words, and the override that says another."""
-    train, parallel, bf16 = config.train, config.parallel, config.precision.compute is Compute.bf16
+    train, parallel, compute = config.train, config.parallel, config.precision.compute
     return {
         "train_batch_size": (train.global_batch, "train.global_batch={value}"),
         "train_micro_batch_size_per_gpu": (train.micro_batch, "train.micro_batch={value}"),
@@ -131,8 +131,10 @@ def _ours(config: Config) -> dict[str, tuple[Any, str]]:
         "gradient_clipping": (config.optimizer.clip, "optimizer.clip={value}"),
         "optimizer": (None, "optimizer.lr=X, optimizer.weight_decay=X and so on: it is always AdamW"),
         "scheduler": (None, "schedule=cosine, schedule=linear or schedule=constant"),
-        "fp16": ({"enabled": False}, "precision=bf16 or precision=fp32"),
-        "bf16": ({"enabled": bf16}, f"precision={'fp32' if bf16 else 'bf16'}"),
+        **{
+            low: ({"enabled": compute.name == low}, f"precision={'fp32' if compute.name == low else low}")
+            for low in ("fp16", "bf16")
+        },
         "zero_optimization.stage": (parallel.zero_stage, "parallel.zero_stage={value}"),
         "zero_optimization.offload_optimizer": (
             {"device": "cpu" if parallel.offload else "none"},

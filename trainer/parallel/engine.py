@@ -31,8 +31,11 @@ class TrainingEngine(Protocol):
         zero on ranks that do not compute it, so that `reduce` gives that of all.
         """
 
-    def step(self, lr: float) -> torch.Tensor:
-        """Sum gradients over ranks, clip, update, clear; return the norm before clipping (0-dimensional)."""
+    def step(self, lr: float, loss_scale: float | None = None) -> torch.Tensor:
+        """Sum gradients over ranks, clip, update, clear; return the norm before clipping (0-dimensional).
+
+        With a loss scale they are divided by it, and where their norm is not finite then, nothing is updated.
+        """
 
     def loss(self, batches: Sequence[Batch]) -> torch.Tensor:
         """The summed loss of batches in evaluation mode, as `accumulate` returns it."""

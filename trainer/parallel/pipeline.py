@@ -25,7 +25,7 @@ from trainer.config import PipelineSchedule
 from trainer.data.dataset import IGNORE, Batch
 from trainer.errors import Refused
 from trainer.models import blocks
-from trainer.parallel.computing import Draws, Part, summed_loss
+from trainer.parallel.computing import Draws, Part, computed_in, summed_loss
 from trainer.parallel.families import FAMILIES
 from trainer.parallel.shares import balanced
 
@@ -159,9 +159,11 @@ def _shallow(module: Any) -> Any:
 class Stage(nn.Module):
     """One stage as it is called: token ids or hidden states in, hidden states or logits out."""
 
-    def __init__(self, model: PreTrainedModel, draws: Draws, *, first: bool, last: bool, bf16: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, draws: Draws, *, first: bool, last: bool, low: torch.dtype | None
+    ) -> None:
         super().__init__()
-        self.model, self.first, self.last, self.bf16 = model, first, last, bf16
+        self.model, self.first, self.last, self.low = model, first, last, low
         self._draws = draws
         self.parts: Sequence[Part] = ()
 
@@ -170,7 +172,7 @@ class Stage(nn.Module):
         if number is not None:
             self._draws.start(self.parts[int(number.item())])
         given = {"input_ids" if self.first else "inputs_embeds": inputs, "use_cache": False}
-        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+        with computed_in(self.low, inputs.device):
             if self.last:
                 logits: torch.Tensor = self.model(**given).logits
                 return logits
@@ -189,13 +191,13 @@ class Pipeline:
         shape: Shape,
         device: torch.device,
         *,
-        bf16: bool,
+        low: torch.dtype | None,
     ) -> None:
         self.group, self.at, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self._schedule, self._shape, self._device = schedule, shape, device
         self.num_stages = stages_of(self.size, schedule)
         self.indices = list(range(self.at, self.num_stages, self.size))
-        self._whole, self._bf16 = inside(model), bf16
+        self._whole, self._low = inside(model), low
         self._names: dict[nn.Parameter, list[str]] = {}
         for name, parameter in parameter_names(model).items():
             self._names.setdefault(parameter, []).append(name)
@@ -217,7 +219,7 @@ class Pipeline:
         """After the layers are what they will be: each stage as it is called, and as it is sharded or replicated."""
         for index in self.indices:
             model = cut_out(self.model, self._layers(index), first=index == 0, last=index == self.num_stages - 1)
-            stage = Stage(model, draws, first=index == 0, last=index == self.num_stages - 1, bf16=self._bf16)
+            stage = Stage(model, draws, first=index == 0, last=index == self.num_stages - 1, low=self._low)
             self.stages.append(stage)
             self.called.append(distribute(stage))
         del self._whole
@@ -265,7 +267,7 @@ class Pipeline:
         tokens = (self._shape.samples, self._shape.positions)
         ids = torch.empty(tokens, dtype=torch.int64, device="meta")
         hidden = torch.empty(*tokens, settings.hidden_size, device="meta", requires_grad=True)
-        kind = torch.bfloat16 if self._bf16 else torch.float32
+        kind = self._low or torch.float32
         logits = torch.empty(*tokens, settings.vocab_size, dtype=kind, device="meta", requires_grad=True)
         return PipelineStage(
             called,

@@ -19,13 +19,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpointing import Piece, describe, parameter_names
-from trainer.config import Compute, Config
+from trainer.config import Config
 from trainer.data.dataset import Batch
 from trainer.errors import Refused
 from trainer.models import blocks
-from trainer.parallel.computing import Draws, logits_of, parts_of, summed_loss
+from trainer.parallel.computing import LOW, Draws, logits_of, parts_of, summed_loss
 from trainer.parallel.mesh import Mesh
-from trainer.parallel.optimizing import make_optimizer
+from trainer.parallel.optimizing import lr_scales, make_optimizer, set_lr
 from trainer.parallel.pipeline import Pipeline, Shape, Stage, check_stages, inside
 from trainer.parallel.tensor import Cuts, check_splittable, cut
 from trainer.parallel.world import World
@@ -33,8 +33,8 @@ from trainer.plan import Topology
 
 
 class TorchEngine:
-    """Parameters stay fp32 masters in every layout, and bf16 is autocast in every layout, so that a run computes the
-    same wherever it goes on."""
+    """Parameters stay fp32 masters and low precision is autocast in every layout, so that a run computes the same
+    wherever it goes on."""
 
     def __init__(
         self,
@@ -50,11 +50,12 @@ class TorchEngine:
         self.data_rank, self.data_size = self._mesh.data_rank, topology.data_size
         self._local_batch = config.parallel.local_batch
         self._clip = config.optimizer.clip
-        self._bf16 = self.bf16 = config.precision.compute is Compute.bf16
+        self._low = self.low = LOW.get(config.precision.compute)
         if topology.tp > 1:
             check_splittable(model, topology.tp)
         if topology.pp > 1:
             check_stages(model, topology.pp, config.parallel.pp_schedule)
+        scales = lr_scales(model, config.optimizer)
         whole = next_token(model) if topology.tp * topology.pp > 1 else None
         order = {block: number for number, block in enumerate(blocks(model))}
         self._cuts = Cuts()
@@ -64,7 +65,7 @@ class TorchEngine:
         if (stages_group := self._mesh.group("pp")) is not None:
             shape = Shape(self._local_batch or config.train.micro_batch, config.train.seq_len)
             schedule = config.parallel.pp_schedule
-            self._pipeline = Pipeline(model, stages_group, schedule, shape, device, bf16=self._bf16)
+            self._pipeline = Pipeline(model, stages_group, schedule, shape, device, low=self._low)
             model = self._pipeline.model
         if config.parallel.activation_checkpointing:
             checkpoint_blocks(model)
@@ -75,7 +76,7 @@ class TorchEngine:
             self._pipeline.make_stages(self._draws, lambda stage: wrap(stage, self._mesh, device))
         else:
             self._model = wrap(model, self._mesh, device)
-        self._optimizer = make_optimizer(model, config.optimizer)
+        self._optimizer = make_optimizer(model, config.optimizer, scales)
         if whole is not None:
             self._check_same(whole, topology)
 
@@ -88,23 +89,30 @@ class TorchEngine:
         for turn, part in enumerate(parts, start=1):
             self._draws.start(part)
             with self._synchronise(turn == len(parts)):
-                loss = summed_loss(logits_of(self._model, part.batch.inputs, bf16=self.bf16), part.batch.labels)
+                loss = summed_loss(logits_of(self._model, part.batch.inputs, low=self.low), part.batch.labels)
                 (loss * scale).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
-    def step(self, lr: float) -> torch.Tensor:
+    def step(self, lr: float, loss_scale: float | None = None) -> torch.Tensor:
         named = {p: name for name, p in reversed(parameter_names(self._bare).items())}  # a tied one once
         gradients = {name: p.grad for p, name in named.items() if p.grad is not None}
         if (holders := self._mesh.group("dp_shard", "tp")) is not None:
             self._cuts.add_up(gradients, holders)
         copied = self._pipeline.add_up_tied(gradients) if self._pipeline is not None else None
         norm = self._norm({name: gradient for name, gradient in gradients.items() if name != copied})
-        if self._clip > 0 and gradients:
-            factor = (self._clip / (norm + 1e-6)).clamp(max=1.0)
+        factor = None
+        if loss_scale is not None:
+            norm = norm / loss_scale
+            if not norm.isfinite():
+                self._optimizer.zero_grad()
+                return norm
+            factor = torch.full_like(norm, 1 / loss_scale)
+        if self._clip > 0:
+            factor = (1 if factor is None else factor) * (self._clip / (norm + 1e-6)).clamp(max=1.0)
+        if factor is not None and gradients:
             torch._foreach_mul_([local_of(gradient) for gradient in gradients.values()], factor)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self._optimizer.param_groups, lr)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
@@ -164,7 +172,7 @@ class TorchEngine:
         """In evaluation; None on ranks that do not compute the last layer."""
         if self._pipeline is not None:
             return self._pipeline.logits(tokens)
-        return logits_of(self._bare, tokens, bf16=self.bf16)
+        return logits_of(self._bare, tokens, low=self.low)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -176,12 +184,12 @@ class TorchEngine:
 
     @contextmanager
     def _in_fp32(self) -> Iterator[None]:
-        """Rounding to bf16 would hide what is small but wrong."""
+        """Rounding to low precision would hide what is small but wrong."""
         for computing in (self, *(self._pipeline.stages if self._pipeline is not None else ())):
-            computing.bf16 = False
+            computing.low = None
         yield
         for computing in (self, *(self._pipeline.stages if self._pipeline is not None else ())):
-            computing.bf16 = self._bf16
+            computing.low = self._low
 
     def _synchronise(self, now: bool) -> AbstractContextManager[object]:
         """DDP reduces gradients once a step. FSDP2 reduces them each time, so that only shards of them are kept."""
@@ -199,7 +207,7 @@ def next_token(model: Any) -> torch.Tensor:
     training = model.training
     model.eval()
     with torch.no_grad():
-        logits = logits_of(model, tokens_to_compare(model.config.vocab_size), bf16=False)[:, -1]
+        logits = logits_of(model, tokens_to_compare(model.config.vocab_size), low=None)[:, -1]
     model.train(training)
     return logits
 

@@ -45,10 +45,11 @@ class Console:
         began_at, began_step = self._began = self._began or (now, step)
         pace = (now - began_at) / (step - began_step) if step > began_step else row["step_s"]
         width = len(str(self._total))
+        norm = f"{row['grad_norm']:7.3f}" if row["grad_norm"] is not None else "  (left out: overflow)"
         evaluated = f"  eval loss {row['eval_loss']:.4f}" if "eval_loss" in row else ""
         return (
             f"step {step:>{width}}/{self._total}  loss {row['loss']:8.4f}  lr {row['lr']:.2e}  "
-            f"grad {row['grad_norm']:7.3f}  "
+            f"grad {norm}  "
             f"{row['tokens_per_s']:8,.0f} tok/s  {_clock(pace * (self._total - step))} left{evaluated}"
         )
 

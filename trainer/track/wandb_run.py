@@ -20,7 +20,8 @@ class WandbRun:
 
     def step(self, row: dict[str, Any]) -> None:
         # The step is an ordinary value here: wandb drops rows whose own step goes back, as it does after a resume.
-        self._guard(lambda: self._run and self._run.log({k: v for k, v in row.items() if k != "sample_ids"}))
+        numbers = {key: value for key, value in row.items() if key != "sample_ids" and value is not None}
+        self._guard(lambda: self._run and self._run.log(numbers))
 
     def close(self, exit_code: int) -> None:
         self._guard(lambda: self._run and self._run.finish(exit_code=exit_code))

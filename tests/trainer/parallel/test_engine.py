@@ -1,0 +1,113 @@
+"""What every engine must do alike, under every layout: one suite, run on all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.trainer.parallel.test_torch_engine import SMALL, dataset
+from tests.trainer.parallel.zoo import save_model
+from tests.worlds import WORLD
+from trainer.compose import compose
+from trainer.data.feed import Feed
+from trainer.loop import optimize
+from trainer.parallel.engine import TrainingEngine, make_engine
+from trainer.parallel.world import World
+from trainer.plan import resolve_topology
+from trainer.progress import LossScale
+from trainer.run import build
+
+LAYOUTS = {
+    "ddp": (2, ["parallel=ddp"]),
+    "fsdp": (3, ["parallel=fsdp"]),
+    "fsdp x tp": (4, ["parallel=tp", "parallel.dp_shard=2"]),
+    "pp": (2, ["parallel=pp"]),
+    "zero 0": (2, ["parallel.engine=deepspeed"]),
+    "zero 1": (2, ["parallel=zero1"]),
+    "zero 2": (3, ["parallel=zero2"]),
+    "zero 3": (2, ["parallel=zero3"]),
+    "zero 3, offload": (2, ["parallel=zero3", "parallel.offload=true"]),
+}
+LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def start(overrides: list[str]) -> tuple[TrainingEngine, Feed]:
+    small = [] if "model=hf" in overrides else SMALL
+    config = compose(["train.seq_len=12", "train.global_batch=10", "train.micro_batch=2", *small, *overrides])
+    world = World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
+    topology = resolve_topology(config.parallel, world.size)
+    engine = make_engine(config, build(config), topology, world, torch.device("cpu"))
+    size, rank = engine.data_size, engine.data_rank
+    return engine, Feed(dataset(), global_batch=10, micro_batch=2, seed=1, pad=0, num_ranks=size, rank=rank)
+
+
+def contents(engine: TrainingEngine) -> dict[Any, np.ndarray]:
+    return {(p.name, p.offset): p.tensor.detach().clone().numpy() for p in engine.pieces()}
+
+
+def changed(before: dict[Any, np.ndarray], after: dict[Any, np.ndarray]) -> set[str]:
+    return {key[0] for key in before if not np.array_equal(before[key], after[key])}
+
+
+def in_fp16(overrides: list[str]) -> dict[str, Any]:
+    """Three steps, the second of which overflows: what they gave, and what the second changed."""
+    engine, feed = start(["precision=fp16", *overrides])
+    rows = [optimize(engine, feed.step(1), 1e-2, 1, LossScale(2.0**10))]
+    before = contents(engine)
+    rows.append(optimize(engine, feed.step(2), 1e-2, 2, LossScale(1e38)))
+    left = changed(before, contents(engine))
+    rows.append(optimize(engine, feed.step(3), 1e-2, 3, LossScale(2.0**4)))
+    return {"rows": rows, "left": left, "moved": changed(before, contents(engine))}
+
+
+@LAYOUT
+def test_fp16_with_a_loss_scale(layout: str) -> None:
+    size, overrides = LAYOUTS[layout]
+    alone = in_fp16([])
+    assert not np.isfinite(alone["rows"][1][1]) and alone["left"] == set()
+    for found in WORLD.run(in_fp16, size, overrides):
+        assert found["left"] == set() and found["moved"]  # a step that counts is seen by the same comparison
+        assert not np.isfinite(found["rows"][1][1])
+        np.testing.assert_allclose(found["rows"][0], alone["rows"][0], rtol=1e-3)
+        np.testing.assert_allclose([row[0] for row in found["rows"]], [row[0] for row in alone["rows"]], rtol=1e-3)
+        # The scale is out of the norm again: in fp32 it is much the same.
+        assert found["rows"][2][1] == pytest.approx(alone["rows"][2][1], rel=0.02)
+
+
+def with_two_rates(overrides: list[str]) -> dict[str, Any]:
+    engine, feed = start(overrides)
+    before = contents(engine)
+    rows = [optimize(engine, feed.step(step), 1e-2, step) for step in (1, 2, 3)]
+    return {"rows": rows, "moved": {n for n in changed(before, contents(engine)) if n.startswith("model/")}}
+
+
+TWO_RATES = ["optimizer.lr_scale={layers.0: 0.0, lm_head: 0.1}"]
+
+
+@LAYOUT
+def test_learning_rates_of_their_own(layout: str) -> None:
+    size, overrides = LAYOUTS[layout]
+    alone = with_two_rates(TWO_RATES)
+    assert alone["moved"] and not any("layers.0" in name for name in alone["moved"])
+    assert not np.allclose(alone["rows"], with_two_rates([])["rows"], rtol=2e-5)  # one rate for all is seen
+    results = WORLD.run(with_two_rates, size, [*TWO_RATES, *overrides])
+    assert set().union(*(found["moved"] for found in results)) == alone["moved"]
+    for found in results:
+        np.testing.assert_allclose(found["rows"], alone["rows"], rtol=2e-5)
+
+
+@pytest.mark.parametrize("layout", ["pp", "fsdp x tp", "zero 3"])
+def test_a_tied_tensor_has_one_rate_under_both_names(layout: str, tmp_path: Path) -> None:
+    """A pipeline's last stage knows it by the other name only."""
+    save_model(tmp_path, "llama_tied")
+    size, overrides = LAYOUTS[layout]
+    common = ["model=hf", f"model.path={tmp_path}", "optimizer.lr_scale={embed_tokens: 0.1}"]
+    alone = with_two_rates(common)
+    assert not np.allclose(alone["rows"], with_two_rates(common[:2])["rows"], rtol=2e-5)
+    for found in WORLD.run(with_two_rates, size, [*common, *overrides]):
+        np.testing.assert_allclose(found["rows"], alone["rows"], rtol=2e-5)
