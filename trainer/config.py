@@ -178,6 +178,8 @@ class Parallel:
     ep: int = 1  # expert parallel: not supported yet
     pp_schedule: PipelineSchedule = PipelineSchedule["1f1b"]  # interleaved: two stages a process
     activation_checkpointing: bool = False  # compute a layer's forward again in its backward, rather than keep it
+    compile: bool = False  # layers, by torch.compile; the first steps take longer
+    compile_backend: str = "inductor"  # of torch.compile
     auto: bool = False  # choose the degrees by the memory of model and device; those given are not looked at
     local_batch: Optional[int] = None  # samples in memory at a time; splits a micro-batch, not its result
     zero_stage: int = option(0, low=0, high=3)  # DeepSpeed shards the optimizer (1), gradients (2), parameters (3)

@@ -28,6 +28,7 @@ from trainer.memory import footprint, plan_memory
 from trainer.methods import apply_method
 from trainer.models import architecture, build_model, load_tokenizer
 from trainer.parallel.auto import Cluster, choose, memory_of
+from trainer.parallel.compiling import check_compiling
 from trainer.parallel.engine import TrainingEngine, find_topology, make_engine
 from trainer.parallel.optimizing import lr_scales
 from trainer.parallel.pipeline import check_stages, is_stageable
@@ -80,6 +81,7 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
     """Read the data and work out the plan, as (label, text) lines."""
     if not config.parallel.auto:
         find_topology(config, world, device)  # refused before anything is read
+    check_compiling(config, device)
     tokenizer = load_tokenizer(config.model)
     corpus = load_corpus(config.data, tokenizer, config.train.seq_len)
     model = build(config, "meta")

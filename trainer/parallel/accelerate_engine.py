@@ -59,7 +59,7 @@ def topology_of(
     if (backend := environment.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() != "no":
         raise Refused(
             f"accelerate's configuration compiles the model ({backend}), and compiled layers would draw other dropout. "
-            "Start with --dynamo_backend no."
+            "Start with --dynamo_backend no, and type parallel.compile=true."
         )
     if device.type == "cpu" and config.precision.compute is Compute.fp16:
         raise Refused("accelerate computes in fp16 on GPUs only. Type precision=bf16, or parallel=ddp.")

@@ -23,6 +23,7 @@ from trainer.config import Config
 from trainer.data.dataset import Batch
 from trainer.errors import Refused
 from trainer.models import blocks
+from trainer.parallel.compiling import Compiled
 from trainer.parallel.computing import LOW, Draws, logits_of, parts_of, summed_loss
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.optimizing import lr_scales, make_optimizer, set_lr
@@ -79,6 +80,10 @@ class TorchEngine:
         self._optimizer = make_optimizer(model, config.optimizer, scales)
         if whole is not None:
             self._check_same(whole, topology)
+        self._compiled: Compiled | None = None
+        if config.parallel.compile:
+            layers = [unwrapped(layer) for layer in blocks(model)]
+            self._compiled = Compiled(layers, config.parallel.compile_backend)
 
     def accumulate(self, micro_batches: Sequence[tuple[int, Batch]], weight: float) -> torch.Tensor:
         parts = list(parts_of(micro_batches, self._local_batch, self.device))
@@ -115,6 +120,7 @@ class TorchEngine:
         set_lr(self._optimizer.param_groups, lr)
         self._optimizer.step()
         self._optimizer.zero_grad()
+        self._say_what_was_compiled()
         return norm
 
     def loss(self, batches: Sequence[Batch]) -> torch.Tensor:
@@ -159,6 +165,11 @@ class TorchEngine:
                 f"did whole: logits of up to {scale:.3g} differ by {worst:.3g}. How it is taken apart does not "
                 "fit it. Type parallel.tp=1 parallel.pp=1, and parallel.dp_shard=-1 to shard it instead."
             )
+
+    def _say_what_was_compiled(self) -> None:
+        """Once, and whenever something was compiled again. Alike on all ranks, so that one speaks."""
+        if self._compiled is not None and (news := self._compiled.news()) and self._mesh.rank == 0:
+            print(f"  {'compiled':10} {news}", flush=True)
 
     def _norm(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The norm of the whole gradient, of which every rank counts its part."""
