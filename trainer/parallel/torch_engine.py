@@ -110,7 +110,7 @@ class TorchEngine:
         if loss_scale is not None:
             norm = norm / loss_scale
             if not norm.isfinite():
-                self._optimizer.zero_grad()
+                self._clear()
                 return norm
             factor = torch.full_like(norm, 1 / loss_scale)
         if self._clip > 0:
@@ -119,7 +119,7 @@ class TorchEngine:
             torch._foreach_mul_([local_of(gradient) for gradient in gradients.values()], factor)
         set_lr(self._optimizer.param_groups, lr)
         self._optimizer.step()
-        self._optimizer.zero_grad()
+        self._clear()
         self._say_what_was_compiled()
         return norm
 
@@ -165,6 +165,11 @@ class TorchEngine:
                 f"did whole: logits of up to {scale:.3g} differ by {worst:.3g}. How it is taken apart does not "
                 "fit it. Type parallel.tp=1 parallel.pp=1, and parallel.dp_shard=-1 to shard it instead."
             )
+
+    def _clear(self) -> None:
+        """DDP's gradients lie in its buckets and stay there: what is accumulated before they are reduced would be in
+        memory of its own otherwise."""
+        self._optimizer.zero_grad(set_to_none=not isinstance(self._model, DistributedDataParallel))
 
     def _say_what_was_compiled(self) -> None:
         """Once, and whenever something was compiled again. Alike on all ranks, so that one speaks."""
