@@ -309,7 +309,7 @@ def measure(rank: int, port: int, name: str, steps: int, directory: str) -> None
                     seconds[side].append(time.perf_counter() - began)
             assert abs(losses["ours"] - losses["peer"]) < 2e-5, f"step {number}: {losses}"
         held: dict[str, list[torch.Tensor]] = {
-            "ours": _held_by(engine),
+            "ours": held_by(engine),
             "peer": peer.held(),
         }
         peaks = {}
@@ -322,7 +322,8 @@ def measure(rank: int, port: int, name: str, steps: int, directory: str) -> None
         Path(directory, "found.json").write_text(json.dumps([seconds, peaks]))
 
 
-def _held_by(engine: TrainingEngine) -> list[torch.Tensor]:
+def held_by(engine: TrainingEngine) -> list[torch.Tensor]:
+    """What one of our engines keeps between steps."""
     if isinstance(engine, DeepSpeedEngine):
         return held_by_deepspeed(engine._engine)
     return [piece.tensor for piece in engine.pieces()]

@@ -17,14 +17,16 @@ from torch.nn import functional
 from trainer.config import Config, PipelineSchedule
 from trainer.models import blocks
 from trainer.parallel.computing import LOW, computed_in, summed_loss
+from trainer.parallel.deepspeed_options import engine_options
 from trainer.parallel.families import FAMILIES
-from trainer.parallel.pipeline import cut_out, inside, stages_of
+from trainer.parallel.pipeline import INTERLEAVED, cut_out, inside, stages_of
 from trainer.parallel.shares import balanced
 from trainer.plan import MemoryPlan, Topology
 
 logger = logging.getLogger(__name__)
 
 FP32 = 4
+MAX_LIVE = 1_000_000_000  # parameters that ZeRO stage 3 holds whole at most, by default
 
 
 @dataclass(frozen=True)
@@ -105,31 +107,59 @@ def _plan_stage(config: Config, of: Footprint, topology: Topology, rounds: int, 
     ends = (of.first if first else 0) + (of.last if last else 0) + (of.tied if last and not first else 0)
     held = (sum(sum(of.layers[start : start + length]) for start, length in shares) + ends) // tp
     trained = held * of.trained // of.total
-    in_flight = 1
-    if pp > 1:  # the first stage starts as many before the first comes back
-        in_flight = rounds if parallel.pp_schedule is PipelineSchedule.gpipe else min(rounds, pp - stage)
+    in_flight = _in_flight(parallel.pp_schedule, rounds, pp, stage)
     layer = of.kept + of.cut // tp
-    kept = layers * (of.hidden if parallel.activation_checkpointing else layer) * in_flight
+    kept = int(layers * (of.hidden if parallel.activation_checkpointing else layer) * in_flight)
     at_once = layer if parallel.activation_checkpointing else 0
     if last:
         kept, at_once = kept + of.ends, at_once + 2 * of.logits  # with their gradient
-    # Gradients are there from the first backward on; with one round only when little is left of the forward.
     zero = parallel.zero_stage
     if zero:  # DeepSpeed keeps masters beside the parameters
         shards = topology.data_size if zero == 3 else 1
     gradients = -(-trained // (topology.data_size if zero >= 2 else shards))
-    forward = kept + at_once
-    activations = forward if rounds > 1 else max(forward - gradients, layer)
+    gathered = buckets = 0
+    if shards > 1 and pp > 1:
+        # A pipeline gathers its stage once a step, and holds whole gradients until the last micro-batch.
+        gathered, gradients = held, trained
+    elif shards > 1:
+        # One layer is gathered while one computes; one computed again has activations and gradients at a time.
+        gathered = (3 if parallel.activation_checkpointing else 2) * of.layer // tp
+    if zero:
+        sharding = engine_options(config, trained // FP32)["zero_optimization"]
+        buckets = min(FP32 * int(sharding["reduce_bucket_size"]), trained)
+        if zero == 3:  # it lets go of nothing below this limit
+            gathered += min(FP32 * int(sharding.get("stage3_max_live_parameters", MAX_LIVE)), held)
     return MemoryPlan(
         parameters=-(-held // shards),
         gradients=gradients,
         # AdamW's two moments; with parallel.offload they are in host memory.
         optimizer=-(-3 * trained // topology.data_size) if zero else -(-2 * trained // shards),
-        # Two layers at a time (the next is gathered while one computes), with their gradients.
-        # A pipeline gathers its stage once a step, and holds the gradients of all of it until the last micro-batch.
-        gathered=0 if shards == 1 else held + trained if pp > 1 else 4 * of.layer // tp,
-        activations=activations,
+        gathered=gathered,
+        buckets=buckets,
+        activations=_with_gradients(kept + at_once, gradients, layer, rounds, in_flight),
     )
+
+
+def _in_flight(schedule: PipelineSchedule, rounds: int, pp: int, stage: int) -> float:
+    """Micro-batches that a process has begun before the first of them comes back."""
+    if pp == 1:
+        return 1
+    if schedule is PipelineSchedule.gpipe:
+        return rounds
+    if schedule is PipelineSchedule.interleaved:  # of which it computes a part at a time
+        parts = 1 + (INTERLEAVED - 1) * pp + 2 * (pp - 1 - stage)
+        return min(rounds, parts / INTERLEAVED)
+    return min(rounds, pp - stage)
+
+
+def _with_gradients(forward: int, gradients: int, layer: int, rounds: int, in_flight: float) -> int:
+    """What activations add to the gradients, which are there from the end of the first backward on.
+
+    Where no forward follows that, most of what was kept is gone by then.
+    """
+    if rounds > in_flight:
+        return forward
+    return max(forward - gradients, int(forward * (in_flight - 1) / in_flight) + layer)
 
 
 @dataclass

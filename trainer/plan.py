@@ -132,12 +132,13 @@ class MemoryPlan:
     parameters: int
     gradients: int
     optimizer: int
-    gathered: int  # the layers that FSDP2 holds whole at a time, with their gradients
+    gathered: int  # what a process has only a shard of and holds whole for a time, and its gradients
+    buckets: int  # in which DeepSpeed reduces gradients
     activations: int
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.gathered + self.activations
+        return self.parameters + self.gradients + self.optimizer + self.gathered + self.buckets + self.activations
 
 
 def describe_run(

@@ -7,7 +7,7 @@ masks and position embeddings are what they are in the whole model. Scheduling i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,12 +165,15 @@ class Stage(nn.Module):
         super().__init__()
         self.model, self.first, self.last, self.low = model, first, last, low
         self._draws = draws
-        self.parts: Sequence[Part] = ()
+        self._coming: Iterator[Part] = iter(())
 
-    def forward(self, inputs: torch.Tensor, number: torch.Tensor | None = None) -> torch.Tensor:
-        """`number` is the position of the micro-batch among the step's, of one element on the CPU."""
-        if number is not None:
-            self._draws.start(self.parts[int(number.item())])
+    def expect(self, parts: Sequence[Part]) -> None:
+        """Those of a step; every schedule hands them to a stage in this order."""
+        self._coming = iter(parts)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if (part := next(self._coming, None)) is not None:  # none in an evaluation, which draws nothing
+            self._draws.start(part)
         given = {"input_ids" if self.first else "inputs_embeds": inputs, "use_cache": False}
         with computed_in(self.low, inputs.device):
             if self.last:
@@ -231,14 +234,13 @@ class Pipeline:
         while len(parts) < least or (self._schedule is PipelineSchedule.interleaved and len(parts) % self.size):
             parts.append(Part(parts[0].batch.without_targets(), parts[0].key, parts[0].number))
         for stage in self.stages:
-            stage.parts = parts
+            stage.expect(parts)
         self._scale = scale
         self._total.zero_()
         inputs = (torch.cat([part.batch.inputs for part in parts]),) if 0 in self.indices else ()
         last = self.num_stages - 1 in self.indices
         self._scheduled(len(parts)).step(
             *inputs,
-            number=torch.arange(len(parts)),
             target=torch.cat([part.batch.labels for part in parts]) if last else None,
             losses=[] if last else None,
             return_outputs=False,
