@@ -186,6 +186,11 @@ class Parallel:
     offload: bool = False  # DeepSpeed keeps the optimizer's state, and updates, in CPU memory (zero_stage 1 to 3)
     deepspeed: Optional[str] = None  # a JSON of DeepSpeed's own options, as far as they do not contradict ours
 
+    @property
+    def uses_deepspeed(self) -> bool:
+        """By its own engine, or as accelerate sets it up."""
+        return self.engine is Engine.deepspeed or (self.engine is Engine.accelerate and self.zero_stage > 0)
+
 
 class Compute(Enum):
     fp32 = "fp32"
@@ -323,10 +328,10 @@ def check(config: Config) -> None:
     if isinstance(model, TinyLlama):
         _check_heads(model)
     parallel = config.parallel
-    for name in ("zero_stage", "offload", "deepspeed") if parallel.engine is Engine.torch else ():
-        if value := getattr(parallel, name):
+    for name in ("zero_stage", "offload", "deepspeed"):
+        if (value := getattr(parallel, name)) and not parallel.uses_deepspeed:
             raise Refused(
-                f"parallel.{name}={value} is an option of DeepSpeed's engine only. Type parallel=zero1, parallel=zero2 "
+                f"parallel.{name}={value} is an option of DeepSpeed only. Type parallel=zero1, parallel=zero2 "
                 f"or parallel=zero3 with it, or leave it out."
             )
 

@@ -153,11 +153,9 @@ def describe_run(
     method = f"method={choice_of(config, 'method')} trains {trained:,} ({trained / total:.2%})"
     split = f"{batch.num_micro_batches} micro-batches of {batch.micro_batch}, {batch.rounds} rounds a process{idle}"
     tokens = f"up to {batch.global_batch * train.seq_len:,} target tokens a step"
-    layout = (
-        f"DeepSpeed, ZeRO stage {config.parallel.zero_stage}"
-        if config.parallel.engine is Engine.deepspeed
-        else topology
-    )
+    parallel = config.parallel
+    layout = f"DeepSpeed, ZeRO stage {parallel.zero_stage}" if parallel.uses_deepspeed else str(topology)
+    layout += " (set up by accelerate)" if parallel.engine is Engine.accelerate else ""
     rate = f"lr {config.optimizer.lr:g} after {schedule.warmup_steps} steps of warm-up, then {schedule.curve.name}"
     return [
         ("model", f"{choice_of(config, 'model')}, {total:,} parameters; {method}"),

@@ -18,7 +18,7 @@ from torch import nn
 from checkpointing import DamagedError, LeaseHeldError, MismatchError, load
 from checkpointing.collective import Team
 from checkpointing.lease import Lease
-from trainer.config import Compute, Config, Engine
+from trainer.config import Compute, Config
 from trainer.data.feed import Feed
 from trainer.data.sources import Corpus, load_corpus
 from trainer.data.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ from trainer.methods import apply_method
 from trainer.models import architecture, build_model, load_tokenizer
 from trainer.parallel.auto import Cluster, choose, memory_of
 from trainer.parallel.compiling import check_compiling
-from trainer.parallel.engine import TrainingEngine, find_topology, make_engine
+from trainer.parallel.engine import TrainingEngine, as_launched, find_topology, make_engine
 from trainer.parallel.optimizing import lr_scales
 from trainer.parallel.pipeline import check_stages, is_stageable
 from trainer.parallel.tensor import check_splittable, is_splittable
@@ -62,6 +62,7 @@ def run(config: Config) -> int:
     """Train as configured; returns the exit status. `Refused` if it cannot be done."""
     world = World.from_environment()
     device = pick_device(world)
+    config = as_launched(config)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS cannot be deterministic
         torch.use_deterministic_algorithms(True)
@@ -72,7 +73,7 @@ def run(config: Config) -> int:
             start = decide(config, job.corpus.train.fingerprint, job.shapes)
             say_plan(config, [*plan, *(("start", line) for line in start.lines)])
         if not config.dry_run:
-            with process_group(world, device, alone=config.parallel.engine is Engine.deepspeed):
+            with process_group(world, device, alone=config.parallel.uses_deepspeed):
                 train_together(job, start, lease)
     return 0
 

@@ -1,4 +1,4 @@
-"""A run that `accelerate launch` starts is killed, and `python -m launch` goes on with it under FSDP2."""
+"""A run that `accelerate launch` starts is killed, goes on under FSDP2, and ends under accelerate with DeepSpeed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.report import free_port
 from tests.conftest import ROOT
-from tests.runs import SMALL, assert_same_run, environment, events, kill_tree, launch, rows, wait_for
-from tests.worlds import train
+from tests.runs import SMALL, assert_same_run, environment, events, kill_tree, rows, wait_for
+from tests.worlds import WORLD, train
 
-RUN = [*SMALL, "train.steps=40", "checkpoint.every=5", "data.log_ids=true", "eval.every=0"]
-WAIT_S = 90
+RUN = [*SMALL, "train.steps=40", "checkpoint.every=5", "data.log_ids=true", "eval.every=0", "schedule=constant"]
+WAIT_S = 120
 
 
 def accelerate_launch(arguments: list[str], home: Path, log: Path) -> subprocess.Popen[bytes]:
@@ -26,11 +27,12 @@ def accelerate_launch(arguments: list[str], home: Path, log: Path) -> subprocess
         )
 
 
-def test_killed_under_accelerate_launch_and_resumed_under_fsdp2(tmp_path: Path) -> None:
+def test_killed_under_accelerate_launch_resumed_under_fsdp2_and_finished_with_deepspeed(tmp_path: Path) -> None:
     a, b, log = tmp_path / "a", tmp_path / "b", tmp_path / "log"
     train([*RUN, f"run.dir={a}"])
-    flags = ["--multi_gpu", "--num_processes=2", "--main_process_ip=127.0.0.1", "--main_process_port=0"]
-    process = accelerate_launch([*flags, "-m", "trainer", "parallel=accelerate", *RUN, f"run.dir={b}"], tmp_path, log)
+    flags = ["--num_processes=2", "--main_process_ip=127.0.0.1"]
+    command = ["-m", "trainer", "parallel=accelerate", *RUN, f"run.dir={b}"]
+    process = accelerate_launch(["--multi_gpu", *flags, "--main_process_port=0", *command], tmp_path, log)
     try:
         wait_for(lambda: process.poll() is not None or any(row["step"] >= 7 for row in rows(b)), WAIT_S)
         assert process.poll() is None, log.read_text()
@@ -39,11 +41,19 @@ def test_killed_under_accelerate_launch_and_resumed_under_fsdp2(tmp_path: Path) 
         process.wait(30)
     assert {row["world_size"] for row in rows(b)} == {2}
 
-    done = launch(2, ["parallel=fsdp", *RUN, f"run.dir={b}"])
-    assert done.returncode == 0, done.stderr
-    assert "parallel.engine was accelerate, is torch" in done.stdout
+    between = ["parallel=fsdp", *RUN, "train.steps=20", "resume_allow=[train.steps]", f"run.dir={b}"]
+    said = WORLD.run(train, 3, between, environment=True)
+    assert "parallel.engine was accelerate, is torch" in said[0]
+
+    zero = ["--use_deepspeed", "--zero_stage=2", f"--main_process_port={free_port()}"]
+    process = accelerate_launch([*zero, *flags, *command], tmp_path, log)
+    try:
+        assert process.wait(WAIT_S) == 0, log.read_text()
+    finally:
+        kill_tree(process.pid)
+    assert "2 on cpu: DeepSpeed, ZeRO stage 2 (set up by accelerate)" in log.read_text()
     resumed = [step for event, step in events(b) if event == "resume"]
-    assert len(resumed) == 1 and resumed[0] >= 5
+    assert len(resumed) == 2 and resumed[0] >= 5 and resumed[1] == 20
     assert_same_run(rows(a), rows(b), last=40)
 
 

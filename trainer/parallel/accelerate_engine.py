@@ -1,23 +1,28 @@
-"""The engine that Hugging Face accelerate sets up: DDP, or FSDP2 on GPUs, as `accelerate launch` configured it.
+"""The engine that Hugging Face accelerate sets up, as `accelerate launch` configured it: DDP, FSDP2 on GPUs, DeepSpeed.
 
 accelerate prepares the model and nothing else. How a step is computed, the optimizer, the data and the checkpoints are
-those of the torch engine, so a run may change between the two.
+those of the torch engine and of DeepSpeed's, so a run may change between them.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, patch_environment
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, patch_environment
 from torch import nn
 
 from trainer.config import Compute, Config, Parallel
 from trainer.errors import Refused
+from trainer.parallel.deepspeed_engine import DeepSpeedEngine
+from trainer.parallel.deepspeed_options import check_deepspeed, read_options
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.torch_engine import TorchEngine
 from trainer.parallel.world import World
@@ -25,8 +30,6 @@ from trainer.plan import Topology
 
 # What accelerate's configuration, which `accelerate launch` hands on in the environment, must not ask for.
 _UNSUPPORTED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed, which is an engine of its own here. Type parallel=zero1, parallel=zero2 or "
-    "parallel=zero3 instead of parallel=accelerate",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM. Type parallel=tp instead of parallel=accelerate",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config. Leave parallel=accelerate out and type "
     "parallel.dp_replicate, parallel.dp_shard and parallel.tp",
@@ -35,9 +38,62 @@ _MIXED_PRECISION = {Compute.fp32: "no", Compute.bf16: "bf16", Compute.fp16: "fp1
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
+def as_configured(config: Config, environment: Mapping[str, str] = os.environ) -> Config:
+    """With what accelerate's configuration says of DeepSpeed. `Refused` where this command says otherwise."""
+    parallel = config.parallel
+    if not _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
+        if parallel.uses_deepspeed and "ACCELERATE_MIXED_PRECISION" in environment:
+            raise Refused(
+                f"parallel.zero_stage={parallel.zero_stage}, and accelerate's configuration does not ask for "
+                f"DeepSpeed. Start with --use_deepspeed --zero_stage {parallel.zero_stage}, or leave it out."
+            )
+        return config
+    stage, offload, path = _deepspeed_in(environment)
+    if stage == 0:
+        raise Refused(
+            "accelerate's configuration asks for DeepSpeed's stage 0, which shards nothing. Take DeepSpeed out of it, "
+            "or type parallel.engine=deepspeed instead of parallel=accelerate."
+        )
+    if (given := environment.get("ACCELERATE_GRADIENT_CLIPPING", "none").lower()) not in ("none", "auto"):
+        _check_equal("gradient_clipping", float(given), config.optimizer.clip, "optimizer.clip")
+    for key, there in (("zero_stage", stage), ("offload", offload), ("deepspeed", path)):
+        if (here := getattr(parallel, key)) not in (0, False, None):
+            _check_equal(key, there, here, f"parallel.{key}")
+    return replace(config, parallel=replace(parallel, zero_stage=stage, offload=offload, deepspeed=path))
+
+
+def _check_equal(what: str, there: object, here: object, option: str) -> None:
+    if there != here:
+        raise Refused(
+            f"accelerate's configuration says {what} {there}, and this command {option}={here}. Type {there}."
+        )
+
+
+def _deepspeed_in(environment: Mapping[str, str]) -> tuple[int, bool, str | None]:
+    """The stage, whether optimizer state is on the CPU, and the path of a JSON of DeepSpeed's own options."""
+    said = {
+        key: environment.get(f"ACCELERATE_DEEPSPEED_{key}", "none").lower()
+        for key in ("OFFLOAD_OPTIMIZER_DEVICE", "OFFLOAD_PARAM_DEVICE")
+    }
+    for key, device in said.items():
+        if device == "nvme" or (key == "OFFLOAD_PARAM_DEVICE" and device != "none"):
+            raise Refused(
+                f"accelerate's configuration says {key.lower()} {device}, and checkpoints know of optimizer state on "
+                f"the CPU only. Set {key.lower()}: none."
+            )
+    path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path == "none":
+        stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
+        return stage, said["OFFLOAD_OPTIMIZER_DEVICE"] == "cpu", None
+    zero = read_options(Path(path)).get("zero_optimization", {})
+    return int(zero.get("stage", 0)), zero.get("offload_optimizer", {}).get("device") == "cpu", path
+
+
 def make_accelerate_engine(
     config: Config, model: nn.Module, topology: Topology, world: World, device: torch.device
-) -> TorchEngine:
+) -> TorchEngine | DeepSpeedEngine:
+    if config.parallel.uses_deepspeed:
+        return DeepSpeedEngine(config, model, topology, world, device, initialize_by=initialize)
     return TorchEngine(
         config, model, topology, world, device, distribute_by=partial(prepare, compute=config.precision.compute)
     )
@@ -68,6 +124,16 @@ def topology_of(
         raise Refused(
             "accelerate's configuration says CPU, and this machine has GPUs. Put CUDA_VISIBLE_DEVICES= in front."
         )
+    if config.parallel.uses_deepspeed:
+        topology = Topology(dp_replicate=world.size)
+        _check_degrees(config.parallel, topology)
+        if _is_on(environment, "ACCELERATE_USE_CPU"):
+            raise Refused(
+                "accelerate's configuration says CPU, where accelerate would train whole copies without DeepSpeed and "
+                "without a word. Leave --cpu out: DeepSpeed takes the CPU where there is nothing else."
+            )
+        check_deepspeed(config, topology)
+        return topology
     shards = _is_on(environment, "ACCELERATE_USE_FSDP") and world.size > 1
     if shards:
         _check_sharding(device, environment)
@@ -100,6 +166,23 @@ def prepare(model: nn.Module, mesh: Mesh, device: torch.device, *, compute: Comp
         sharded, _ = accelerator.prepare(model, stand_in)
         return sharded  # type: ignore[no-any-return]
     finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> Any:
+    """DeepSpeed's engine as accelerate makes it of our options, which hold those of its configuration."""
+    said = {key: value for key, value in os.environ.items() if key.startswith("ACCELERATE_DEEPSPEED_")}
+    try:
+        for key in said:  # it would take them beside the options, and refuse both
+            del os.environ[key]
+        plugin = DeepSpeedPlugin(hf_ds_config=options, zero3_init_flag=False)
+        # bf16 and fp16 are autocast inside of the model, as in every layout.
+        accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin)
+        assert accelerator.distributed_type is DistributedType.DEEPSPEED
+        engine, _ = accelerator.prepare(model, optimizer)
+        return engine
+    finally:
+        os.environ.update(said)
         AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.config import Config, Engine
+from trainer.config import Config
 from trainer.errors import Refused, TrainingFailed
 
 
@@ -23,7 +23,7 @@ def check_compiling(config: Config, device: torch.device) -> None:
     parallel = config.parallel
     if not parallel.compile:
         return
-    if parallel.engine is Engine.deepspeed:
+    if parallel.uses_deepspeed:
         raise Refused(
             "parallel.compile=true does not go with DeepSpeed, whose hooks are inside of layers. Type "
             "parallel.compile=false, or parallel=fsdp."

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,7 +36,13 @@ class DeepSpeedEngine:
     """Every process is a share of the data."""
 
     def __init__(
-        self, config: Config, model: nn.Module, topology: Topology, world: World, device: torch.device
+        self,
+        config: Config,
+        model: nn.Module,
+        topology: Topology,
+        world: World,
+        device: torch.device,
+        initialize_by: Callable[[nn.Module, torch.optim.Optimizer, dict[str, Any]], Any] | None = None,
     ) -> None:
         self.device, self.world_size = device, world.size
         self.data_rank, self.data_size = world.rank, topology.data_size
@@ -52,13 +58,10 @@ class DeepSpeedEngine:
             # gradients in bf16, and it switches one around it off; so autocast is inside of what it calls.
             model.forward = computed_in(low, device)(model.forward)
         ours = functional.linear
-        self._engine = initialize(
-            world,
-            device,
-            model=model,
-            optimizer=make_optimizer(model, config.optimizer, lr_scales(model, config.optimizer)),
-            config=engine_options(config, sum(p.numel() for p in model.parameters() if p.requires_grad)),
-        )
+        make_ready(world, device)
+        optimizer = make_optimizer(model, config.optimizer, lr_scales(model, config.optimizer))
+        options = engine_options(config, sum(p.numel() for p in model.parameters() if p.requires_grad))
+        self._engine = (initialize_by or initialize)(model, optimizer, options)
         # Stage 3 replaces torch's linear in the whole process by one that does not keep gathered weights for the
         # backward; here it is in place only while this engine computes.
         self._linear, functional.linear = functional.linear, ours
@@ -139,11 +142,17 @@ class DeepSpeedEngine:
             functional.linear = ours
 
 
-def initialize(world: World, device: torch.device, **arguments: Any) -> Any:
-    """DeepSpeed's own engine, in the process group that is there. It writes to stderr, and only what matters."""
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> Any:
+    """DeepSpeed's own engine, in the process group that is there."""
+    import deepspeed
+
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=options)[0]
+
+
+def make_ready(world: World, device: torch.device) -> None:
+    """Import DeepSpeed so that it takes this device, compiles nothing, and writes to stderr, and only what matters."""
     os.environ["DS_ACCELERATOR"] = device.type  # it would look for one itself, and say so
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # one process alone has none
-    import deepspeed
     import deepspeed.ops
 
     # It calls torch's collectives by names that torch wants to drop: nothing that a user could change.
@@ -154,7 +163,6 @@ def initialize(world: World, device: torch.device, **arguments: Any) -> Any:
     # On CPUs it would compile an all-reduce at the first use, for over a minute, whose shared memory nobody removes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     forget_earlier_engines()
-    return deepspeed.initialize(**arguments)[0]
 
 
 def forget_earlier_engines() -> None:

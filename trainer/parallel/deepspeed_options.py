@@ -91,14 +91,7 @@ def user_options(config: Config) -> dict[str, Any]:
     if config.parallel.deepspeed is None:
         return {}
     path = Path(config.parallel.deepspeed)
-    try:
-        options = _without_auto(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise Refused(f"parallel.deepspeed={path} cannot be read as JSON: {error}. Give another file.") from None
-    if not isinstance(options, dict) or not isinstance(options.get("zero_optimization", {}), dict):
-        raise Refused(
-            f"parallel.deepspeed={path} does not hold DeepSpeed's options as a JSON object. Give another file."
-        )
+    options = read_options(path)
     for key, (agreed, override) in _ours(config).items():
         if (value := _take(options, key)) is not None and _plain(value) != _plain(agreed):
             raise Refused(
@@ -117,6 +110,19 @@ def user_options(config: Config) -> dict[str, Any]:
         raise Refused(
             f"{path} turns compute_grad_norm off or moves offload_param to nvme, and a run needs its gradient's norm "
             "and parameters that a checkpoint can read. Take it out of the file."
+        )
+    return options
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """DeepSpeed's own JSON, without what it leaves to us. `Refused` if it cannot be read."""
+    try:
+        options = _without_auto(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise Refused(f"parallel.deepspeed={path} cannot be read as JSON: {error}. Give another file.") from None
+    if not isinstance(options, dict) or not isinstance(options.get("zero_optimization", {}), dict):
+        raise Refused(
+            f"parallel.deepspeed={path} does not hold DeepSpeed's options as a JSON object. Give another file."
         )
     return options
 

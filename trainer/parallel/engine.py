@@ -53,6 +53,15 @@ class TrainingEngine(Protocol):
         """After a load: rebuild whatever is derived from the pieces."""
 
 
+def as_launched(config: Config) -> Config:
+    """With the layout that the launcher was configured for, where that is accelerate's to say."""
+    if config.parallel.engine is Engine.accelerate:
+        from trainer.parallel.accelerate_engine import as_configured
+
+        return as_configured(config)
+    return config
+
+
 def find_topology(config: Config, world: World, device: torch.device) -> Topology:
     """The degrees that the chosen engine computes with. `Refused` if they do not fit these processes."""
     if config.parallel.engine is Engine.accelerate:

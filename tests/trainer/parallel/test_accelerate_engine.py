@@ -25,7 +25,7 @@ from trainer.data.feed import Feed
 from trainer.errors import Refused
 from trainer.loop import optimize
 from trainer.parallel import accelerate_engine
-from trainer.parallel.accelerate_engine import prepare, topology_of
+from trainer.parallel.accelerate_engine import as_configured, prepare, topology_of
 from trainer.parallel.engine import TrainingEngine, make_engine
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.world import World
@@ -213,9 +213,9 @@ def test_nothing_of_accelerate_outlives_its_work_and_a_world_that_differs_is_ref
     assert AcceleratorState._shared_state == PartialState._shared_state == {}
 
 
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 REFUSED = [
-    ([], {"ACCELERATE_USE_DEEPSPEED": "true"}, "cpu", "parallel=zero1, parallel=zero2 or parallel=zero3"),
     ([], {"ACCELERATE_USE_MEGATRON_LM": "true"}, "cpu", "parallel=tp"),
     ([], {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "cuda", "parallel.dp_shard"),
     ([], {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "cpu", "gradient_accumulation_steps: 1"),
@@ -236,6 +236,20 @@ REFUSED = [
     (["parallel.pp=2"], {}, "cpu", "parallel.pp=1"),
     (["parallel.dp_shard=2"], {}, "cpu", "parallel.dp_shard=1"),
     (["parallel.dp_replicate=2"], FSDP, "cuda", "parallel.dp_replicate=1"),
+    ([], {**ZERO, "ACCELERATE_USE_CPU": "true"}, "cpu", "Leave --cpu out"),
+    ([], {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "cpu", "parallel.engine=deepspeed"),
+    (["parallel.zero_stage=3"], ZERO, "cpu", "zero_stage 2, and this command parallel.zero_stage=3. Type 2"),
+    (["parallel.zero_stage=2"], {"ACCELERATE_MIXED_PRECISION": "no"}, "cpu", "--use_deepspeed --zero_stage 2"),
+    (
+        [],
+        {**ZERO, "ACCELERATE_GRADIENT_CLIPPING": "0.5"},
+        "cpu",
+        "gradient_clipping 0.5.* optimizer.clip=1.0. Type 0.5",
+    ),
+    ([], {**ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, "cpu", "offload_optimizer_device: none"),
+    ([], {**ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "cpu", "offload_param_device: none"),
+    ([], {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "nowhere.json"}, "cpu", "nowhere.json cannot be read"),
+    (["parallel.tp=2"], ZERO, "cpu", "parallel.tp=1"),
 ]
 
 
@@ -245,7 +259,45 @@ def test_what_contradicts_is_refused_with_what_to_type(
 ) -> None:
     config = compose(["parallel=accelerate", *overrides])
     with pytest.raises(Refused, match=remedy):
-        topology_of(config, World(0, 2, 0, 2), torch.device(device), environment)
+        topology_of(as_configured(config, environment), World(0, 2, 0, 2), torch.device(device), environment)
+
+
+def test_deepspeeds_stage_and_offload_are_what_accelerate_is_configured_for(tmp_path: Path) -> None:
+    config = compose(["parallel=accelerate"])
+    assert as_configured(config, {}) is config
+    given = {**ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu", "ACCELERATE_GRADIENT_CLIPPING": "1.0"}
+    parallel = as_configured(config, given).parallel
+    assert (parallel.zero_stage, parallel.offload, parallel.deepspeed) == (2, True, None)
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}}}')
+    given = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "ds.json")}
+    configured = as_configured(config, given)
+    parallel = configured.parallel
+    assert (parallel.zero_stage, parallel.offload, parallel.deepspeed) == (3, False, str(tmp_path / "ds.json"))
+    assert topology_of(configured, World(0, 2, 0, 2), CPU, given) == Topology(dp_replicate=2)
+
+
+ZERO_STAGES = [["parallel.zero_stage=1"], ["parallel.zero_stage=2"], ["parallel.zero_stage=3", "method=lora"]]
+
+
+@pytest.mark.parametrize("stage", ZERO_STAGES)
+def test_its_deepspeed_trains_like_one_process_and_is_gone_afterwards(stage: list[str]) -> None:
+    method = stage[1:]
+    alone = train_steps([*BATCH, *method])
+    for result in WORLD.run(with_deepspeed, 2, [*BATCH, *stage]):
+        np.testing.assert_allclose(result["rows"], alone["rows"], rtol=2e-5)
+        assert result["engine"] == ("DeepSpeedEngine", int(stage[0][-1])) and result["left"] == {}
+    assert not np.allclose(train_steps([*BATCH, *method, "optimizer.clip=0.05"])["rows"], alone["rows"], rtol=2e-5)
+
+
+def with_deepspeed(overrides: list[str]) -> dict[str, Any]:
+    """As under `accelerate launch`, which says a stage in the environment as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        found = train_steps([*overrides, "parallel=accelerate"])
+        engine = engine_of([*overrides, "parallel=accelerate"])
+    made: Any = engine._engine  # type: ignore[attr-defined]
+    stage = made.zero_optimization_stage()
+    return {**found, "engine": (type(made).__name__, stage), "left": {**AcceleratorState._shared_state}}
 
 
 def test_the_degrees_are_what_accelerate_is_configured_for() -> None:
@@ -258,7 +310,7 @@ def test_the_degrees_are_what_accelerate_is_configured_for() -> None:
 
 
 def test_a_run_is_refused_before_anything_starts(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(Refused, match="parallel=zero1"):
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
+    with pytest.raises(Refused, match="parallel=tp"):
         run(compose([*TINY, "parallel=accelerate"]))
     assert not list(in_tmp.iterdir())

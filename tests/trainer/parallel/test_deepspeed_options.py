@@ -106,5 +106,5 @@ def test_offloading_what_is_not_partitioned_is_refused() -> None:
 
 @pytest.mark.parametrize("override", ["zero_stage=2", "offload=true", "deepspeed=x.json"])
 def test_options_of_deepspeed_mean_nothing_to_torch(override: str) -> None:
-    with pytest.raises(Refused, match=r"is an option of DeepSpeed's engine only"):
+    with pytest.raises(Refused, match=r"is an option of DeepSpeed only"):
         compose([f"parallel.{override}"])
