@@ -2,8 +2,8 @@
 
     python -m benchmarks.checkpoint [--json] [--parts NAME ...] [--megabytes N] [--rounds N] [--ranks N [N ...]]
 
-The parts are `layouts`, which is here, and `universal`, `planning`, `reads`, `memory` and `scale`, each a module beside
-this one, which says what it does. Of the layouts:
+The parts are `layouts`, which is here, and `universal`, `planning`, `reads`, `resident` and `scale`, each a module
+beside this one, which says what it does. Of the layouts:
 
 Both sides hold the same DTensors, save and load them in turn on the same processes, fsync what they write, and are
 asserted to end with every bit in its place. Processes are started before anything is timed; a round's time is that of
@@ -34,7 +34,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks import memory, planning, reads, scale, universal
+from benchmarks import planning, reads, resident, scale, universal
 from benchmarks.report import Row, compared, cores, finish, free_port
 from checkpointing import Piece, load, pieces_of, save
 from checkpointing.tensors import tensor_bytes
@@ -215,7 +215,7 @@ def main() -> int:
         "universal": lambda a: universal.run(a.megabytes, a.rounds),
         "planning": lambda a: planning.run(planning.RANKS, planning.TENSORS, min(a.rounds, 3)),
         "reads": lambda _: reads.run(reads.LARGEST),
-        "memory": lambda a: memory.run(a.megabytes),
+        "resident": lambda a: resident.run(a.megabytes),
         "scale": lambda _: scale.run(scale.WRITERS),
     }
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="which (default all)")

@@ -184,7 +184,9 @@ class Parallel:
     local_batch: Optional[int] = None  # samples in memory at a time; splits a micro-batch, not its result
     zero_stage: int = option(0, low=0, high=3)  # DeepSpeed shards the optimizer (1), gradients (2), parameters (3)
     offload: bool = False  # DeepSpeed keeps the optimizer's state, and updates, in CPU memory (zero_stage 1 to 3)
-    deepspeed: Optional[str] = None  # a JSON of DeepSpeed's own options, as far as they do not contradict ours
+    deepspeed: Any = (
+        None  # DeepSpeed's own options, as far as they do not contradict ours: {option: value}, or a JSON file
+    )
 
     @property
     def uses_deepspeed(self) -> bool:

@@ -8,7 +8,7 @@ from tests.runs import trainer
 
 
 def test_a_short_run_prints_one_object_that_is_not_judged() -> None:
-    options = ["--json", "--megabytes", "60", "--rounds", "2", "--ranks", "2", "--parts", "layouts", "memory"]
+    options = ["--json", "--megabytes", "60", "--rounds", "2", "--ranks", "2", "--parts", "layouts", "resident"]
     done = trainer(*options, module="benchmarks.checkpoint")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]

@@ -88,28 +88,34 @@ def engine_options(config: Config, num_trained: int) -> dict[str, Any]:
 
 def user_options(config: Config) -> dict[str, Any]:
     """What parallel.deepspeed adds. `auto` leaves an option to us; one that says what is so anyway may stand there."""
-    if config.parallel.deepspeed is None:
+    given = config.parallel.deepspeed
+    if given is None:
         return {}
-    path = Path(config.parallel.deepspeed)
-    options = read_options(path)
+    options: dict[str, Any]
+    where = "parallel.deepspeed" if isinstance(given, dict) else str(given)
+    if isinstance(given, dict):
+        options = _without_auto(given)
+        _check_form(where, options)
+    else:
+        options = read_options(Path(where))
     for key, (agreed, override) in _ours(config).items():
         if (value := _take(options, key)) is not None and _plain(value) != _plain(agreed):
             raise Refused(
-                f"{path} says {key}={json.dumps(value)}, which the trainer sets itself"
+                f"{where} says {key}={json.dumps(value)}, which the trainer sets itself"
                 + (f", to {json.dumps(agreed)} in this run" if agreed is not None else "")
-                + f". Take it out of the file, and type {override.format(value=value)}."
+                + f". Take it out, and type {override.format(value=value)}."
             )
     for key in UNSUPPORTED:
         if (value := _take(options, key)) is not None and _plain(value) not in (None, False, {"enabled": False}):
             raise Refused(
-                f"{path} says {key}={json.dumps(value)}, which would make this run another one than under the other "
-                "layouts, or hide state from checkpoints. Take it out of the file."
+                f"{where} says {key}={json.dumps(value)}, which would make this run another one than under the other "
+                "layouts, or hide state from checkpoints. Take it out."
             )
     zero = options.get("zero_optimization", {})
     if not zero.get("compute_grad_norm", True) or zero.get("offload_param", {}).get("device") == "nvme":
         raise Refused(
-            f"{path} turns compute_grad_norm off or moves offload_param to nvme, and a run needs its gradient's norm "
-            "and parameters that a checkpoint can read. Take it out of the file."
+            f"{where} turns compute_grad_norm off or moves offload_param to nvme, and a run needs its gradient's norm "
+            "and parameters that a checkpoint can read. Take it out."
         )
     return options
 
@@ -117,14 +123,16 @@ def user_options(config: Config) -> dict[str, Any]:
 def read_options(path: Path) -> dict[str, Any]:
     """DeepSpeed's own JSON, without what it leaves to us. `Refused` if it cannot be read."""
     try:
-        options = _without_auto(json.loads(path.read_text()))
+        options: dict[str, Any] = _without_auto(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise Refused(f"parallel.deepspeed={path} cannot be read as JSON: {error}. Give another file.") from None
-    if not isinstance(options, dict) or not isinstance(options.get("zero_optimization", {}), dict):
-        raise Refused(
-            f"parallel.deepspeed={path} does not hold DeepSpeed's options as a JSON object. Give another file."
-        )
+    _check_form(f"parallel.deepspeed={path}", options)
     return options
+
+
+def _check_form(where: str, options: Any) -> None:
+    if not isinstance(options, dict) or not isinstance(options.get("zero_optimization", {}), dict):
+        raise Refused(f"{where} does not hold DeepSpeed's options as a JSON object. Give others.")
 
 
 def _ours(config: Config) -> dict[str, tuple[Any, str]]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.matrix import contents_differ
 from checkpointing import load, save
 from tests.runs import SMALL as TINY
 from tests.runs import launch, rows
@@ -136,6 +137,25 @@ def test_a_run_goes_on_under_another_layout(tmp_path: Path, stage: str) -> None:
     # The comparison can fail: without moments the second step is another.
     spoiled = WORLD.run(Leg((3, 4), ours, spoil="/exp_avg").take, 2, zero)[0]
     assert not np.allclose(spoiled, reference[2:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_param_groups_and_what_is_frozen_go_both_ways(tmp_path: Path, stage: str) -> None:
+    """Two learning rates, decay on matrices only, a frozen base; moments and steps of each group are what they were."""
+    common = ["optimizer.lr_scale={lora_B: 0.25}", "optimizer.weight_decay=0.5", "method=lora"]
+    zero = [*STAGES[stage], *common]
+    reference = Leg((1, 2, 3, 4)).take(common)
+    ours, theirs = tmp_path / "torch", tmp_path / "zero"
+    Leg((1, 2), after=ours).take(common)
+    WORLD.run(Leg((1, 2), after=theirs).take, 2, zero)
+    for source, size, layout in ((ours, 3, zero), (theirs, 3, [*common, "parallel=fsdp"])):
+        again = tmp_path / f"from {source.name}"
+        for found in WORLD.run(Leg((3, 4), source, before=again).take, size, layout):
+            np.testing.assert_allclose(found, reference[2:], rtol=1e-5, err_msg=source.name)
+        assert contents_differ(source, again) == []
+    # The comparison can fail: with one rate for all the second step is another.
+    other = WORLD.run(Leg((3, 4), ours).take, 2, [*zero, "optimizer.lr_scale={lora_B: 1.0}"])[0]
+    assert not np.allclose(other, reference[2:], rtol=1e-5)
 
 
 def test_a_whole_run_changes_its_layout_and_leaves_nothing(tmp_path: Path) -> None:

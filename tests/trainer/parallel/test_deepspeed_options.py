@@ -58,6 +58,22 @@ def test_what_a_file_adds_is_taken_over(tmp_path: Path) -> None:
     assert options(tmp_path, {"bf16": {"enabled": True}}, [*ZERO2, "precision=bf16"])
 
 
+def test_options_may_stand_on_the_command_line() -> None:
+    config = compose([*ZERO2, "parallel.deepspeed={zero_optimization: {overlap_comm: true, reduce_bucket_size: auto}}"])
+    assert engine_options(config, 1000)["zero_optimization"] == {
+        "stage": 2,
+        "overlap_comm": True,
+        "reduce_bucket_size": 1000,
+    }
+    config = compose([*ZERO2, "parallel.deepspeed={zero_optimization: {stage: 3}}"])
+    with pytest.raises(
+        Refused, match=r"^parallel\.deepspeed says zero_optimization\.stage=3, .* parallel\.zero_stage=3"
+    ):
+        check_deepspeed(config, Topology(2))
+    with pytest.raises(Refused, match=r"^parallel\.deepspeed does not hold DeepSpeed's options"):
+        check_deepspeed(compose([*ZERO2, "parallel.deepspeed={zero_optimization: 3}"]), Topology(2))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -8,7 +8,7 @@ from tests.runs import trainer
 
 
 def test_a_short_run_prints_one_object_that_is_not_judged() -> None:
-    done = trainer("--json", "--megabytes", "100", module="benchmarks.memory")
+    done = trainer("--json", "--megabytes", "100", module="benchmarks.resident")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert len(rows) == 6 and all(row["ok"] is None and row["ours"] < 256 for row in rows)

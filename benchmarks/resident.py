@@ -1,6 +1,6 @@
 """How much memory a save and a load take above the state that they save and load.
 
-    python -m benchmarks.memory [--json] [--megabytes N]
+    python -m benchmarks.resident [--json] [--megabytes N]
 
 The kernel's own mark of the highest resident size (VmHWM of /proc/self/status), set back before each, on the rank that
 takes most: of contiguous tensors, of views that must be copied, of other dtypes that are cast, of the other shard axis.
@@ -113,11 +113,11 @@ def run(megabytes: int) -> list[Row]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resident", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--megabytes", type=int, default=FULL_MEGABYTES, help=f"of state (default {FULL_MEGABYTES})")
     arguments = parser.parse_args()
-    return finish("memory", run(arguments.megabytes), as_json=arguments.json)
+    return finish("resident", run(arguments.megabytes), as_json=arguments.json)
 
 
 if __name__ == "__main__":
