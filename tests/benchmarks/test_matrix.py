@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.matrix import BARS, LAYOUTS, STEPS, contents_differ, furthest, resume, start, train_and_save
 from checkpointing import Piece, save
+from tests.conftest import ROOT
 from tests.worlds import WORLD
 
 NAMES = list(LAYOUTS)
@@ -68,3 +69,20 @@ def test_a_single_different_bit_is_found(tmp_path: Path) -> None:
         save(tmp_path / name, 1, [Piece("model/w", tensor, (0,), (6,))])
     assert contents_differ(tmp_path / "a", tmp_path / "b") == ["model/w"]
     assert contents_differ(tmp_path / "a", tmp_path / "a") == []
+
+
+def test_bf16_is_told_from_bf16_without_moments(tmp_path: Path) -> None:
+    """The bar is wide there, and the control must be seen beyond it."""
+    bf16 = ["precision=bf16"]
+    whole = start(bf16).train(1, 2 * STEPS)
+    WORLD.run(train_and_save, 2, [*bf16, "parallel=fsdp"], tmp_path / "a")
+    for found in WORLD.run(resume_under, 2, [*bf16, "parallel=zero2"], tmp_path / "a", tmp_path / "b", True):
+        assert found["same_forward"] and furthest(found["losses"], whole[STEPS:]) <= BARS["bf16"]
+        assert furthest(found["control"], whole[STEPS:]) > 10 * BARS["bf16"]
+    assert contents_differ(tmp_path / "a", tmp_path / "b") == []
+
+
+def test_the_document_has_every_layout() -> None:
+    text = (ROOT / "docs" / "layouts.md").read_text()
+    for name, (size, overrides) in LAYOUTS.items():
+        assert f"| {name} | {size} | {'`' + ' '.join(overrides) + '`' if overrides else ''} |" in text, name
