@@ -86,10 +86,11 @@ TRAINING = [
     "schedule=constant",
     "schedule.warmup_steps=0",
 ]
+MOMENTS = ("exp_avg", "exp_avg_sq")
 STEPS = 6
 BARS = {"fp32": 1e-5, "bf16": 1e-2}
-# The learning rate, and how many of the 257 tokens there are in the data: in bf16 a run must get so far in six steps that
-# what Adam's moments do for it stands out from the rounding.
+# The learning rate, and how many of the 257 tokens the data has: in bf16 a run must get so far in six steps that what
+# Adam's moments do for it stands out from the rounding.
 LEARNING = {"fp32": (1e-3, 257), "bf16": (1e-2, 8)}
 
 
@@ -144,19 +145,30 @@ def train_and_save(overrides: list[str], directory: Path) -> dict[str, Any]:
 
 
 def gather(engine: Any) -> dict[str, torch.Tensor]:
-    """Full parameters by the engine's own API; none where it has none."""
+    """Full parameters and moments by the engine's own API; none where it has none."""
+    named: dict[str, Any] = dict(parameter_names(engine._bare))
     if isinstance(getattr(engine, "_engine", None), nn.Module):
-        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        named = parameter_names(engine._bare)
-        if engine._engine.zero_optimization_stage() == 0:
-            return {f"model/{name}": parameter.detach() for name, parameter in named.items()}
-        return {f"model/{name}": safe_get_full_fp32_param(parameter).detach() for name, parameter in named.items()}
-    bare = getattr(engine, "_bare", None)
-    sharded = {n: p for n, p in parameter_names(bare).items() if isinstance(p, DTensor)} if bare is not None else {}
-    if engine._cuts.held or engine._pipeline is not None:  # what torch gathers is then a part only
+        inner = engine._engine
+        if inner.zero_optimization_stage() == 0:  # nothing is taken apart
+            whole = {f"model/{name}": parameter for name, parameter in named.items()}
+            moments = {(n, key): inner.optimizer.state[p][key] for n, p in named.items() for key in MOMENTS}
+        else:
+            if inner.zero_optimization_stage() < 3:  # its links leave out the second param group until made anew
+                inner.optimizer._hp_optimizer_states_linked = False
+                inner.optimizer._lazy_init_hp_params_optimizer_state()
+            whole = {f"model/{name}": safe_get_full_fp32_param(parameter) for name, parameter in named.items()}
+            moments = {(n, key): safe_get_full_optimizer_state(p, key) for n, p in named.items() for key in MOMENTS}
+    elif engine._cuts.held or engine._pipeline is not None:  # what torch gathers is then a part only
         return {}
-    return {f"model/{name}": parameter.full_tensor().detach() for name, parameter in sharded.items()}
+    else:
+        sharded = {name: p for name, p in named.items() if isinstance(p, DTensor)}
+        state = engine._optimizer.state
+        whole = {f"model/{name}": parameter.full_tensor() for name, parameter in sharded.items()}
+        moments = {(n, key): state[p][key].full_tensor() for n, p in sharded.items() for key in MOMENTS}
+    found = {**whole, **{f"optim/{name}/{key}": moment for (name, key), moment in moments.items()}}
+    return {name: tensor.detach() for name, tensor in found.items()}
 
 
 def differing(gathered: dict[str, torch.Tensor], directory: Path) -> list[str]:
@@ -164,7 +176,7 @@ def differing(gathered: dict[str, torch.Tensor], directory: Path) -> list[str]:
     targets = {name: torch.full_like(tensor, torch.nan) for name, tensor in gathered.items()}
     if targets:
         pieces = [Piece(name, t, (0,) * t.dim(), tuple(t.shape)) for name, t in targets.items()]
-        load(directory, pieces, only=["model/"])
+        load(directory, pieces, only=["model/", "optim/"])
     return [name for name, tensor in gathered.items() if not torch.equal(tensor, targets[name])]
 
 
