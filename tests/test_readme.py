@@ -71,6 +71,19 @@ def test_the_setup_commands_are_those_of_this_project() -> None:
     assert "<!-- test -->" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_the_launchers_are_started_as_the_journeys_start_them() -> None:
+    deepspeed, accelerate = block("launchers").splitlines()
+    assert "deepspeed --num_gpus 2 --module trainer parallel=zero2 " in deepspeed
+    assert '"--num_gpus=2", "--module", "trainer", "parallel=zero2"' in source("test_deepspeed_launcher")
+    assert "accelerate launch --multi_gpu --num_processes 2 -m trainer parallel=accelerate " in accelerate
+    journey = source("test_accelerate_launch")
+    assert all(part in journey for part in ('"--multi_gpu"', '"--num_processes=2"', '"parallel=accelerate"'))
+
+
+def source(journey: str) -> str:
+    return (ROOT / "tests" / "journeys" / f"{journey}.py").read_text()
+
+
 def test_the_library_in_three_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code = re.search(r"## The checkpoint layer alone\n\n```python\n(.*?)```", README, re.DOTALL)

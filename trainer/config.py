@@ -137,9 +137,7 @@ class Optimizer:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = option(1e-8, low=0)
     weight_decay: float = option(0.1, low=0)  # on matrices only, not on norms and biases
-    lr_scale: Any = (
-        None  # {pattern in names: factor of lr}, the first that matches; a typed dict would take no overrides
-    )
+    lr_scale: list[str] = field(default_factory=list)  # pattern:factor, of lr for names that match; the first counts
     clip: float = option(1.0, low=0)  # largest norm of the whole gradient; 0: no clipping
 
 
@@ -326,7 +324,7 @@ def check(config: Config) -> None:
     betas, model = config.optimizer.betas, config.model
     if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise Refused(f"optimizer.betas={betas} must be two numbers in [0, 1), such as optimizer.betas=[0.9,0.95].")
-    _check_lr_scale(config.optimizer.lr_scale)
+    rates_by_pattern(config.optimizer.lr_scale)
     if isinstance(model, TinyLlama):
         _check_heads(model)
     parallel = config.parallel
@@ -350,18 +348,23 @@ def _check_bounds(options: Any, prefix: str) -> None:
             raise Refused(f"{key}={value} must be {wanted}. Type {key}={low} or more.")
 
 
-def _check_lr_scale(given: Any) -> None:
-    example = "such as 'optimizer.lr_scale={lm_head: 0.1}'"
-    if not isinstance(given, dict | None):
-        raise Refused(f"optimizer.lr_scale={given} must hold a factor for each pattern in names. Type one {example}.")
-    for pattern, factor in (given or {}).items():
+def rates_by_pattern(lr_scale: list[str]) -> dict[str, float]:
+    """What optimizer.lr_scale says, in its order. `Refused` for what is no pattern:factor."""
+    found = {}
+    for given in lr_scale:
+        pattern, _, factor = given.rpartition(":")
         try:
-            re.compile(str(pattern))
-        except re.error as error:
-            why = f"is not a regular expression: {error}"
-            raise Refused(f"optimizer.lr_scale: {pattern} {why}. Type another, {example}.") from None
-        if not (isinstance(factor, int | float) and isfinite(factor) and factor >= 0):
-            raise Refused(f"optimizer.lr_scale: {pattern}: {factor} must be a number, at least 0. Type one {example}.")
+            re.compile(pattern)
+            found[pattern] = float(factor)
+            flaw = "" if pattern and isfinite(found[pattern]) and found[pattern] >= 0 else "it has no factor from 0 on"
+        except (re.error, ValueError) as error:
+            flaw = str(error)
+        if flaw:
+            raise Refused(
+                f"optimizer.lr_scale={given} is no pattern:factor ({flaw}). Type one such as "
+                "'optimizer.lr_scale=[\"lm_head:0.1\"]'."
+            )
+    return found
 
 
 def _check_heads(model: TinyLlama) -> None:

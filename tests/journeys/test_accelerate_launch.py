@@ -13,6 +13,21 @@ from tests.worlds import WORLD, train
 
 RUN = [*SMALL, "train.steps=40", "checkpoint.every=5", "data.log_ids=true", "eval.every=0", "schedule=constant"]
 WAIT_S = 120
+# What `accelerate config` asks for and writes.
+CONFIGURED = """
+compute_environment: LOCAL_MACHINE
+distributed_type: DEEPSPEED
+deepspeed_config:
+  gradient_accumulation_steps: 1
+  gradient_clipping: 1.0
+  offload_optimizer_device: none
+  offload_param_device: none
+  zero3_init_flag: false
+  zero_stage: 2
+mixed_precision: 'no'
+num_machines: 1
+use_cpu: false
+"""
 
 
 def accelerate_launch(arguments: list[str], home: Path, log: Path) -> subprocess.Popen[bytes]:
@@ -45,7 +60,8 @@ def test_killed_under_accelerate_launch_resumed_under_fsdp2_and_finished_with_de
     said = WORLD.run(train, 3, between, environment=True)
     assert "parallel.engine was accelerate, is torch" in said[0]
 
-    zero = ["--use_deepspeed", "--zero_stage=2", f"--main_process_port={free_port()}"]
+    (tmp_path / "accelerate.yaml").write_text(CONFIGURED)
+    zero = [f"--config_file={tmp_path / 'accelerate.yaml'}", f"--main_process_port={free_port()}"]
     process = accelerate_launch([*zero, *flags, *command], tmp_path, log)
     try:
         assert process.wait(WAIT_S) == 0, log.read_text()

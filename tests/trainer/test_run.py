@@ -16,7 +16,7 @@ from checkpointing.storage import FileStorage
 from tests.runs import SMALL, assert_same_run, events, rows
 from trainer.compose import compose
 from trainer.errors import Refused, TrainingFailed
-from trainer.progress import Progress
+from trainer.progress import LossScale, Progress
 from trainer.run import run
 
 BASE = [*SMALL, "train.steps=12", "checkpoint.every=4", "eval.every=5", "data.log_ids=true"]
@@ -336,3 +336,32 @@ def test_what_stays_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     options = ["checkpoint.every=2", "eval.every=4", "checkpoint.keep=1", "checkpoint.keep_every=8"]
     go(tmp_path, *options, "checkpoint.keep_best=1")
     assert {g.step for g in scan(FileStorage(tmp_path / "checkpoints"))} == {12, 8, 4}
+
+
+def test_the_loss_scale_of_fp16_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LossScale, "GROWTH_STEPS", 2)
+    fp16 = ["precision=fp16", "train.steps=6", "checkpoint.every=1"]
+    whole = go(tmp_path / "whole", *fp16)
+    scales = [row["loss_scale"] for row in whole]
+    assert len(set(scales)) == 3  # it grows, so that one that started again would be seen
+    interrupt(tmp_path / "killed", monkeypatch, 3, *fp16)
+    again = go(tmp_path / "killed", *fp16)
+    assert [row["loss_scale"] for row in again] == scales
+    assert [row["loss"] for row in again] == [row["loss"] for row in whole]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["parallel.compile=true", "parallel.compile_backend=nonsense"], "Type parallel.compile_backend=inductor"),
+        (["parallel.compile=true", "parallel=zero1"], "Type parallel.compile=false"),
+        (["optimizer.lr_scale=[nowhere:0.5]"], "optimizer.lr_scale names nowhere"),
+    ],
+)
+def test_what_an_engine_could_not_do_is_refused_before_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.setattr(run_module, "process_group", None)
+    with pytest.raises(Refused, match=message):
+        go(tmp_path / "run", *options)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -7,7 +7,8 @@ those of the torch engine and of DeepSpeed's, so a run may change between them.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -81,6 +82,8 @@ def _deepspeed_in(environment: Mapping[str, str]) -> tuple[int, bool, str | None
                 f"accelerate's configuration says {key.lower()} {device}, and checkpoints know of optimizer state on "
                 f"the CPU only. Set {key.lower()}: none."
             )
+    if (names := environment.get("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", "none")).lower() != "none":
+        raise Refused(f"accelerate's configuration names layers of experts ({names}). Take them out of it.")
     path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if path == "none":
         stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
@@ -143,13 +146,10 @@ def topology_of(
 
 
 def prepare(model: nn.Module, mesh: Mesh, device: torch.device, *, compute: Compute) -> nn.Module:
-    """The model as accelerate wraps it, in the process group that is already there.
-
-    accelerate keeps its state for the whole process; here none outlives the call, so that another run finds none.
-    """
+    """The model as accelerate wraps it, in the process group that is already there."""
     # A launcher's single process would join a process group of its own, which nothing here leaves again.
     alone = {"LOCAL_RANK": -1} if mesh.topology.size == 1 else {}
-    try:
+    with _nothing_left_of_accelerate():
         with patch_environment(**alone):
             accelerator = Accelerator(
                 mixed_precision=_MIXED_PRECISION[compute],
@@ -165,24 +165,35 @@ def prepare(model: nn.Module, mesh: Mesh, device: torch.device, *, compute: Comp
         stand_in = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
         sharded, _ = accelerator.prepare(model, stand_in)
         return sharded  # type: ignore[no-any-return]
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> Any:
     """DeepSpeed's engine as accelerate makes it of our options, which hold those of its configuration."""
-    said = {key: value for key, value in os.environ.items() if key.startswith("ACCELERATE_DEEPSPEED_")}
-    try:
-        for key in said:  # it would take them beside the options, and refuse both
-            del os.environ[key]
+    with _nothing_left_of_accelerate():
+        for key in list(os.environ):  # it would take them beside the options, and refuse both
+            if key.startswith(("ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_FIELDS")):
+                del os.environ[key]
         plugin = DeepSpeedPlugin(hf_ds_config=options, zero3_init_flag=False)
         # bf16 and fp16 are autocast inside of the model, as in every layout.
         accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin)
         assert accelerator.distributed_type is DistributedType.DEEPSPEED
         engine, _ = accelerator.prepare(model, optimizer)
         return engine
+
+
+@contextmanager
+def _nothing_left_of_accelerate() -> Iterator[None]:
+    """accelerate keeps its state for the whole process, and writes into the environment what it was given.
+
+    Here none outlives the context, so that another run finds none.
+    """
+    before = {key: value for key, value in os.environ.items() if key.startswith("ACCELERATE_")}
+    try:
+        yield
     finally:
-        os.environ.update(said)
+        for key in [key for key in os.environ if key.startswith("ACCELERATE_")]:
+            del os.environ[key]
+        os.environ.update(before)
         AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -45,6 +45,10 @@ def _found(program: str) -> bool:
     return shutil.which(program) is not None
 
 
+# Training, evaluation, and the shapes and kinds of masks that each may see; torch's own limit is 8.
+RECOMPILE_LIMIT = 64
+
+
 class Compiled:
     """What became of the layers. Their random draws are those of layers that are not compiled."""
 
@@ -53,6 +57,7 @@ class Compiled:
 
         torch.compiler.reset()  # graphs of an earlier engine count against the limit
         torch._dynamo.config.fail_on_recompile_limit_hit = True
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         inductor.fallback_random = True
         for layer in layers:
             layer.forward = _compiled(layer.forward, backend)

@@ -74,32 +74,35 @@ class DeepSpeedEngine:
                 self._engine.set_gradient_accumulation_boundary(turn == len(parts))
                 self._draws.start(part)
                 loss = summed_loss(logits_of(self._engine, part.batch.inputs, low=None), part.batch.labels)
-                # DeepSpeed takes the mean over ranks, and over as many turns as it was told: one.
-                self._engine.backward(loss * (weight * self.data_size))
+                self._engine.backward(loss * weight)
                 total += loss.detach()
         return total
 
     def step(self, lr: float, loss_scale: float | None = None) -> torch.Tensor:
         optimizer = self._engine.optimizer
         set_lr(optimizer.param_groups, lr)
+        # DeepSpeed takes the mean over ranks (and over as many turns as it was told: one).
+        factor = self.data_size / (loss_scale or 1.0)
         if self._engine.zero_optimization_stage() == 0:  # DeepSpeed would clip, and keep the norm to itself
-            norm = self._clip_whole(loss_scale)
+            norm = self._clip_whole(factor, left_out=loss_scale is not None)
             self._engine.step()
             return norm
         # It divides by a scale that it is given, and leaves out a step that overflows. Only here: its backward would
-        # multiply the loss by it, which has been done.
-        optimizer.custom_loss_scaler, optimizer.external_loss_scale = loss_scale is not None, loss_scale
+        # multiply the loss by it.
+        optimizer.custom_loss_scaler, optimizer.external_loss_scale = True, 1 / factor
         self._engine.step()
         optimizer.custom_loss_scaler = False
         return torch.as_tensor(self._engine.get_global_grad_norm()).to(self.device, torch.float32)
 
-    def _clip_whole(self, loss_scale: float | None) -> torch.Tensor:
-        """Of stage 0, whose gradients are whole; the norm before. None are left of a step that overflowed."""
+    def _clip_whole(self, factor: float, *, left_out: bool) -> torch.Tensor:
+        """Of stage 0, whose gradients are whole: multiply and clip them; the norm in between.
+
+        None are left of a step that overflowed where such steps are left out.
+        """
         parameters = [p for p in self._bare.parameters() if p.grad is not None]
-        if loss_scale is not None:
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / loss_scale)
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
         norm = nn.utils.clip_grad_norm_(parameters, self._clip or math.inf)
-        if loss_scale is not None and not norm.isfinite():
+        if left_out and not norm.isfinite():
             for parameter in parameters:
                 parameter.grad = None
         return norm.to(self.device, torch.float32)

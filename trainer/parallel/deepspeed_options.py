@@ -98,6 +98,7 @@ def user_options(config: Config) -> dict[str, Any]:
         _check_form(where, options)
     else:
         options = read_options(Path(where))
+    _settle_precision(config, options, where)
     for key, (agreed, override) in _ours(config).items():
         if (value := _take(options, key)) is not None and _plain(value) != _plain(agreed):
             raise Refused(
@@ -137,7 +138,7 @@ def _check_form(where: str, options: Any) -> None:
 
 def _ours(config: Config) -> dict[str, tuple[Any, str]]:
     """What the trainer says: the value in DeepSpeed's words, and the override that says another."""
-    train, parallel, compute = config.train, config.parallel, config.precision.compute
+    train, parallel = config.train, config.parallel
     return {
         "train_batch_size": (train.global_batch, "train.global_batch={value}"),
         "train_micro_batch_size_per_gpu": (train.micro_batch, "train.micro_batch={value}"),
@@ -145,16 +146,29 @@ def _ours(config: Config) -> dict[str, tuple[Any, str]]:
         "gradient_clipping": (config.optimizer.clip, "optimizer.clip={value}"),
         "optimizer": (None, "optimizer.lr=X, optimizer.weight_decay=X and so on: it is always AdamW"),
         "scheduler": (None, "schedule=cosine, schedule=linear or schedule=constant"),
-        **{
-            low: ({"enabled": compute.name == low}, f"precision={'fp32' if compute.name == low else low}")
-            for low in ("fp16", "bf16")
-        },
         "zero_optimization.stage": (parallel.zero_stage, "parallel.zero_stage={value}"),
         "zero_optimization.offload_optimizer": (
             {"device": "cpu" if parallel.offload else "none"},
             f"parallel.offload={'false' if parallel.offload else 'true'}",
         ),
     }
+
+
+def _settle_precision(config: Config, options: dict[str, Any], where: str) -> None:
+    """Take out its blocks of fp16 and bf16, where they say what is so, or nothing because they are off."""
+    for low in ("fp16", "bf16"):
+        block, on = options.pop(low, None) or {}, config.precision.compute.name == low
+        if not isinstance(block, dict) or block.get("enabled", on) != on:
+            raise Refused(
+                f"{where} says {low}={json.dumps(block)}, which the trainer sets itself, to "
+                f"{json.dumps({'enabled': on})} in this run. Take it out, and type precision={'fp32' if on else low}."
+            )
+        scaling = {key: value for key, value in block.items() if key != "enabled"}
+        if on and {key: value for key, value in scaling.items() if (key, value) != ("loss_scale", 0)}:
+            raise Refused(
+                f"{where} says how {low} is computed, {json.dumps(scaling)}, and the trainer does it alike in every "
+                "layout: masters of fp32, and in fp16 a dynamic loss scale of its own. Take that out."
+            )
 
 
 def _plain(value: Any) -> Any:

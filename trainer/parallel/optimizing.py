@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from checkpointing import parameter_names
-from trainer.config import Optimizer
+from trainer.config import Optimizer, rates_by_pattern
 from trainer.errors import Refused
 
 
@@ -24,7 +24,7 @@ def lr_scales(model: nn.Module, config: Optimizer) -> dict[str, float]:
     for name, parameter in parameter_names(model).items():
         if parameter.requires_grad:
             by_parameter.setdefault(parameter, []).append(name)
-    given = {str(pattern): float(factor) for pattern, factor in (config.lr_scale or {}).items()}
+    given = rates_by_pattern(config.lr_scale)
     unused, scales = set(given), dict[str, float]()
     for names in by_parameter.values():
         matching = [pattern for pattern in given if any(re.search(pattern, name) for name in names)]

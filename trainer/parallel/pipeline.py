@@ -210,7 +210,7 @@ class Pipeline:
         self.stages: list[Stage] = []
         self.called: list[nn.Module] = []
         self._schedules: dict[int, Any] = {}
-        self._scale, self._total = 1.0, torch.zeros(1, device=device, dtype=torch.float64)
+        self._weight, self._total = 1.0, torch.zeros(1, device=device, dtype=torch.float64)
 
     def _layers(self, index: int) -> range:
         return _dealt(self._num_layers, self.num_stages, index)
@@ -227,15 +227,15 @@ class Pipeline:
             self.called.append(distribute(stage))
         del self._whole
 
-    def accumulate(self, parts: Sequence[Part], scale: float) -> torch.Tensor:
-        """As `TrainingEngine.accumulate`, `scale` being the weight as data parallelism needs it."""
+    def accumulate(self, parts: Sequence[Part], weight: float) -> torch.Tensor:
+        """As `TrainingEngine.accumulate`."""
         parts = [Part(self._shape.fit(part.batch), part.key, part.number) for part in parts]
         least = self.num_stages if self._schedule is not PipelineSchedule.interleaved else self.size
         while len(parts) < least or (self._schedule is PipelineSchedule.interleaved and len(parts) % self.size):
             parts.append(Part(parts[0].batch.without_targets(), parts[0].key, parts[0].number))
         for stage in self.stages:
             stage.expect(parts)
-        self._scale = scale
+        self._weight = weight
         self._total.zero_()
         inputs = (torch.cat([part.batch.inputs for part in parts]),) if 0 in self.indices else ()
         last = self.num_stages - 1 in self.indices
@@ -250,7 +250,7 @@ class Pipeline:
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss = summed_loss(logits, labels)
         self._total += loss.detach()
-        return loss * self._scale
+        return loss * self._weight
 
     def _scheduled(self, count: int) -> Any:
         """The schedule for so many micro-batches."""

@@ -87,15 +87,14 @@ class TorchEngine:
 
     def accumulate(self, micro_batches: Sequence[tuple[int, Batch]], weight: float) -> torch.Tensor:
         parts = list(parts_of(micro_batches, self._local_batch, self.device))
-        scale = weight * self.data_size  # DDP and FSDP2 take the mean over ranks: this makes it the sum
         if self._pipeline is not None:
-            return self._pipeline.accumulate(parts, scale)
+            return self._pipeline.accumulate(parts, weight)
         total = torch.zeros(1, device=self.device, dtype=torch.float64)
         for turn, part in enumerate(parts, start=1):
             self._draws.start(part)
             with self._synchronise(turn == len(parts)):
                 loss = summed_loss(logits_of(self._model, part.batch.inputs, low=self.low), part.batch.labels)
-                (loss * scale).backward()  # type: ignore[no-untyped-call]
+                (loss * weight).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
@@ -105,20 +104,16 @@ class TorchEngine:
         if (holders := self._mesh.group("dp_shard", "tp")) is not None:
             self._cuts.add_up(gradients, holders)
         copied = self._pipeline.add_up_tied(gradients) if self._pipeline is not None else None
-        norm = self._norm({name: gradient for name, gradient in gradients.items() if name != copied})
-        factor = None
-        if loss_scale is not None:
-            norm = norm / loss_scale
-            if not norm.isfinite():
-                self._clear()
-                return norm
-            factor = torch.full_like(norm, 1 / loss_scale)
-        if self._clip > 0:
-            factor = (1 if factor is None else factor) * (self._clip / (norm + 1e-6)).clamp(max=1.0)
-        if factor is not None and gradients:
-            torch._foreach_mul_([local_of(gradient) for gradient in gradients.values()], factor)
-        set_lr(self._optimizer.param_groups, lr)
-        self._optimizer.step()
+        # DDP and FSDP2 take the mean over ranks; put right before the backward, fp16 would overflow sooner on many.
+        factor: Any = self.data_size / (loss_scale or 1.0)
+        norm = self._norm({name: gradient for name, gradient in gradients.items() if name != copied}).mul(factor)
+        if loss_scale is None or norm.isfinite():
+            if self._clip > 0:
+                factor = factor * (self._clip / (norm + 1e-6)).clamp(max=1.0)
+            if gradients and (self._clip > 0 or factor != 1.0):
+                torch._foreach_mul_([local_of(gradient) for gradient in gradients.values()], factor)
+            set_lr(self._optimizer.param_groups, lr)
+            self._optimizer.step()
         self._clear()
         self._say_what_was_compiled()
         return norm
@@ -129,6 +124,7 @@ class TorchEngine:
             for part in parts_of([(0, batch) for batch in batches], self._local_batch, self.device):
                 if (logits := self._forward(part.batch.inputs)) is not None:
                     total += summed_loss(logits, part.batch.labels)
+        self._say_what_was_compiled()
         return total
 
     def reduce(self, values: torch.Tensor) -> torch.Tensor:
@@ -169,12 +165,16 @@ class TorchEngine:
     def _clear(self) -> None:
         """DDP's gradients lie in its buckets and stay there: what is accumulated before they are reduced would be in
         memory of its own otherwise."""
-        self._optimizer.zero_grad(set_to_none=not isinstance(self._model, DistributedDataParallel))
+        called = [self._model] if self._pipeline is None else self._pipeline.called
+        self._optimizer.zero_grad(set_to_none=not any(isinstance(one, DistributedDataParallel) for one in called))
 
     def _say_what_was_compiled(self) -> None:
-        """Once, and whenever something was compiled again. Alike on all ranks, so that one speaks."""
-        if self._compiled is not None and (news := self._compiled.news()) and self._mesh.rank == 0:
-            print(f"  {'compiled':10} {news}", flush=True)
+        """Once, and whenever something was compiled again; of the ranks that have the same layers one speaks."""
+        if self._compiled is None or not (news := self._compiled.news()):
+            return
+        if self.data_rank == 0 and self._mesh.at("tp") == 0:
+            stage = f"pipeline rank {self._mesh.at('pp')}: " if self._pipeline is not None else ""
+            print(f"  {'compiled':10} {stage}{news}", flush=True)
 
     def _norm(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The norm of the whole gradient, of which every rank counts its part."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -290,14 +291,21 @@ def test_its_deepspeed_trains_like_one_process_and_is_gone_afterwards(stage: lis
 
 
 def with_deepspeed(overrides: list[str]) -> dict[str, Any]:
-    """As under `accelerate launch`, which says a stage in the environment as well."""
+    """As under `accelerate launch`, which says a stage in the environment as well, and which keys of a file it read."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        patch.setenv("ACCELERATE_CONFIG_DS_FIELDS", "deepspeed_multinode_launcher,zero_stage,mixed_precision")
+        before = dict(os.environ)
         found = train_steps([*overrides, "parallel=accelerate"])
         engine = engine_of([*overrides, "parallel=accelerate"])
+        changed = {key for key in before.keys() | os.environ.keys() if before.get(key) != os.environ.get(key)}
     made: Any = engine._engine  # type: ignore[attr-defined]
     stage = made.zero_optimization_stage()
-    return {**found, "engine": (type(made).__name__, stage), "left": {**AcceleratorState._shared_state}}
+    return {
+        **found,
+        "engine": (type(made).__name__, stage),
+        "left": {**AcceleratorState._shared_state, **dict.fromkeys(key for key in changed if "ACCELERATE" in key)},
+    }
 
 
 def test_the_degrees_are_what_accelerate_is_configured_for() -> None:

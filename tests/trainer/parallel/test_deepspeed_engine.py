@@ -142,7 +142,7 @@ def test_a_run_goes_on_under_another_layout(tmp_path: Path, stage: str) -> None:
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
 def test_param_groups_and_what_is_frozen_go_both_ways(tmp_path: Path, stage: str) -> None:
     """Two learning rates, decay on matrices only, a frozen base; moments and steps of each group are what they were."""
-    common = ["optimizer.lr_scale={lora_B: 0.25}", "optimizer.weight_decay=0.5", "method=lora"]
+    common = ["optimizer.lr_scale=[lora_B:0.25]", "optimizer.weight_decay=0.5", "method=lora"]
     zero = [*STAGES[stage], *common]
     reference = Leg((1, 2, 3, 4)).take(common)
     ours, theirs = tmp_path / "torch", tmp_path / "zero"
@@ -154,7 +154,7 @@ def test_param_groups_and_what_is_frozen_go_both_ways(tmp_path: Path, stage: str
             np.testing.assert_allclose(found, reference[2:], rtol=1e-5, err_msg=source.name)
         assert contents_differ(source, again) == []
     # The comparison can fail: with one rate for all the second step is another.
-    other = WORLD.run(Leg((3, 4), ours).take, 2, [*zero, "optimizer.lr_scale={lora_B: 1.0}"])[0]
+    other = WORLD.run(Leg((3, 4), ours).take, 2, [*zero, "optimizer.lr_scale=[lora_B:1.0]"])[0]
     assert not np.allclose(other, reference[2:], rtol=1e-5)
 
 

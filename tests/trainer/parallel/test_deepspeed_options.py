@@ -56,6 +56,13 @@ def test_what_a_file_adds_is_taken_over(tmp_path: Path) -> None:
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}}
     assert options(tmp_path, offload, [*ZERO2, "parallel.offload=true"])["zero_optimization"]["offload_optimizer"]
     assert options(tmp_path, {"bf16": {"enabled": True}}, [*ZERO2, "precision=bf16"])
+    usual = {"fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000}}
+    for precision in ("fp32", "bf16"):  # it is off
+        assert "fp16" not in options(tmp_path, usual, [*ZERO2, f"precision={precision}"])
+    with pytest.raises(Refused, match=r"says how fp16 is computed, .*loss_scale_window.* Take that out"):
+        options(tmp_path, usual, [*ZERO2, "precision=fp16"])
+    for on in (True, "auto"):
+        assert options(tmp_path, {"fp16": {"enabled": on, "loss_scale": 0}}, [*ZERO2, "precision=fp16"])
 
 
 def test_options_may_stand_on_the_command_line() -> None:

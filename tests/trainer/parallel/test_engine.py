@@ -25,15 +25,26 @@ from trainer.run import build
 LAYOUTS = {
     "ddp": (2, ["parallel=ddp"]),
     "fsdp": (3, ["parallel=fsdp"]),
+    "hsdp": (4, ["parallel.dp_shard=2"]),
     "fsdp x tp": (4, ["parallel=tp", "parallel.dp_shard=2"]),
     "pp": (2, ["parallel=pp"]),
+    "pp x ddp": (4, ["parallel=pp", "parallel.dp_replicate=2"]),
+    "pp, interleaved": (2, ["parallel=pp", "parallel.pp_schedule=interleaved", "model.num_layers=4"]),
     "zero 0": (2, ["parallel.engine=deepspeed"]),
     "zero 1": (2, ["parallel=zero1"]),
     "zero 2": (3, ["parallel=zero2"]),
     "zero 3": (2, ["parallel=zero3"]),
+    "zero 2, offload": (2, ["parallel=zero2", "parallel.offload=true"]),
     "zero 3, offload": (2, ["parallel=zero3", "parallel.offload=true"]),
+    "accelerate": (2, ["parallel=accelerate"]),
+    "accelerate, zero 1, offload": (2, ["parallel=accelerate", "parallel.zero_stage=1", "parallel.offload=true"]),
 }
 LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def alone_of(layout: str) -> list[str]:
+    """The model that a layout needs, without the layout."""
+    return [option for option in LAYOUTS[layout][1] if option.startswith("model.")]
 
 
 def start(overrides: list[str]) -> tuple[TrainingEngine, Feed]:
@@ -54,6 +65,21 @@ def changed(before: dict[Any, np.ndarray], after: dict[Any, np.ndarray]) -> set[
     return {key[0] for key in before if not np.array_equal(before[key], after[key])}
 
 
+def overflows(overrides: list[str], factors: list[float]) -> list[bool]:
+    """Whether the first step does, under each of these loss scales."""
+    engine, feed = start(["precision=fp16", *overrides])
+    return [not np.isfinite(optimize(engine, feed.step(1), 0.0, 1, LossScale(factor))[1]) for factor in factors]
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "pp x ddp", "zero 0", "zero 1", "zero 3"])
+def test_a_step_overflows_at_the_same_scale_on_any_number_of_processes(layout: str) -> None:
+    size, overrides = LAYOUTS[layout]
+    factors = [2.0**n for n in range(12, 32)]
+    alone = overflows([], factors)
+    assert any(alone) and not all(alone)
+    assert WORLD.run(overflows, size, overrides, factors) == [alone] * size
+
+
 def in_fp16(overrides: list[str]) -> dict[str, Any]:
     """Three steps, the second of which overflows: what they gave, and what the second changed."""
     engine, feed = start(["precision=fp16", *overrides])
@@ -65,10 +91,11 @@ def in_fp16(overrides: list[str]) -> dict[str, Any]:
     return {"rows": rows, "left": left, "moved": changed(before, contents(engine))}
 
 
-@LAYOUT
+# accelerate refuses fp16 on CPUs.
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "accelerate"])
 def test_fp16_with_a_loss_scale(layout: str) -> None:
     size, overrides = LAYOUTS[layout]
-    alone = in_fp16([])
+    alone = in_fp16(alone_of(layout))
     assert not np.isfinite(alone["rows"][1][1]) and alone["left"] == set()
     for found in WORLD.run(in_fp16, size, overrides):
         assert found["left"] == set() and found["moved"]  # a step that counts is seen by the same comparison
@@ -86,15 +113,16 @@ def with_two_rates(overrides: list[str]) -> dict[str, Any]:
     return {"rows": rows, "moved": {n for n in changed(before, contents(engine)) if n.startswith("model/")}}
 
 
-TWO_RATES = ["optimizer.lr_scale={layers.0: 0.0, lm_head: 0.1}"]
+TWO_RATES = ["optimizer.lr_scale=[layers.0:0.0,lm_head:0.1]"]
 
 
 @LAYOUT
 def test_learning_rates_of_their_own(layout: str) -> None:
     size, overrides = LAYOUTS[layout]
-    alone = with_two_rates(TWO_RATES)
+    model = alone_of(layout)
+    alone = with_two_rates([*TWO_RATES, *model])
     assert alone["moved"] and not any("layers.0" in name for name in alone["moved"])
-    assert not np.allclose(alone["rows"], with_two_rates([])["rows"], rtol=2e-5)  # one rate for all is seen
+    assert not np.allclose(alone["rows"], with_two_rates(model)["rows"], rtol=2e-5)  # one rate for all is seen
     results = WORLD.run(with_two_rates, size, [*TWO_RATES, *overrides])
     assert set().union(*(found["moved"] for found in results)) == alone["moved"]
     for found in results:
@@ -106,7 +134,7 @@ def test_a_tied_tensor_has_one_rate_under_both_names(layout: str, tmp_path: Path
     """A pipeline's last stage knows it by the other name only."""
     save_model(tmp_path, "llama_tied")
     size, overrides = LAYOUTS[layout]
-    common = ["model=hf", f"model.path={tmp_path}", "optimizer.lr_scale={embed_tokens: 0.1}"]
+    common = ["model=hf", f"model.path={tmp_path}", "optimizer.lr_scale=[embed_tokens:0.1]"]
     alone = with_two_rates(common)
     assert not np.allclose(alone["rows"], with_two_rates(common[:2])["rows"], rtol=2e-5)
     for found in WORLD.run(with_two_rates, size, [*common, *overrides]):
