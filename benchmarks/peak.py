@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,10 +30,12 @@ class Peak(TorchDispatchMode):
         return sum(storage.nbytes() for storage in self._storages.values())
 
     def _add(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
+        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
         self._storages[storage._cdata] = storage
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):  # it has no memory: what it does with its local part has
+            return NotImplemented
         outputs = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(outputs):
             if isinstance(tensor, torch.Tensor):

@@ -88,7 +88,7 @@ def optimize(
     micro_batches = [(derive(key, number), batch) for number, batch in share.micro_batches]
     loss_sum = engine.accumulate(micro_batches, (factor or 1) / share.num_targets)
     norm = engine.step(lr, factor)
-    # Both leave the device together: the only wait for it in a step.
+    # Both leave the device together: the only wait for it in a step, but for the norm that fp16 decides by.
     loss, grad_norm = torch.cat([engine.reduce(loss_sum) / share.num_targets, norm.double().reshape(1)]).tolist()
     return loss, grad_norm
 

@@ -117,6 +117,7 @@ def _plan_stage(config: Config, of: Footprint, topology: Topology, rounds: int, 
     if zero:  # DeepSpeed keeps masters beside the parameters
         shards = topology.data_size if zero == 3 else 1
     gradients = -(-trained // (topology.data_size if zero >= 2 else shards))
+    in_buckets = topology.dp_replicate > 1 and topology.dp_shard == 1 and not zero  # DDP's, which stay
     gathered = buckets = 0
     if shards > 1 and pp > 1:
         # A pipeline gathers its stage once a step, and holds whole gradients until the last micro-batch.
@@ -136,7 +137,9 @@ def _plan_stage(config: Config, of: Footprint, topology: Topology, rounds: int, 
         optimizer=-(-3 * trained // topology.data_size) if zero else -(-2 * trained // shards),
         gathered=gathered,
         buckets=buckets,
-        activations=_with_gradients(kept + at_once, gradients, layer, rounds, in_flight),
+        activations=kept + at_once
+        if in_buckets
+        else _with_gradients(kept + at_once, gradients, layer, rounds, in_flight),
     )
 
 

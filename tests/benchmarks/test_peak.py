@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from benchmarks.peak import Peak
+from tests.worlds import WORLD
 
 
 def test_the_most_that_lives_at_a_time_is_counted() -> None:
@@ -28,3 +32,19 @@ def test_what_is_shrunk_or_grown_in_place_counts_as_it_is() -> None:
         held.untyped_storage().resize_(4 * 2000)
         torch.zeros(100)
     assert peak.most == 4 * (2000 + 100)
+
+
+def of_a_dtensor() -> tuple[int, int]:
+    whole = torch.zeros(2, 1000)
+    tensor = distribute_tensor(whole, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)])
+    del whole
+    with Peak([tensor]) as peak:
+        before = peak.now
+        (tensor + 1).redistribute(placements=[Replicate()])
+    return before, peak.most
+
+
+def test_of_a_dtensor_the_local_part_counts_and_what_it_is_gathered_into() -> None:
+    for before, most in WORLD.run(of_a_dtensor, 2):
+        assert before == 4000
+        assert 4000 * 4 <= most <= 4000 * 6  # its part, the sum's part, and both of that one
