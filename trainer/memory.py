@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,8 +97,7 @@ def plan_memory(config: Config, print_: Footprint, topology: Topology, rounds: i
 
 
 def _plan_stage(config: Config, of: Footprint, topology: Topology, rounds: int, stage: int) -> MemoryPlan:
-    pp, tp, shards = topology.pp, topology.tp, topology.dp_shard
-    parallel = config.parallel
+    pp, tp, parallel = topology.pp, topology.tp, config.parallel
     num_stages = stages_of(pp, parallel.pp_schedule) if pp > 1 else 1
     mine = range(stage, num_stages, pp)
     shares = [balanced(len(of.layers), num_stages, index) for index in mine]
@@ -106,25 +105,36 @@ def _plan_stage(config: Config, of: Footprint, topology: Topology, rounds: int, 
     first, last = 0 in mine, num_stages - 1 in mine
     ends = (of.first if first else 0) + (of.last if last else 0) + (of.tied if last and not first else 0)
     held = (sum(sum(of.layers[start : start + length]) for start, length in shares) + ends) // tp
-    trained = held * of.trained // of.total
     in_flight = _in_flight(parallel.pp_schedule, rounds, pp, stage)
     layer = of.kept + of.cut // tp
     kept = int(layers * (of.hidden if parallel.activation_checkpointing else layer) * in_flight)
     at_once = layer if parallel.activation_checkpointing else 0
     if last:
         kept, at_once = kept + of.ends, at_once + 2 * of.logits  # with their gradient
-    zero = parallel.zero_stage
-    if zero:  # DeepSpeed keeps masters beside the parameters
+    plan = _plan_state(config, of, topology, held)
+    forward = kept + at_once
+    # DDP's gradients stay in its buckets. Others are there from the end of the first backward on: where no forward
+    # follows that, most of what was kept is gone by then.
+    in_buckets = topology.dp_replicate > 1 and topology.dp_shard == 1 and not parallel.zero_stage
+    if rounds <= in_flight and not in_buckets:
+        forward = max(forward - plan.gradients, int(forward * (in_flight - 1) / in_flight) + layer)
+    return replace(plan, activations=forward)
+
+
+def _plan_state(config: Config, of: Footprint, topology: Topology, held: int) -> MemoryPlan:
+    """All but activations, of a process that would hold so many bytes of parameters without shards."""
+    zero, parallel, shards = config.parallel.zero_stage, config.parallel, topology.dp_shard
+    trained = held * of.trained // of.total
+    if zero:
         shards = topology.data_size if zero == 3 else 1
     gradients = -(-trained // (topology.data_size if zero >= 2 else shards))
-    in_buckets = topology.dp_replicate > 1 and topology.dp_shard == 1 and not zero  # DDP's, which stay
     gathered = buckets = 0
-    if shards > 1 and pp > 1:
+    if shards > 1 and topology.pp > 1:
         # A pipeline gathers its stage once a step, and holds whole gradients until the last micro-batch.
         gathered, gradients = held, trained
     elif shards > 1:
         # One layer is gathered while one computes; one computed again has activations and gradients at a time.
-        gathered = (3 if parallel.activation_checkpointing else 2) * of.layer // tp
+        gathered = (3 if parallel.activation_checkpointing else 2) * of.layer // topology.tp
     if zero:
         sharding = engine_options(config, trained // FP32)["zero_optimization"]
         buckets = min(FP32 * int(sharding["reduce_bucket_size"]), trained)
@@ -133,13 +143,10 @@ def _plan_stage(config: Config, of: Footprint, topology: Topology, rounds: int, 
     return MemoryPlan(
         parameters=-(-held // shards),
         gradients=gradients,
-        # AdamW's two moments; with parallel.offload they are in host memory.
+        # AdamW's two moments, and DeepSpeed's masters beside the parameters; host memory with parallel.offload.
         optimizer=-(-3 * trained // topology.data_size) if zero else -(-2 * trained // shards),
         gathered=gathered,
         buckets=buckets,
-        activations=kept + at_once
-        if in_buckets
-        else _with_gradients(kept + at_once, gradients, layer, rounds, in_flight),
     )
 
 
@@ -153,16 +160,6 @@ def _in_flight(schedule: PipelineSchedule, rounds: int, pp: int, stage: int) -> 
         parts = 1 + (INTERLEAVED - 1) * pp + 2 * (pp - 1 - stage)
         return min(rounds, parts / INTERLEAVED)
     return min(rounds, pp - stage)
-
-
-def _with_gradients(forward: int, gradients: int, layer: int, rounds: int, in_flight: float) -> int:
-    """What activations add to the gradients, which are there from the end of the first backward on.
-
-    Where no forward follows that, most of what was kept is gone by then.
-    """
-    if rounds > in_flight:
-        return forward
-    return max(forward - gradients, int(forward * (in_flight - 1) / in_flight) + layer)
 
 
 @dataclass

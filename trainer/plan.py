@@ -134,7 +134,7 @@ class MemoryPlan:
     optimizer: int
     gathered: int  # what a process has only a shard of and holds whole for a time, and its gradients
     buckets: int  # in which DeepSpeed reduces gradients
-    activations: int
+    activations: int = 0
 
     @property
     def total(self) -> int:
