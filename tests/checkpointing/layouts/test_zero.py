@@ -16,7 +16,7 @@ from torch.nn import functional
 from checkpointing import LayoutError, Piece, describe, load, save
 from checkpointing.layouts.zero import describe_zero, publish_zero
 from tests.worlds import WORLD
-from trainer.parallel.deepspeed_engine import initialize
+from trainer.parallel.deepspeed_engine import initialize, make_ready
 from trainer.parallel.world import World
 
 ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
@@ -76,7 +76,8 @@ def start(kind: Kind, model: nn.Module | None = None) -> Any:
     torch_linear = functional.linear
     world = World(dist.get_rank(), dist.get_world_size(), local_rank=dist.get_rank())
     try:
-        return initialize(world, torch.device("cpu"), model=model, optimizer=optimizer_of(model), config=config)
+        make_ready(world, torch.device("cpu"))
+        return initialize(model, optimizer_of(model), config)
     finally:
         functional.linear = torch_linear  # which stage 3 replaces in the whole process
 
