@@ -12,7 +12,6 @@ from tests.conftest import ROOT
 ELSEWHERE = {
     "checkpointing/errors.py": "names only",
     "trainer/errors.py": "names only",
-    "trainer/parallel/engine.py": "a protocol: trainer/parallel/torch_engine.py",
     "trainer/__main__.py": "trainer/cli.py, in processes of its own",
 }
 MODULES = [
