@@ -100,10 +100,10 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
         world_size = _whole(raw["world_size"])
         writers = [_decode_writer(w, world_size) for w in _list(raw["writers"])]
         ranks = [w.rank for w in writers]
-        if ranks != sorted(set(ranks)) or not ranks or ranks[0] != 0:
-            raise ValueError("the writers are not ascending ranks from 0")
+        if ranks != sorted(set(ranks)) or not ranks:
+            raise ValueError("the writers are not ascending ranks")
         tensors = {  # indexes count the names in ascending order
-            _name(name): _decode_tensor(t, set(ranks)) for name, t in sorted(_table(raw["tensors"]).items())
+            _name(name): _decode_tensor(t, world_size) for name, t in sorted(_table(raw["tensors"]).items())
         }
         aliases = {_name(name): _text(of) for name, of in _table(raw["aliases"]).items()}
         external = {_name(name): _decode_external(t) for name, t in _table(raw["external"]).items()}
@@ -146,11 +146,9 @@ def _decode_writer(raw: Any, world_size: int) -> Writer:
     )
 
 
-def _decode_tensor(raw: Any, ranks: Collection[int]) -> LogicalTensor:
+def _decode_tensor(raw: Any, world_size: int) -> LogicalTensor:
     t = _table(raw, ("dtype", "shape", "writers"))
-    writers = None if t["writers"] is None else _shape(t["writers"])
-    if writers and not set(writers) <= set(ranks):
-        raise ValueError("a tensor was written by a rank that wrote nothing")
+    writers = None if t["writers"] is None else tuple(_whole(rank, below=world_size) for rank in _list(t["writers"]))
     return LogicalTensor(_dtype(t["dtype"]), _global_shape(t["shape"]), writers)
 
 

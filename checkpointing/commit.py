@@ -71,15 +71,16 @@ def save(
     team, storage = as_team(group), as_storage(directory)
     objects, metrics = {} if objects is None else objects, {} if metrics is None else metrics
 
-    def look() -> _Mine:
-        _check_arguments(step, run_id, incarnation, objects, metrics, memory_budget)
-        return _Mine.of(pieces)
-
-    plan, mine = _agree(team, look, step, check_replicas)
+    plan, mine = agree_to_save(
+        team,
+        pieces,
+        lambda: check_save(step, run_id, incarnation, objects, metrics, memory_budget),
+        [f"step {step}", f"check_replicas={check_replicas}"],
+    )
     if check_replicas:
         replicas.check_replicas(team, mine.pieces)
     written = replicas.averaged(team, plan, mine.pieces)
-    start = _Start(**team.together(lambda: asdict(_begin(storage, incarnation)) if team.rank == 0 else None)[0])
+    start = SaveStart(**team.together(lambda: asdict(begin_save(storage, incarnation)) if team.rank == 0 else None)[0])
     name = generation_name(step, start.save_id)
 
     def prepare() -> dict[str, Any] | None:
@@ -93,7 +94,7 @@ def save(
             run_id=run_id,
             created=time.time(),
             world_size=team.size,
-            versions=_versions(),
+            versions=versions(),
             metrics=metrics,
             writers=writers,
             tensors=plan.tensors,
@@ -111,7 +112,7 @@ def save(
     with ExitStack() as opened:
         team.together(hold)
         try:
-            prepared = [_as_writer(record) for record in team.together(prepare) if record is not None]
+            prepared = [as_writer(record) for record in team.together(prepare) if record is not None]
             team.together(lambda: commit(prepared) if team.rank == 0 else None)
         except LostError:
             raise  # rank 0 may commit what this rank wrote; if not, it is cleared away as a leftover
@@ -122,7 +123,7 @@ def save(
 
 
 @dataclass(frozen=True, slots=True)
-class _Mine:
+class Mine:
     """What this rank saves, found fit to be saved."""
 
     pieces: list[Piece]
@@ -130,25 +131,32 @@ class _Mine:
     rows: list[Row]
 
     @staticmethod
-    def of(given: Sequence[Piece | External]) -> _Mine:
+    def of(given: Sequence[Piece | External]) -> Mine:
         pieces, external = split(given)
-        return _Mine(pieces, _declared(external), layout_rows(pieces))
+        return Mine(pieces, _declared(external), layout_rows(pieces))
 
 
-def _agree(team: Team, look: Callable[[], _Mine], step: int, check_replicas: bool) -> tuple[RankPlan, _Mine]:
-    """What all ranks save together, after each has found that it can save its part."""
-    mine: _Mine | None = None
+def agree_to_save(
+    team: Team, given: Sequence[Piece | External], check: Callable[[], None], alike: Sequence[str]
+) -> tuple[RankPlan, Mine]:
+    """What all ranks save together, after each has found that it can save its part. Collective.
+
+    `check` raises where it cannot; `alike` is what all ranks must say. The plan is the same object while no layout
+    changes.
+    """
+    mine: Mine | None = None
 
     def describe() -> list[Any]:
         nonlocal mine
-        mine = look()
+        check()
+        mine = Mine.of(given)
         declared = json.dumps({name: asdict(tensor) for name, tensor in mine.external.items()})
-        return [f"step {step}", f"check_replicas={check_replicas}", digest(declared.encode())]
+        return [*alike, digest(declared.encode())]
 
     told = team.together(describe)
     assert mine is not None
     for rank, others in enumerate(told):
-        for here, first in zip(others[:2], told[0][:2], strict=True):
+        for here, first in zip(others[:-1], told[0][:-1], strict=True):
             if here != first:
                 raise LayoutError(f"rank {rank} saves with {here}, rank 0 with {first}")
         if others != told[0]:
@@ -159,7 +167,9 @@ def _agree(team: Team, look: Callable[[], _Mine], step: int, check_replicas: boo
     return plan, mine
 
 
-def _check_arguments(step: int, run_id: str, incarnation: int | None, objects: Any, metrics: Any, budget: int) -> None:
+def check_save(
+    step: int, run_id: str, incarnation: int | None, objects: Any, metrics: Any, budget: int = DEFAULT_BUDGET
+) -> None:
     """What could not be read again is refused before anything is written."""
     for name, value in (("step", step), ("incarnation", 0 if incarnation is None else incarnation)):
         if type(value) is not int or not 0 <= value < 2**62:
@@ -186,7 +196,7 @@ def as_storage(directory: str | os.PathLike[str] | Storage) -> Storage:
     return FileStorage(directory) if isinstance(directory, str | os.PathLike) else directory
 
 
-def _as_writer(record: dict[str, Any]) -> Writer:
+def as_writer(record: dict[str, Any]) -> Writer:
     """What came from another rank as JSON, which knows no tuples."""
     return Writer(**{**record, "cover": tuple((low, high) for low, high in record["cover"])})
 
@@ -203,7 +213,7 @@ def _declared(given: Sequence[External]) -> dict[str, ExternalTensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Start:
+class SaveStart:
     """What rank 0 decides for all when a save begins."""
 
     save_id: str
@@ -212,13 +222,13 @@ class _Start:
     serial: int
 
 
-def _begin(storage: Storage, incarnation: int | None) -> _Start:
+def begin_save(storage: Storage, incarnation: int | None) -> SaveStart:
     found = scan(storage)
     parent = next((g.manifest for g in found if g.sound and not g.abandoned), None)
     if incarnation is None:
         incarnation = parent.incarnation if parent else 0
     serial = 1 + max((g.manifest.serial for g in found if g.manifest), default=0)
-    return _Start(secrets.token_hex(16), parent.save_id if parent else "", incarnation, serial)
+    return SaveStart(secrets.token_hex(16), parent.save_id if parent else "", incarnation, serial)
 
 
 def _commit(storage: Storage, manifest: Manifest, guard: Callable[[], None] | None) -> None:
@@ -250,7 +260,7 @@ def _discard(storage: Storage, name: str, rank: int) -> None:
             storage.delete(f"{name}/{file}" for file in own)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {}
     for package in ("evershard", "torch", "transformers"):
         try:

@@ -163,6 +163,9 @@ class Piece:
     save; a value that leaves the range is refused when it is saved. With `mean` the logical
     tensor is the mean over all ranks that hold the box, such as replicas that drifted apart between two averagings; a
     load gives all of them the mean. Both are for floating-point tensors.
+
+    A `volatile` tensor may change at any time, as buffers do in a forward; others change only between a backward and
+    the next forward, so that a snapshot may copy them meanwhile.
     """
 
     name: str
@@ -171,6 +174,7 @@ class Piece:
     global_shape: Shape
     divisor: float = 1
     mean: bool = False
+    volatile: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):

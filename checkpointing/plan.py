@@ -298,7 +298,8 @@ def writers_needed(pieces: Iterable[Piece], manifest: Manifest) -> set[int]:
         if alike in seen:
             continue
         seen.add(alike)
-        ranks = everyone if tensor.writers is None else tensor.writers
+        # In memory a node has the files of its own ranks alone.
+        ranks = everyone if tensor.writers is None else tuple(rank for rank in tensor.writers if rank in position)
         if len(ranks) > 1:  # each has a part of it
             wanted = cover([(piece.box, tensor.shape)], everything=True)
             ranks = tuple(rank for rank in ranks if meet(manifest.writers[position[rank]].cover, wanted))

@@ -96,7 +96,7 @@ def check_replicas(team: Team, pieces: Sequence[Piece]) -> None:
     """
 
     def digests() -> list[tuple[str, tuple[int, ...], tuple[int, ...], str]]:
-        return [(p.name, p.offset, p.box.size, _digest(p)) for p in pieces if p.tensor.numel() and not p.mean]
+        return [(p.name, p.offset, p.box.size, digest_of(p)) for p in pieces if p.tensor.numel() and not p.mean]
 
     seen: dict[tuple[str, tuple[int, ...], tuple[int, ...]], dict[str, int]] = defaultdict(dict)
     for rank, told in enumerate(team.together(digests)):
@@ -114,7 +114,7 @@ def check_replicas(team: Team, pieces: Sequence[Piece]) -> None:
         )
 
 
-def _digest(piece: Piece) -> str:
+def digest_of(piece: Piece) -> str:
     hasher = xxhash.xxh3_128()
     for part in row_bytes(piece.tensor, divisor=piece.divisor):
         hasher.update(part)

@@ -61,11 +61,11 @@ class FileStorage:
 
     def put(self, name: str, chunks: Iterable[Buffer]) -> None:
         path = self._path(name)
-        _make_directories(path.parent)
+        make_directories(path.parent)
         with open(path, "wb", buffering=0) as file:
             _write_behind(file.fileno(), chunks)
             os.fsync(file.fileno())
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[Data]:
         try:
@@ -99,7 +99,7 @@ class FileStorage:
 
     def create_if_absent(self, name: str, data: bytes) -> bool:
         path = self._path(name)
-        _make_directories(path.parent)
+        make_directories(path.parent)
         # A link makes the name and the content appear at once; whoever dies before it leaves a draft and no object.
         draft = path.parent / f".draft-{secrets.token_hex(8)}"
         try:
@@ -115,7 +115,7 @@ class FileStorage:
             else:
                 created = True
         if created:
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
         return created
 
     def delete(self, names: Iterable[str]) -> None:
@@ -127,11 +127,11 @@ class FileStorage:
         for parent in parents:
             if not parent.is_dir():
                 continue
-            _sync_directory(parent)
+            sync_directory(parent)
             if parent != self.root and not any(parent.iterdir()):
                 with suppress(OSError):  # somebody else was faster, or has put something there
                     parent.rmdir()
-                    _sync_directory(parent.parent)
+                    sync_directory(parent.parent)
 
     def _path(self, name: str) -> Path:
         return self.root / _inside(name, str(self.root))
@@ -221,19 +221,19 @@ def _read_range(descriptor: int, start: int, stop: int, path: Path) -> memoryvie
     return data
 
 
-def _make_directories(path: Path) -> None:
+def make_directories(path: Path) -> None:
     """Create missing directories and sync each parent, so that a directory is as durable as the file in it."""
     if path.is_dir():
         return
-    _make_directories(path.parent)
+    make_directories(path.parent)
     try:
         path.mkdir()
     except FileExistsError:
         return
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def describe(
         for name, tensor in _parameters(module, prefix):
             pieces += pieces_of(f"model/{name}", tensor, shapes.get(name))
         for name, tensor in _named(_persistent_buffers(module)):
-            pieces += pieces_of(f"buffer/{prefix}{name}", tensor)
+            pieces += [replace(p, volatile=True) for p in pieces_of(f"buffer/{prefix}{name}", tensor)]
     for owner, name, key, value in _optimizer_state(entries):
         shape = shapes[name] if name in shapes and value.shape == padded[name] else None
         pieces += pieces_of(f"optim/{owner}{name.removeprefix(owner)}/{key}", value, shape)

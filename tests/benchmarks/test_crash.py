@@ -77,7 +77,7 @@ def test_a_commit_before_the_shards_is_found_out(recordings: Recordings) -> None
 
 def test_one_kind_of_sync_left_out_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Contents are synced, but no directory is: what was saved can vanish as a whole."""
-    monkeypatch.setattr(storage, "_sync_directory", lambda path: None)
+    monkeypatch.setattr(storage, "sync_directory", lambda path: None)
     found = campaign(record_here(tmp_path, 2, SOUND), samples=0).violations
     assert any("returned" in line and line.endswith("un-synced names are lost: old") for line in found)
 

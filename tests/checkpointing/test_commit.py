@@ -245,7 +245,7 @@ def test_everything_is_durable_before_commit_exists(tmp_path: Path) -> None:
 
     # The control: with a sync left out, the same check fails.
     with pytest.MonkeyPatch.context() as patch, watched(before):
-        patch.setattr(storage, "_sync_directory", lambda path: None)
+        patch.setattr(storage, "sync_directory", lambda path: None)
         with pytest.raises(AssertionError):
             save(tmp_path, 2, one_piece())
 

@@ -1,0 +1,66 @@
+"""Arenas: images of a generation's directory in memory, allocated and touched before they are needed.
+
+A directory `arena-<number>` is free or being filled. To commit it is to rename it to the generation's name; to use it
+again is to rename it back. Its shard files keep their size and their memory through both, so nothing is allocated.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from checkpointing.format import shard_name
+
+ARENA = re.compile(r"arena-(\d{1,4})")
+
+
+def arena_name(number: int) -> str:
+    return f"arena-{number}"
+
+
+class MappedShard:
+    """One rank's shard file in an arena, writable memory of `nbytes` bytes that other processes see.
+
+    It is allocated here: `OSError` (ENOSPC) where there is no room, instead of a signal when it is written.
+    """
+
+    def __init__(self, arena: Path, rank: int, nbytes: int, *, pinned: bool = False) -> None:
+        arena.mkdir(mode=0o700, exist_ok=True)
+        path = arena / shard_name(rank)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            if os.fstat(descriptor).st_size != nbytes:
+                os.ftruncate(descriptor, 0)  # of another layout
+            try:
+                os.posix_fallocate(descriptor, 0, nbytes)
+            except OSError:
+                os.ftruncate(descriptor, 0)  # what it got of it is others' again
+                raise
+            # Populated: the kernel fills in the page table now, and not one page at a time while it is copied into.
+            self._map = mmap.mmap(descriptor, nbytes, mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+            self.identity = os.fstat(descriptor).st_ino
+        finally:
+            os.close(descriptor)
+        self.nbytes = nbytes
+        self.bytes = memoryview(self._map)
+        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._pinned = pinned and _register(self.tensor)
+
+    def close(self) -> None:
+        """Give back the mapping; the file stays."""
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())  # type: ignore[attr-defined]
+            self._pinned = False
+        del self.tensor, self.bytes
+
+
+def _register(memory: torch.Tensor) -> bool:
+    """Pin memory, so that a GPU copies into it while this process computes."""
+    failed = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[attr-defined]
+    if int(failed):
+        raise OSError(f"CUDA cannot pin {memory.numel():,} bytes of shared memory (error {int(failed)})")
+    return True

@@ -1,0 +1,54 @@
+"""Reading generations in memory: files of a tmpfs are mapped rather than copied."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from checkpointing.errors import DamagedError, NotFoundError
+from checkpointing.storage import Data, FileStorage
+
+
+class MappedStorage(FileStorage):
+    """A directory in memory.
+
+    What `read_ranges` gives are parts of a private mapping: the caller's to change, and shared by callers that read
+    the same bytes of the same file.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        super().__init__(root)
+        self._maps: dict[tuple[int, int], mmap.mmap] = {}  # by file and size: a file that is written again stays itself
+        self._lock = threading.Lock()
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[Data]:
+        path = self._path(name)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFoundError(f"{path} does not exist") from None
+        except OSError as error:
+            raise DamagedError(f"{path} cannot be read: {error.strerror}") from error
+        try:
+            data = self._map(descriptor, path)
+        finally:
+            os.close(descriptor)
+        if (end := max((stop for _, stop in ranges), default=0)) > len(data):  # touching it would kill the process
+            raise DamagedError(f"{path} ends at byte {len(data)}; bytes up to {end} were expected")
+        return [data[start:stop] for start, stop in ranges]
+
+    def _map(self, descriptor: int, path: Path) -> memoryview:
+        status = os.fstat(descriptor)
+        if status.st_size == 0:
+            return memoryview(bytearray())
+        key = status.st_ino, status.st_size
+        with self._lock:
+            if key not in self._maps:
+                try:
+                    self._maps[key] = mmap.mmap(descriptor, status.st_size, mmap.MAP_PRIVATE)
+                except (OSError, ValueError) as error:  # a directory, a pipe
+                    raise DamagedError(f"{path} cannot be mapped: {error}") from error
+            return memoryview(self._maps[key])

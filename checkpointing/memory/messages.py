@@ -1,0 +1,115 @@
+"""How trainers and their node's keeper talk: one JSON object a line over a local socket. `docs/keeper.md` lists them."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from checkpointing.errors import CheckpointError
+
+VERSION = 1
+SOCKET, SECRET = "keeper.sock", "keeper.secret"
+MOST_BYTES = 256 * 1024 * 1024  # of one message: a manifest may be large
+
+Message = dict[str, Any]
+
+
+class ProtocolError(CheckpointError):
+    """What came over the socket is none of our messages, or of another version."""
+
+
+def make_directory(root: Path) -> str:
+    """The run's directory in memory, for this user alone, and the secret in it that its processes know each other by."""
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = root.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise CheckpointError(
+            f"{root} is not this user's alone (owner {status.st_uid}, mode {status.st_mode & 0o777:o}). "
+            "Snapshots are private: choose another directory, or remove this one."
+        )
+    path = root / SECRET
+    draft = root / f".draft-{secrets.token_hex(8)}"
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(16))
+    try:
+        os.link(draft, path)  # the first one stays
+    except FileExistsError:
+        pass
+    finally:
+        draft.unlink()
+    return path.read_text()
+
+
+def listen(root: Path) -> socket.socket:
+    """The keeper's socket. Whatever a dead keeper left under its name goes."""
+    (root / SOCKET).unlink(missing_ok=True)
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with _short(root) as short:
+        server.bind(short)
+    os.chmod(root / SOCKET, 0o600)
+    server.listen(64)
+    return server
+
+
+def connect(root: Path) -> socket.socket:
+    """A connection to the keeper; `OSError` where none listens."""
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with _short(root) as short:
+            client.connect(short)
+    except OSError:
+        client.close()
+        raise
+    return client
+
+
+def is_same_user(connection: socket.socket) -> bool:
+    """Whether the process at the other end belongs to this user, by the kernel's word."""
+    _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return bool(uid == os.getuid())
+
+
+class _short:
+    """A path of the socket that fits the 108 bytes of an address, however long the directory's is."""
+
+    def __init__(self, root: Path) -> None:
+        self._descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def __enter__(self) -> str:
+        return f"/proc/self/fd/{self._descriptor}/{SOCKET}"
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+
+def encode(message: Message) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+class Lines:
+    """Messages out of bytes as they come."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        self._rest += data
+        if len(self._rest) > MOST_BYTES:
+            raise ProtocolError(f"a message has over {MOST_BYTES:,} bytes")
+        *lines, rest = bytes(self._rest).split(b"\n") if b"\n" in data else [bytes(self._rest)]
+        self._rest = bytearray(rest)
+        for line in lines:
+            try:
+                message = json.loads(line)
+            except (ValueError, RecursionError):
+                raise ProtocolError("a line is not JSON") from None
+            if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
+                raise ProtocolError("a line is no message")
+            yield message

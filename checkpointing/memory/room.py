@@ -1,0 +1,77 @@
+"""Whether arenas fit: the least of what the tmpfs, the cgroup and the lock limit leave."""
+
+from __future__ import annotations
+
+import os
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpointing.errors import LayoutError
+
+# Of the memory that is left, this stays for the rest of the machine.
+SPARE_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes that are free, and by whose account."""
+
+    nbytes: int
+    by: str
+
+
+def find_room(directory: Path, *, pinned: bool = False, cgroups: Path = Path("/sys/fs/cgroup")) -> Room:
+    """The least of what could still be taken in a directory of a tmpfs."""
+    status = os.statvfs(directory)
+    rooms = [Room(status.f_bavail * status.f_frsize, f"the filesystem of {directory}")]
+    rooms.append(Room(_available(), "this machine's memory"))
+    rooms += _of_cgroups(cgroups)
+    if pinned and (limit := resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]) != resource.RLIM_INFINITY:
+        rooms.append(Room(limit, "the limit of locked memory (ulimit -l)"))
+    return min(rooms, key=lambda room: room.nbytes)
+
+
+def check_room(directory: Path, needed: int, arithmetic: str, *, pinned: bool = False) -> None:
+    """`LayoutError` with the arithmetic unless so many more bytes fit."""
+    room = find_room(directory, pinned=pinned)
+    if needed + SPARE_BYTES > room.nbytes:
+        raise LayoutError(
+            f"snapshots in memory need {needed / 1e9:.2f} GB more in {directory} ({arithmetic}), and {room.by} leaves "
+            f"{max(0, room.nbytes - SPARE_BYTES) / 1e9:.2f} GB of it. Use more nodes, a directory with more room, or no "
+            "snapshots in memory."
+        )
+
+
+def _available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _of_cgroups(root: Path) -> list[Room]:
+    """What the memory limits of this process's cgroup and of those above it leave (version 2, and version 1)."""
+    found = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, names = root, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        here = base / path.lstrip("/")
+        for directory in (here, *here.parents):
+            if (left := _left(directory, *names)) is not None:
+                found.append(Room(left, f"the memory limit of {directory}"))
+            if directory == base:
+                break
+    return found
+
+
+def _left(directory: Path, limit: str, used: str) -> int | None:
+    try:
+        return int((directory / limit).read_text()) - int((directory / used).read_text())
+    except (OSError, ValueError):
+        return None  # no such limit, or "max"
