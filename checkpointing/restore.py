@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,8 +30,11 @@ logger = logging.getLogger("checkpointing")
 _UNUSABLE = "The tensors passed to load must not be used."
 
 
+Directory = str | os.PathLike[str] | Storage
+
+
 def load(
-    directory: str | os.PathLike[str] | Storage,
+    directory: Directory | Sequence[Directory],
     pieces: Sequence[Piece | External],
     step: int | None = None,
     group: dist.ProcessGroup | Team | None = None,
@@ -40,6 +43,7 @@ def load(
     generation: str | None = None,
     cast: bool = False,
     memory_budget: int = DEFAULT_BUDGET,
+    chosen: Callable[[Storage, str], None] | None = None,
 ) -> dict[str, Any]:
     """Fill the pieces of all ranks from a generation, and return its objects. Collective.
 
@@ -50,28 +54,37 @@ def load(
     every value; `cast` rounds. Tensors that the generation calls external must be declared with the same content.
     `VersionError` if a newer release wrote what would be chosen. After an error the pieces' tensors must not be used.
     `memory_budget` bounds the bytes on their way from storage. What is being loaded is held: retention leaves it.
+    Of several directories, such as memory and a disk, the newest over all of them is taken, and the first of those that
+    hold it. `chosen` is called with the storage and the name of what was loaded.
     """
-    team, storage = as_team(group), as_storage(directory)
+    team = as_team(group)
+    several = isinstance(directory, Sequence) and not isinstance(directory, str)
+    storages = [as_storage(one) for one in (directory if several else [directory])]  # type: ignore[union-attr,arg-type]
     wanted = _agree(team, pieces, step, generation, only, cast, memory_budget)
-    tried: dict[str, str] = {}  # in vain, and why
+    tried: dict[tuple[int, str], str] = {}  # in vain, and why; by the number of the storage
     while True:
         with ExitStack() as held:
 
-            def choose() -> str:
+            def choose() -> tuple[int, str]:
                 # Listed anew each time: while it was read, the run may have deleted one and committed another.
-                name = _choose(storage, step, generation, tried)
-                held.enter_context(hold(storage, name))
-                return name
+                number, name = _choose(storages, step, generation, tried)
+                held.enter_context(hold(storages[number], name))
+                return number, name
 
-            name = team.together(lambda: choose() if team.rank == 0 else "")[0]
+            number, name = team.together(lambda: choose() if team.rank == 0 else None)[0]
+            storage = storages[number]
             try:
-                return _load_one(team, storage, name, wanted, memory_budget)
+                objects = _load_one(team, storage, name, wanted, memory_budget)
             except (DamagedError, NotFoundError) as error:
-                if step is not None or generation is not None:
+                if (step is not None or generation is not None) and len(storages) == 1:
                     raise DamagedError(f"generation {name} in {storage} is damaged: {error}. {_UNUSABLE}") from error
                 if team.rank == 0:
-                    logger.warning("generation %s is damaged and is passed over: %s", name, error)
-                tried[name] = str(error)
+                    logger.warning("generation %s in %s is damaged and is passed over: %s", name, storage, error)
+                tried[number, name] = str(error)
+                continue
+            if chosen is not None:
+                chosen(storage, name)
+            return objects
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,26 +131,50 @@ def _agree(
     return wanted
 
 
-def _choose(storage: Storage, step: int | None, generation: str | None, tried: Mapping[str, str]) -> str:
-    """The generation to load, or to load next after those that were tried in vain."""
-    if generation is not None:
-        if not any(g.name == generation and g.committed for g in scan(storage)):
-            raise NotFoundError(f"there is no committed generation {generation} in {storage}")
-        return generation
-    if step is not None:
-        return _choose_of_step(storage, step)
-    found = candidates(storage)
+def _choose(
+    storages: Sequence[Storage], step: int | None, generation: str | None, tried: Mapping[tuple[int, str], str]
+) -> tuple[int, str]:
+    """The generation to load, or to load next after those that were tried in vain, and the number of its storage."""
+    where = " and ".join(map(str, storages))
+    if generation is not None or step is not None:
+        return _choose_named(storages, step, generation, tried, where)
+    found = [(number, g) for number, storage in enumerate(storages) for g in candidates(storage)]
     if not found:
-        raise NotFoundError(f"there is no committed generation in {storage}")
-    for other in found:
+        raise NotFoundError(f"there is no committed generation in {where}")
+    for number, other in found:
         if isinstance(other.damage, VersionError):
             raise other.damage
-        if other.damage and other.name not in tried:
+        if other.damage and (number, other.name) not in tried:
             logger.warning("generation %s is damaged and is passed over: %s", other.name, other.damage)
-    if (best := next((g for g in found if g.sound and g.name not in tried), None)) is None:
-        why = first_few([f"{g.name}: {tried.get(g.name, g.damage)}" for g in found], limit=3)
-        raise DamagedError(f"every generation in {storage} is damaged ({why}). {_UNUSABLE}")
-    return best.name
+    sound = [(number, g) for number, g in found if g.sound and (number, g.name) not in tried]
+    if not sound:
+        why = first_few([f"{g.name}: {tried.get((number, g.name), g.damage)}" for number, g in found], limit=3)
+        raise DamagedError(f"every generation in {where} is damaged ({why}). {_UNUSABLE}")
+    number, best = max(sound, key=lambda one: (one[1].order, one[1].name, -one[0]))
+    return number, best.name
+
+
+def _choose_named(
+    storages: Sequence[Storage],
+    step: int | None,
+    generation: str | None,
+    tried: Mapping[tuple[int, str], str],
+    where: str,
+) -> tuple[int, str]:
+    """One that was asked for, from the first storage that has it and was not tried in vain."""
+    reason: Exception = NotFoundError(f"there is no committed generation {generation} in {where}")
+    for number, storage in enumerate(storages):
+        try:
+            name = _choose_of_step(storage, step) if step is not None else str(generation)
+        except (NotFoundError, DamagedError) as error:
+            reason = error
+            continue
+        if step is None and not any(g.name == name and g.committed for g in scan(storage)):
+            continue
+        if (number, name) not in tried:
+            return number, name
+        reason = DamagedError(f"generation {name} in {storage} is damaged: {tried[number, name]}. {_UNUSABLE}")
+    raise reason
 
 
 def _choose_of_step(storage: Storage, step: int) -> str:

@@ -204,12 +204,24 @@ class Precision:
 
 
 @dataclass
+class Memory:
+    """Snapshots in CPU memory, kept by a process of their own when the trainer dies."""
+
+    every: int = option(0, low=0)  # steps; 1: every step; 0: none, and what is durable is saved while training waits
+    dir: str = ""  # on a tmpfs, of this user alone; empty: a directory of the run under /dev/shm
+    keep_s: float = option(3600, low=1)  # seconds that the memory stays when the run does not come back
+    flush_rate: float = option(0, low=0)  # bytes a second at most from memory to checkpoint.dir; 0: as fast as it goes
+    check_fence: bool = False  # find writes to the state while it is copied, at twice the price of a snapshot
+
+
+@dataclass
 class Checkpoint:
     dir: str = "${run.dir}/checkpoints"
     every: int = option(100, low=0)  # steps; 0: only after the last
     keep: int = option(2, low=1)  # newest generations that stay
     keep_every: int = option(0, low=0)  # and those of every so many steps, for ever; 0: none
     keep_best: int = option(0, low=0)  # and so many of the lowest held-out loss, of those saved where it was evaluated
+    memory: Memory = field(default_factory=Memory)
 
 
 class Tracker(Enum):

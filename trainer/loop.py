@@ -31,20 +31,19 @@ def train(
     done: Progress,
 ) -> None:
     """Train from where `done` stands to the last step, reporting and saving on the way."""
-    last, blocked_s = config.train.steps, 0.0
+    last, losses = config.train.steps, dict[str, float]()
     for step in range(done.step + 1, last + 1):
         row = train_step(config, engine, feed, step, done.loss_scale)
         check_finite(row)
         done.step, done.tokens = step, done.tokens + row["tokens"]
         row["tokens"] = done.tokens
-        row["blocked_s"] = blocked_s  # by what was saved since the line before
         if len(held_out) and due(step, config.eval.every, last):
             row["eval_loss"] = evaluate(engine, feed.evenly(held_out, config.eval.samples))
-        tracker.step(row)
-        blocked_s = 0.0
-        if due(step, config.checkpoint.every, last):
-            losses: dict[str, float] = {key: row[key] for key in ("loss", "eval_loss") if key in row}
-            blocked_s = saver.save(done, losses)
+        # No line before it is known what became of the snapshot of the step before: a resume finds all lines up to it.
+        tracker.step(row | saver.settle())
+        losses = {key: row[key] for key in ("loss", "eval_loss") if key in row}
+        saver.save(done, losses, durable=due(step, config.checkpoint.every, last), last=step == last)
+    saver.finish(done, losses)
 
 
 def train_step(

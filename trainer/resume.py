@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,10 @@ from typing import Any
 from torch import nn
 
 from checkpointing import CheckpointError, VersionError, describe
+from checkpointing.errors import first_few
 from checkpointing.format import Manifest
 from checkpointing.generations import Generation, abandon, candidates, read_index, scan
+from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage
 from trainer.config import CHOICES, Config, Jsonl, as_json, choice_of, flatten
 from trainer.errors import Refused
@@ -45,7 +50,8 @@ class Start:
     """The decision: which step is already done, where its state lies, and as which incarnation the run goes on."""
 
     step: int = 0
-    directory: str | None = None  # of generations; None from scratch
+    directories: list[str] = field(default_factory=list)  # of generations, memory before disks; none from scratch
+    memory: str | None = None  # that of them which is in memory
     generation: str | None = None  # a name where the user named one; None for the newest sound one
     own: bool = False  # whether that is the run's own directory, and not another run's
     incarnation: int = 1
@@ -58,19 +64,23 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
 
     `fingerprint` is the training data's; `model` may be on the device meta.
     """
-    own = FileStorage(Path(config.checkpoint.dir))
-    incarnation = 1 + max(_incarnations(config, scan(own)), default=0)
+    tiers = own_tiers(config)
+    incarnation = 1 + max(_incarnations(config, [g for tier in tiers for g in scan(tier)]), default=0)
     if config.resume == "none":
         return Start(incarnation=incarnation, lines=["from scratch (resume=none)"])
+    named: str | None = None
+    notes: list[str] = []
     if config.resume == "auto":
-        storage, found, named = own, candidates(own), None
+        found, notes = _own_candidates(config, tiers)
         if not found:
-            if not scan(own):  # not even one that was abandoned
+            if not any(scan(tier) for tier in tiers):  # not even one that was abandoned
                 _check_nothing_was_saved(config)
-            return Start(incarnation=incarnation, lines=["from scratch"])
+            return Start(incarnation=incarnation, lines=["from scratch", *notes])
     else:
-        storage, found, named = _find(Path(config.resume))
-    generation, manifest, state, passed_over = _newest_readable(storage, found)
+        storage, others, named = _find(Path(config.resume))
+        found = [(storage, generation) for generation in others]
+    storage, generation, manifest, state, passed_over = _newest_readable(found)
+    passed_over = notes + passed_over
     changes = check_state(config, state, fingerprint, model)
     _check_model(f"{storage}/{generation.name}", manifest, model)
     lines = [
@@ -86,8 +96,63 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     if "train.steps" in changes:
         lines.append("the learning rate follows the new train.steps from here on")
     incarnation = max(incarnation, manifest.incarnation + 1)
-    is_own = storage.root.resolve() == own.root.resolve()
-    return Start(generation.step, str(storage), named, is_own, incarnation, state, lines)
+    is_own = any(storage.root.resolve() == tier.root.resolve() for tier in tiers)
+    directories = [str(tier) for tier in tiers if any(tier is other for other, _ in found)] or [str(storage)]
+    memory = next((str(tier) for tier, _ in found if isinstance(tier, MappedStorage)), None)
+    return Start(generation.step, directories, memory, named, is_own, incarnation, state, lines)
+
+
+def own_tiers(config: Config) -> list[FileStorage]:
+    """Where the run's own generations lie: in memory first, where it has any, and durably."""
+    memory = memory_directory(config)
+    durable = FileStorage(Path(config.checkpoint.dir))
+    return [durable] if memory is None or not memory.is_dir() else [MappedStorage(memory), durable]
+
+
+MEMORY_ID = "memory-id"  # in the run directory: with it goes the run's memory
+
+
+def memory_directory(config: Config) -> Path | None:
+    """The run's directory in memory, on every node; None where the run has none yet."""
+    try:
+        own = (Path(config.run.dir) / MEMORY_ID).read_text().strip()
+    except FileNotFoundError:
+        return None
+    return Path(config.checkpoint.memory.dir or f"/dev/shm/evershard-{os.getuid()}") / own
+
+
+def make_memory_directory(config: Config) -> Path:
+    """As `memory_directory`, with a name of its own for a run that has none yet. For rank 0."""
+    path = Path(config.run.dir) / MEMORY_ID
+    if not path.exists():
+        name = re.sub(r"[^A-Za-z0-9_.-]", "-", config.run.name).strip(".-")[:40]
+        path.write_text(f"{name or 'run'}-{uuid.uuid4().hex[:12]}\n")
+    found = memory_directory(config)
+    assert found is not None
+    return found
+
+
+def _own_candidates(config: Config, tiers: list[FileStorage]) -> tuple[list[tuple[FileStorage, Generation]], list[str]]:
+    """The run's committed generations over all tiers, newest first; and what is said of those that are not its own."""
+    found, notes, known = [], [], _known_runs(config)
+    for number, tier in enumerate(tiers):
+        here = candidates(tier)
+        strangers = [g.name for g in here if g.manifest and g.manifest.run_id not in known]
+        if isinstance(tier, MappedStorage) and strangers:
+            notes.append(f"passing over what is in memory: {first_few(strangers)} in {tier} is of another run")
+        else:
+            found += [(-number, tier, generation) for generation in here]
+    found.sort(key=lambda one: (one[2].order, one[2].name, one[0]), reverse=True)
+    return [(tier, generation) for _, tier, generation in found], notes
+
+
+def _known_runs(config: Config) -> set[str]:
+    """Ids that this run had, by its events."""
+    found = set()
+    for line in _event_lines(config):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            found.add(str(json.loads(line)["run_id"]))
+    return found
 
 
 def check_state(
@@ -136,10 +201,12 @@ def turn_away_from(config: Config, start: Start, loaded_step: int) -> list[str]:
 
     Not those that cannot be read: whose they are is not known. Returns the names.
     """
-    own = FileStorage(Path(config.checkpoint.dir))
-    newer = [g for g in candidates(own) if g.manifest and (not start.own or g.step > loaded_step)]
-    abandon(own, newer)
-    return [g.name for g in newer]
+    names = []
+    for tier in own_tiers(config):
+        newer = [g for g in candidates(tier) if g.manifest and (not start.own or g.step > loaded_step)]
+        abandon(tier, newer)
+        names += [g.name for g in newer if g.name not in names]
+    return names
 
 
 def _find(path: Path) -> tuple[FileStorage, list[Generation], str | None]:
@@ -189,24 +256,25 @@ def _check_nothing_was_saved(config: Config) -> None:
 
 
 def _newest_readable(
-    storage: FileStorage, found: list[Generation]
-) -> tuple[Generation, Manifest, dict[str, Any], list[str]]:
+    found: list[tuple[FileStorage, Generation]],
+) -> tuple[FileStorage, Generation, Manifest, dict[str, Any], list[str]]:
     """The first that can be read, the trainer's state in it, and what to say about those before it."""
-    if newer := next((g for g in found if isinstance(g.damage, VersionError)), None):
+    if newer := next((g for _, g in found if isinstance(g.damage, VersionError)), None):
         raise Refused(f"{newer.damage}. Or type resume=GENERATION to take another one.")
     # Where an unreadable one stands in the order is not known.
-    passed_over = [f"passing over {g.name}: {g.damage}" for g in found if g.damage]
-    for generation in found:
+    passed_over = [f"passing over {g.name} in {storage}: {g.damage}" for storage, g in found if g.damage]
+    for storage, generation in found:
         if generation.manifest is not None and generation.sound:
             try:
                 state = _trainer_state(storage, generation, generation.manifest)
             except CheckpointError as error:
-                passed_over.append(f"passing over {generation.name}: {error}")
+                passed_over.append(f"passing over {generation.name} in {storage}: {error}")
             else:
-                return generation, generation.manifest, state, passed_over
+                return storage, generation, generation.manifest, state, passed_over
+    durable = found[-1][0]
     raise Refused(
-        f"Every generation in {storage} is damaged ({'; '.join(passed_over)}). "
-        f"`python -m checkpointing verify {storage}` says more. Type resume=none to start over; nothing is deleted."
+        f"Every generation in {durable} is damaged ({'; '.join(passed_over)}). "
+        f"`python -m checkpointing verify {durable}` says more. Type resume=none to start over; nothing is deleted."
     )
 
 

@@ -9,15 +9,19 @@ import logging
 import os
 import sys
 import uuid
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from checkpointing import DamagedError, LeaseHeldError, MismatchError, load
+from checkpointing import CheckpointError, DamagedError, LeaseHeldError, MismatchError, load
 from checkpointing.collective import Team
 from checkpointing.lease import Lease
+from checkpointing.memory import Snapshotter
+from checkpointing.memory.mapped import MappedStorage
+from checkpointing.storage import FileStorage
 from trainer.config import Compute, Config
 from trainer.data.feed import Feed
 from trainer.data.sources import Corpus, load_corpus
@@ -36,7 +40,7 @@ from trainer.parallel.tensor import check_splittable, is_splittable
 from trainer.parallel.world import World, pick_device, process_group
 from trainer.plan import Topology, describe_run, plan_batch
 from trainer.progress import Progress
-from trainer.resume import Start, check_state, decide
+from trainer.resume import Start, check_state, decide, make_memory_directory
 from trainer.rundir import bring_back, hold_run_directory
 from trainer.sample import sample_text
 from trainer.saving import Saver
@@ -124,10 +128,10 @@ def train_together(job: Job, start: Start, lease: Lease | None) -> None:
     """What happens while the processes are joined. Nothing of it outlives the process group."""
     start = agree(job, start)
     engine = make_engine(job.config, build(job.config), job.topology, job.world, job.device)
-    state = restore(engine, start)
+    state, tier = restore(engine, start)
     if state and state["step"] != start.step:  # an older generation than the one that was checked
         check_state(job.config, state, job.corpus.train.fingerprint, job.shapes)
-    train_and_finish(job, start, engine, state, lease)
+    train_and_finish(job, start, engine, state, tier, lease)
     show_sample(job, engine)
 
 
@@ -149,24 +153,29 @@ def agree(job: Job, start: Start) -> Start:
     return Start(**team.together(lambda: asdict(start))[0])
 
 
-def restore(engine: TrainingEngine, start: Start) -> dict[str, Any]:
-    """Fill the engine from where the run starts; the trainer's state there, empty from scratch."""
-    if start.directory is None:
-        return {}
+def restore(engine: TrainingEngine, start: Start) -> tuple[dict[str, Any], str]:
+    """Fill the engine from where the run starts; the trainer's state there, empty from scratch, and its tier."""
+    if not start.directories:
+        return {}, ""
+    found: list[str] = []
+    tiers = [MappedStorage(one) if one == start.memory else FileStorage(one) for one in start.directories]
     try:
-        objects = load(start.directory, engine.pieces(), generation=start.generation)
+        objects = load(
+            tiers, engine.pieces(), generation=start.generation, chosen=lambda tier, _: found.append(str(tier))
+        )
     except (MismatchError, DamagedError) as error:
         raise Refused(
-            f"The run cannot go on from {start.directory}: {error} Give another checkpoint, or resume=none."
+            f"The run cannot go on from {' and '.join(start.directories)}: {error} Give another checkpoint, or "
+            "resume=none."
         ) from error
     engine.publish()
     state = objects["trainer"]
     assert isinstance(state, dict)
-    return state
+    return state, "memory" if found[0] == start.memory else "durable"
 
 
 def train_and_finish(
-    job: Job, start: Start, engine: TrainingEngine, state: dict[str, Any], lease: Lease | None
+    job: Job, start: Start, engine: TrainingEngine, state: dict[str, Any], tier: str, lease: Lease | None
 ) -> None:
     """Bring the run directory to where training starts, and train to the end."""
     config, world = job.config, job.world
@@ -179,37 +188,81 @@ def train_and_finish(
             print(f"  {'start':10} {line}", flush=True)
     tracker = RunTracker(config, run_id, world.rank)
     status = 1
+    with ExitStack() as opened:
+        opened.callback(lambda: tracker.close(status))
+        try:
+            begin(tracker, state, start.incarnation, world.size, run_id, tier)
+            snapshots = take_snapshots(config, engine, run_id, start.incarnation, world)
+            if snapshots is not None:
+                opened.callback(lambda: snapshots.close(finished=status == 0))
+            saver = Saver(
+                config,
+                engine,
+                tracker,
+                run_id,
+                start.incarnation,
+                job.corpus.train.fingerprint,
+                architecture(job.shapes),
+                lease,
+                snapshots,
+                durable_step=done.step if tier == "durable" and start.own else -1,
+            )
+            feed = Feed(
+                job.corpus.train,
+                global_batch=config.train.global_batch,
+                micro_batch=config.train.micro_batch,
+                seed=config.train.seed,
+                pad=job.tokenizer.eos,
+                num_ranks=engine.data_size,
+                rank=engine.data_rank,
+            )
+            train(config, engine, feed, job.corpus.held_out, tracker, saver, done)
+            tracker.emit("finish", step=done.step)
+            status = 0
+        except LeaseHeldError:
+            raise
+        except Exception as error:
+            tracker.emit("failure", step=done.step, reason=f"{type(error).__name__}: {error}")
+            raise
+
+
+def take_snapshots(
+    config: Config, engine: TrainingEngine, run_id: str, incarnation: int, world: World
+) -> Snapshotter | None:
+    """What takes the run's snapshots in memory, ready for the first; None where none are wanted. Collective."""
+    options = config.checkpoint.memory
+    if options.every == 0:
+        return None
+    memory = Team().together(lambda: str(make_memory_directory(config)) if world.rank == 0 else "")[0]
     try:
-        begin(tracker, state, start.incarnation, world.size)
-        fingerprint = job.corpus.train.fingerprint
-        saver = Saver(config, engine, tracker, run_id, start.incarnation, fingerprint, architecture(job.shapes), lease)
-        feed = Feed(
-            job.corpus.train,
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
-            seed=config.train.seed,
-            pad=job.tokenizer.eos,
-            num_ranks=engine.data_size,
-            rank=engine.data_rank,
+        snapshots = Snapshotter(
+            config.checkpoint.dir,
+            memory,
+            run_id=run_id,
+            incarnation=incarnation,
+            keep_s=options.keep_s,
+            rate=options.flush_rate,
+            check_fence=options.check_fence,
         )
-        train(config, engine, feed, job.corpus.held_out, tracker, saver, done)
-        tracker.emit("finish", step=done.step)
-        status = 0
-    except LeaseHeldError:
-        raise
-    except Exception as error:
-        tracker.emit("failure", step=done.step, reason=f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        tracker.close(status)
+        snapshots.prepare(engine.pieces())
+    except (CheckpointError, OSError) as error:
+        raise Refused(
+            f"Snapshots in memory cannot be taken: {error} Type checkpoint.memory.every=0 to train without them, or "
+            "checkpoint.memory.dir=DIRECTORY with more room."
+        ) from error
+    engine.fence = snapshots.fence
+    return snapshots
 
 
-def begin(tracker: RunTracker, state: dict[str, Any], incarnation: int, world_size: int) -> None:
+def begin(
+    tracker: RunTracker, state: dict[str, Any], incarnation: int, world_size: int, run_id: str, tier: str
+) -> None:
     """Record how the run starts; `state` is empty from scratch."""
+    facts = {"incarnation": incarnation, "world_size": world_size, "run_id": run_id}
     if not state:
-        tracker.emit("start", step=0, incarnation=incarnation, world_size=world_size)
+        tracker.emit("start", step=0, **facts)
         return
-    tracker.emit("resume", step=state["step"], tier="durable", incarnation=incarnation, world_size=world_size)
+    tracker.emit("resume", step=state["step"], tier=tier, **facts)
     if state["world_size"] != world_size:
         tracker.emit("resize", step=state["step"], was=state["world_size"], world_size=world_size)
 

@@ -11,6 +11,7 @@ from typing import Any
 from checkpointing import CheckpointError, LeaseHeldError, save
 from checkpointing.collective import Team
 from checkpointing.lease import Lease
+from checkpointing.memory import Durable, Outcome, Snapshotter
 from checkpointing.retention import Keep, prune
 from checkpointing.storage import FileStorage
 from trainer.config import Config, as_json
@@ -21,8 +22,10 @@ from trainer.track.tracker import RunTracker
 
 logger = logging.getLogger(__name__)
 
+LAST_S = 600.0  # how long the last step may take from memory to the disk, before it is saved while the run waits
 
-@dataclass(frozen=True)
+
+@dataclass
 class Saver:
     """Saves one run. `lease` is held by rank 0 and None elsewhere."""
 
@@ -34,9 +37,83 @@ class Saver:
     fingerprint: str  # of the training data
     architecture: str  # of the model
     lease: Lease | None
+    snapshots: Snapshotter | None = None
+    durable_step: int = -1  # the newest step that is known to be durable
+    _blocked_s: float = 0.0  # by saves since the last line
+    _newest: float | None = None  # when the newest snapshot was taken
 
-    def save(self, done: Progress, metrics: dict[str, float]) -> float:
-        """Save and commit what is done; returns the seconds that training waited for it. Collective."""
+    def save(self, done: Progress, metrics: dict[str, float], *, durable: bool, last: bool) -> None:
+        """Save what is done where that is due: durably, or in memory. Collective.
+
+        With snapshots in memory a durable one is written in the background, and training goes on meanwhile.
+        """
+        if self.snapshots is None:
+            if durable:
+                self._save_now(done, metrics)
+        elif durable or done.step % self.config.checkpoint.memory.every == 0:
+            self._prepare(durable=durable)
+            objects = {"trainer": self._state(done)}
+            self.snapshots.snapshot(
+                done.step, self.engine.pieces(), objects, durable=durable, last=last, metrics=metrics
+            )
+
+    def settle(self) -> dict[str, float]:
+        """Report what became of the last snapshot and of those that were to become durable. Collective.
+
+        Returns what the next line of metrics tells: the seconds that training waited, and where snapshots stand.
+        """
+        told: dict[str, float] = {}
+        if self.snapshots is not None:
+            if (outcome := self.snapshots.settle()) is not None:
+                self._report(outcome)
+                told["snapshot_bytes"], told["snapshot_backlog"] = outcome.memory, outcome.backlog
+            if self._newest is not None:
+                told["snapshot_age_s"] = time.monotonic() - self._newest
+            for one in self.snapshots.durables():
+                self._report_durable(one)
+            self._blocked_s += self.snapshots.blocked_s
+            self.snapshots.blocked_s = 0.0
+        told["blocked_s"], self._blocked_s = self._blocked_s, 0.0
+        return told
+
+    def finish(self, done: Progress, metrics: dict[str, float]) -> None:
+        """See that the last step is durable. Collective."""
+        if self.snapshots is None or self.durable_step == done.step:
+            return
+        self.settle()
+        self.snapshots.wait_durable(LAST_S)
+        for one in self.snapshots.durables():
+            self._report_durable(one)
+        if not all(Team().together(lambda: self.durable_step == done.step)):
+            self._save_now(done, metrics)
+
+    def _report(self, outcome: Outcome) -> None:
+        if outcome.generation:
+            self._newest = outcome.taken
+            self.tracker.emit("snapshot", step=outcome.step, generation=outcome.generation)
+        else:
+            self.tracker.emit("snapshot", step=outcome.step, skipped=outcome.why)
+
+    def _report_durable(self, one: Durable) -> None:
+        if one.generation:
+            self.durable_step = one.step
+            self._emit_commit(one.step, one.generation, one.seconds)
+        elif self.lease is not None:
+            logger.warning("step %d did not become durable: %s. Training goes on.", one.step, one.why)
+            self.tracker.emit("commit", step=one.step, tier="durable", skipped=one.why)
+
+    def _emit_commit(self, step: int, generation: str, seconds: float) -> None:
+        self.tracker.emit("commit", step=step, tier="durable", generation=generation, seconds=seconds)
+        if self.lease is not None:
+            self._prune()
+
+    def _prepare(self, *, durable: bool) -> None:
+        """All ranks stop where the directory is another run's now."""
+        if durable:
+            Team().together(self._make_sure)
+
+    def _save_now(self, done: Progress, metrics: dict[str, float]) -> None:
+        """Save and commit while training waits."""
         began, step = time.perf_counter(), done.step
         try:
             Team().together(self._make_sure)
@@ -58,10 +135,8 @@ class Saver:
                 f"goes on from there as soon as {self.config.checkpoint.dir} can be written."
             ) from error
         seconds = time.perf_counter() - began
-        self.tracker.emit("commit", step=step, tier="durable", generation=generation, seconds=seconds)
-        if self.lease is not None:
-            self._prune()
-        return seconds
+        self._blocked_s += seconds
+        self._emit_commit(step, generation, seconds)
 
     def _make_sure(self) -> None:
         """That the directory is still this run's, and that the metrics so far will be there on a resume."""

@@ -53,14 +53,14 @@ class MappedShard:
     def close(self) -> None:
         """Give back the mapping; the file stays."""
         if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())  # type: ignore[attr-defined]
+            torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())  # type: ignore[no-untyped-call]
             self._pinned = False
         del self.tensor, self.bytes
 
 
 def _register(memory: torch.Tensor) -> bool:
     """Pin memory, so that a GPU copies into it while this process computes."""
-    failed = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[attr-defined]
+    failed = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[no-untyped-call]
     if int(failed):
         raise OSError(f"CUDA cannot pin {memory.numel():,} bytes of shared memory (error {int(failed)})")
     return True

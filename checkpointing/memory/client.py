@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import subprocess
 import sys
 import threading
@@ -20,11 +21,11 @@ LOG = "keeper.log"
 
 
 def start_keeper(root: Path, keep_s: float) -> None:
-    """Start this node's keeper, which is nobody's child: a shell starts it and ends. Does nothing where one is at work."""
+    """Start this node's keeper, which is nobody's child: a shell starts it and ends. A second one ends at once."""
+    keeper = [sys.executable, "-m", "checkpointing.memory.keeper", str(root), "--keep", str(keep_s)]
     with open(root / LOG, "ab") as log:
         subprocess.run(
-            ["/bin/sh", "-c", '"$@" &', "sh", sys.executable, "-m", __name__.replace("client", "keeper"), str(root)]
-            + ["--keep", str(keep_s)],
+            ["/bin/sh", "-c", '"$@" &', "sh", *keeper],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -52,7 +53,7 @@ class Client:
     ) -> None:
         self._root, self._greeting, self._heard, self._lost = root, greeting, heard, lost
         self._starts, self._keep_s = starts, keep_s
-        self._socket = None
+        self._socket: socket.socket | None = None
         self._lock = threading.Lock()
         self._closed = False
         self.connected = threading.Event()

@@ -98,7 +98,7 @@ def flush(
     memory: MappedStorage,
     durable: Storage,
     name: str,
-    nodes: Nodes = Nodes(),  # noqa: B008  # frozen
+    nodes: Nodes = Nodes(),  # frozen
     wait_s: float = WAIT_S,
 ) -> int:
     """Make a generation in memory durable; returns the bytes this node wrote. It is committed when this returns.
@@ -169,5 +169,3 @@ def _discard(durable: Storage, manifest: Manifest) -> None:
     with suppress(OSError, CheckpointError):
         if f"{prefix}{COMMIT}" not in durable.list(prefix):
             durable.delete([*(f"{prefix}{file}" for w in manifest.writers for file in w.files), f"{prefix}{MANIFEST}"])
-
-

@@ -1,7 +1,7 @@
 """The keeper: one process per node that outlives the trainer. It commits, keeps and flushes what ranks copy to memory.
 
-It is the only one that renames and deletes arenas. Ranks fill the arena they are given, each its own file, and say when
-they are done. Nothing that matters is in this process alone: killed and started again, it finds everything on the tmpfs.
+It is the only one that renames and deletes arenas. Ranks fill the arena they are given, each its own file, and say
+when they are done. Nothing that matters is in this process alone: started again, it finds everything on the tmpfs.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class Session:
     """One start of the trainer, as its ranks tell it."""
 
     name: str
+    run_id: str
     ranks: list[int]
     nodes: Nodes
     arenas: int
@@ -102,7 +103,6 @@ class Keeper:
         self.connections: dict[socket.socket, Connection] = {}
         self.filling: Filling | None = None
         self.layouts: dict[str, str] = {}
-        self.free: set[int] = set()
         self.kept: list[Kept] = []  # newest first
         self.last_seen = time.monotonic()
         self.finished = False
@@ -112,42 +112,47 @@ class Keeper:
     # What lies on the tmpfs.
 
     def adopt(self) -> None:
-        """Take over what an earlier keeper left: committed generations stay, everything else is room."""
+        """Take over what is there: committed generations stay, everything else is room."""
+        busy, self.kept = self._busy(), []
         for generation in scan(self.storage):
-            if not generation.sound or generation.abandoned:
+            manifest = generation.manifest
+            stranger = self.session is not None and manifest is not None and manifest.run_id != self.session.run_id
+            if manifest is not None and generation.sound and not generation.abandoned and not stranger:
+                self.kept.append(Kept(generation.name, manifest.serial))
+            elif generation.name not in busy:
                 self._release(generation.name)
-        sound = [g for g in scan(self.storage) if g.manifest is not None and g.sound and not g.abandoned]
-        self.kept = [Kept(g.name, g.manifest.serial) for g in sound if g.manifest is not None]
-        self.free |= {int(m[1]) for path in self.root.iterdir() if (m := ARENA.fullmatch(path.name)) and path.is_dir()}
-        for path in self.root.iterdir():
-            if path.name.startswith((".draft-", "hold-")):
-                path.unlink(missing_ok=True)
 
-    def _release(self, name: str) -> int:
+    @property
+    def free(self) -> list[int]:
+        """Numbers of the arenas that nobody fills."""
+        filling = self.filling.arena if self.filling is not None else ""
+        matches = (ARENA.fullmatch(path.name) for path in self.root.iterdir() if path.name != filling)
+        return sorted(int(match[1]) for match in matches if match)
+
+    def _busy(self) -> set[str]:
+        """Generations that are being read or flushed."""
+        return held_generations(self.storage) | self.flusher.pinned
+
+    def _release(self, name: str) -> None:
         """Make a generation an arena again: COMMIT goes first, so that it never names what is written over."""
-        number = next(n for n in range(10_000) if n not in self.free and not (self.root / arena_name(n)).exists())
         directory = self.root / name
         (directory / COMMIT).unlink(missing_ok=True)
         for path in directory.iterdir():
             if not path.name.startswith("shard-"):
                 path.unlink()
-        directory.rename(self.root / arena_name(number))
-        self.free.add(number)
-        return number
+        directory.rename(self.root / self._unused())
 
     def _take(self, everywhere: int) -> str | None:
         """An arena to fill; None where none is free."""
         assert self.session is not None
         if not self.free and len(self.kept) >= self.session.arenas:
-            busy = held_generations(self.storage) | self.flusher.pinned
+            busy = self._busy()
             usable = [kept for kept in self.kept[1:] if kept.serial < everywhere and kept.name not in busy]
             if not usable:
                 return None
             self.kept.remove(usable[-1])
             self._release(usable[-1].name)
-        number = min(self.free) if self.free else self._unused()
-        self.free.discard(number)
-        path = self.root / arena_name(number)
+        path = self.root / (arena_name(self.free[0]) if self.free else self._unused())
         path.mkdir(mode=0o700, exist_ok=True)
         own = {shard_name(rank) for rank in self.session.ranks}
         for file in path.iterdir():
@@ -155,8 +160,8 @@ class Keeper:
                 file.unlink()
         return path.name
 
-    def _unused(self) -> int:
-        return next(n for n in range(10_000) if not (self.root / arena_name(n)).exists())
+    def _unused(self) -> str:
+        return next(name for n in range(10_000) if not (self.root / (name := arena_name(n))).exists())
 
     @property
     def nbytes(self) -> int:
@@ -190,6 +195,7 @@ class Keeper:
             self._drop("the trainer was started again")
             self.session = Session(
                 message["session"],
+                message["run_id"],
                 list(message["ranks"]),
                 Nodes(*message["nodes"]),
                 message["arenas"],
@@ -198,6 +204,7 @@ class Keeper:
                 message["rate"],
             )
             self.keep_s = self.session.keep_s
+            self.adopt()
             self._shrink()
         connection.rank = message["rank"]
         connection.send({"kind": "welcome", "version": VERSION, "pid": os.getpid()})
@@ -205,14 +212,12 @@ class Keeper:
     def _shrink(self) -> None:
         """Give back arenas that this session does not use."""
         assert self.session is not None
-        for generation in self.kept[1:]:
-            if generation.name not in self.flusher.pinned | held_generations(self.storage):
-                self._release(generation.name)
-                self.kept.remove(generation)
-        while self.free and len(self.free) + len(self.kept) > self.session.arenas:
-            number = max(self.free)
-            self.free.remove(number)
-            shutil.rmtree(self.root / arena_name(number))
+        busy = self._busy()
+        for kept in [kept for kept in self.kept[1:] if kept.name not in busy]:
+            self._release(kept.name)
+            self.kept.remove(kept)
+        while (free := self.free) and len(free) + len(self.kept) > self.session.arenas:
+            shutil.rmtree(self.root / arena_name(free[-1]))
 
     def _layout(self, connection: Connection, message: Message) -> None:
         self.layouts = {message["layout"]: message["text"]}
@@ -248,7 +253,6 @@ class Keeper:
             try:
                 self._commit(filling)
             except (OSError, CheckpointError) as error:
-                self._free(filling.arena)
                 self._tell({"kind": "skipped", "serial": filling.serial, "why": f"it could not be committed: {error}"})
 
     def _failed(self, connection: Connection, message: Message) -> None:
@@ -262,13 +266,7 @@ class Keeper:
         """Forget the snapshot that is being filled."""
         if self.filling is not None:
             self._tell({"kind": "skipped", "serial": self.filling.serial, "why": why})
-            self._free(self.filling.arena)
             self.filling = None
-
-    def _free(self, arena: str) -> None:
-        match = ARENA.fullmatch(arena)
-        assert match is not None
-        self.free.add(int(match[1]))
 
     def _tell(self, message: Message) -> None:
         for connection in list(self.connections.values()):
@@ -331,6 +329,8 @@ class Keeper:
                         self._read(selector, self.connections[key.fileobj])  # type: ignore[index]
         self.flusher.stop()
         shutil.rmtree(self.root, ignore_errors=True)
+        with suppress(OSError):  # other runs of this user are there
+            self.root.parent.rmdir()
 
     def _over(self) -> bool:
         if self.connections:

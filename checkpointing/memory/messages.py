@@ -1,4 +1,4 @@
-"""How trainers and their node's keeper talk: one JSON object a line over a local socket. `docs/keeper.md` lists them."""
+"""How ranks and their node's keeper talk: one JSON object a line over a local socket, listed in `docs/keeper.md`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ProtocolError(CheckpointError):
 
 
 def make_directory(root: Path) -> str:
-    """The run's directory in memory, for this user alone, and the secret in it that its processes know each other by."""
+    """Make the run's directory in memory, for this user alone; returns the secret in it that its processes share."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = root.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o077:

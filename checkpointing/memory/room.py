@@ -38,8 +38,8 @@ def check_room(directory: Path, needed: int, arithmetic: str, *, pinned: bool = 
     if needed + SPARE_BYTES > room.nbytes:
         raise LayoutError(
             f"snapshots in memory need {needed / 1e9:.2f} GB more in {directory} ({arithmetic}), and {room.by} leaves "
-            f"{max(0, room.nbytes - SPARE_BYTES) / 1e9:.2f} GB of it. Use more nodes, a directory with more room, or no "
-            "snapshots in memory."
+            f"{max(0, room.nbytes - SPARE_BYTES) / 1e9:.2f} GB of it. Use more nodes or a "
+            "directory with more room."
         )
 
 

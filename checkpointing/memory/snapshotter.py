@@ -25,8 +25,8 @@ from checkpointing.commit import agree_to_save, begin_save, check_save, versions
 from checkpointing.errors import CheckpointError, DamagedError
 from checkpointing.format import Manifest, digest, index_name
 from checkpointing.geometry import External, Piece
-from checkpointing.memory.arena import MappedShard
-from checkpointing.memory.client import Client
+from checkpointing.memory.arena import ARENA, MappedShard, arena_name
+from checkpointing.memory.client import LOG, Client
 from checkpointing.memory.image import Image, copy_part
 from checkpointing.memory.keeper import KEEP_S
 from checkpointing.memory.mapped import MappedStorage
@@ -39,6 +39,7 @@ from checkpointing.storage import FileStorage
 logger = logging.getLogger("checkpointing")
 
 ASK_S = 1.0  # how long the keeper may take to give an arena before the snapshot is given up
+START_S = 60.0  # to start
 SETTLE_S = 30.0  # and to commit one that was copied
 
 
@@ -49,6 +50,7 @@ class Outcome:
     step: int
     generation: str = ""
     why: str = ""
+    taken: float = 0.0  # when it was begun, by the monotonic clock
     memory: int = 0  # bytes that the run takes on this node
     backlog: int = 0  # generations that wait to become durable
 
@@ -142,6 +144,7 @@ class Snapshotter:
             "version": VERSION,
             "secret": self._secret,
             "session": session,
+            "run_id": run_id,
             "rank": team.rank,
             "ranks": self._local,
             "nodes": [self._node, self._num_nodes],
@@ -151,9 +154,8 @@ class Snapshotter:
             "rate": rate,
         }
         first = team.rank == self._local[0]
-        self._client = Client(
-            self.memory, greeting, self._heard, starts=first, keep_s=keep_s, lost=self._keeper_lost
-        )
+        self._client = Client(self.memory, greeting, self._heard, starts=first, keep_s=keep_s, lost=self._keeper_lost)
+        team.together(self._wait_for_keeper)
 
     def _look(self, incarnation: int | None) -> tuple[str, dict[str, Any]]:
         """On rank 0: where serials go on from, over all tiers."""
@@ -163,7 +165,23 @@ class Snapshotter:
         starts = [begin_save(tier, incarnation) for tier in tiers]
         return secrets.token_hex(16), asdict(max(starts, key=lambda start: start.serial))
 
+    def _wait_for_keeper(self) -> None:
+        if not self._client.connected.wait(START_S):
+            raise CheckpointError(
+                f"the keeper of {self.memory} does not answer. What it last said is in {self.memory / LOG}; "
+                "kill it if it hangs, and start the run again."
+            )
+
     # The run's thread.
+
+    def prepare(self, pieces: Sequence[Piece | External]) -> None:
+        """Allocate the arenas that snapshots of these pieces need. Collective.
+
+        `LayoutError` with the arithmetic where they do not fit. Otherwise the first snapshot does it.
+        """
+        plan, mine = agree_to_save(self._team, pieces, lambda: None, [])
+        if self._image is None or self._image.plan is not plan:
+            self._lay_out(plan, mine.pieces)
 
     def snapshot(
         self,
@@ -217,6 +235,7 @@ class Snapshotter:
             with self._changed:
                 self._durable[self._serial] = step
         self._current = snapshot
+        assert self._image is not None
         self._worker.submit(self._work, snapshot, self._image)
         self.blocked_s += time.perf_counter() - began
 
@@ -261,8 +280,8 @@ class Snapshotter:
                 self._durable.pop(snapshot.serial, None)
             return Outcome(snapshot.step, why=next((why for why in whys if why), "it was not committed"))
         self._everywhere, self._parent = snapshot.serial, snapshot.manifest.save_id
-        told_now = snapshot.told
-        return Outcome(snapshot.step, snapshot.generation, "", told_now.get("memory", 0), told_now.get("backlog", 0))
+        memory, backlog = snapshot.told.get("memory", 0), snapshot.told.get("backlog", 0)
+        return Outcome(snapshot.step, snapshot.generation, "", snapshot.asked, memory, backlog)
 
     def durables(self) -> list[Durable]:
         """What became durable on this node, or failed to, since the last call."""
@@ -321,7 +340,16 @@ class Snapshotter:
         for shard in self._shards.values():
             shard.close()
         self._shards.clear()
+        told = self._team.together(lambda: self._missing_arenas() if self._team.rank == self._local[0] else [])
+        self._team.together(lambda: [self._shard(arena, image.nbytes) for arena in told[self._local[0]]] and None)
         self._image = image
+
+    def _missing_arenas(self) -> list[str]:
+        """Names of the arenas that are free, and of as many new ones as there may be."""
+        names = {path.name for path in self.memory.iterdir() if path.is_dir()}
+        free = [name for name in names if ARENA.fullmatch(name)]
+        more = (name for n in range(10_000) if (name := arena_name(n)) not in names)
+        return free + [next(more) for _ in range(self._arenas - len(names))]
 
     @property
     def _pinned(self) -> bool:
@@ -409,7 +437,7 @@ class Snapshotter:
 
     def _heard(self, message: Message) -> None:
         """In the client's thread."""
-        kind, serial = message["kind"], message.get("serial")
+        kind, serial = message["kind"], message.get("serial", -1)
         snapshot = self._current
         if snapshot is not None and snapshot.serial == serial:
             if kind == "go":

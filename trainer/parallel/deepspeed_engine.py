@@ -45,6 +45,7 @@ class DeepSpeedEngine:
         initialize_by: Callable[[nn.Module, torch.optim.Optimizer, dict[str, Any]], Any] | None = None,
     ) -> None:
         self.device, self.world_size = device, world.size
+        self.fence: Callable[[], None] = lambda: None
         self.data_rank, self.data_size = world.rank, topology.data_size
         self._local_batch = config.parallel.local_batch
         self._clip = config.optimizer.clip
@@ -80,6 +81,7 @@ class DeepSpeedEngine:
 
     def step(self, lr: float, loss_scale: float | None = None) -> torch.Tensor:
         optimizer = self._engine.optimizer
+        self.fence()
         set_lr(optimizer.param_groups, lr)
         # DeepSpeed takes the mean over ranks (and over as many turns as it was told: one).
         factor = self.data_size / (loss_scale or 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -23,6 +23,7 @@ class TrainingEngine(Protocol):
     world_size: int  # processes of the run
     data_rank: int  # which share of the global batch this rank computes, of `data_size` shares
     data_size: int
+    fence: Callable[[], None]  # called before anything writes to the pieces, but for volatile ones
 
     def accumulate(self, micro_batches: Sequence[tuple[int, Batch]], weight: float) -> torch.Tensor:
         """Add `weight` times the gradient of the summed loss of this rank's logical micro-batches of one step.

@@ -47,6 +47,7 @@ class TorchEngine:
         distribute_by: Callable[[nn.Module, Mesh, torch.device], nn.Module] | None = None,
     ) -> None:
         self.device, self.world_size = device, world.size
+        self.fence: Callable[[], None] = lambda: None
         self._mesh = Mesh.of(topology, world.rank, device)
         self.data_rank, self.data_size = self._mesh.data_rank, topology.data_size
         self._local_batch = config.parallel.local_batch
@@ -112,6 +113,7 @@ class TorchEngine:
                 factor = factor * (self._clip / (norm + 1e-6)).clamp(max=1.0)
             if gradients and (self._clip > 0 or factor != 1.0):
                 torch._foreach_mul_([local_of(gradient) for gradient in gradients.values()], factor)
+            self.fence()
             set_lr(self._optimizer.param_groups, lr)
             self._optimizer.step()
         self._clear()

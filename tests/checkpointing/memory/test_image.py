@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from checkpointing import Piece
 from checkpointing.format import index_name, shard_name
+from checkpointing.generations import read
 from checkpointing.memory.image import Image, copy_part
 from checkpointing.plan import RankPlan, layout_rows, plan_save
 from checkpointing.storage import MemoryStorage
@@ -43,8 +44,8 @@ def imaged(image: Image, pieces: list[Piece], save_id: str) -> tuple[bytes, byte
 def saved(plan: RankPlan, pieces: list[Piece], save_id: str) -> tuple[bytes, bytes, object]:
     storage = MemoryStorage()
     writer = write_shard(storage, "g", plan, pieces, 0, save_id, {"k": 1})
-    found = [bytes(storage.read_ranges(f"g/{n}", [(0, storage.list()[f"g/{n}"])])[0]) for n in (shard_name(0), index_name(0))]
-    return found[0], found[1], writer
+    shard, index = (read(storage, f"g/{name}") for name in (shard_name(0), index_name(0)))
+    return shard, index, writer
 
 
 shapes = st.lists(st.sampled_from([1, 2, 3, 16, 47, 64, 101, 257]), min_size=0, max_size=3).map(tuple)
