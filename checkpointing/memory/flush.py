@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from checkpointing.codec import encode_manifest
 from checkpointing.errors import CheckpointError, DamagedError
 from checkpointing.format import COMMIT, MANIFEST, Manifest, digest
@@ -51,8 +53,9 @@ class DirectStorage(FileStorage):
             for part in _parts(chunks):
                 self._check()
                 began = time.monotonic()
-                if direct and len(part) % PAGE:  # the end of a file
-                    direct = not _no_longer_direct(descriptor)
+                if direct and not _is_whole_pages(part):  # the end of a file
+                    _no_longer_direct(descriptor)
+                    direct = False
                 _write_all(descriptor, part)
                 if self._rate and (early := len(part) / self._rate - (time.monotonic() - began)) > 0:
                     time.sleep(early)
@@ -70,9 +73,13 @@ def _open_direct(path: Any) -> int:
         return os.open(path, flags, 0o644)
 
 
-def _no_longer_direct(descriptor: int) -> bool:
+def _no_longer_direct(descriptor: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
-    return True
+
+
+def _is_whole_pages(part: memoryview) -> bool:
+    """Whether the kernel takes memory as it lies."""
+    return len(part) % PAGE == 0 and np.frombuffer(part, np.uint8).ctypes.data % PAGE == 0
 
 
 def _parts(chunks: Iterable[Buffer]) -> Iterable[memoryview]:

@@ -40,6 +40,7 @@ from checkpointing.memory.messages import (
     listen,
     make_directory,
 )
+from checkpointing.storage import FileStorage
 
 logger = logging.getLogger("keeper")
 
@@ -98,7 +99,7 @@ class Keeper:
     def __init__(self, root: Path, keep_s: float = KEEP_S) -> None:
         self.root, self.keep_s = root, keep_s
         self.secret = make_directory(root)
-        self.storage = MappedStorage(root)
+        self.storage = FileStorage(root)
         self.session: Session | None = None
         self.connections: dict[socket.socket, Connection] = {}
         self.filling: Filling | None = None
@@ -299,7 +300,8 @@ class Keeper:
         self._tell({"kind": "committed", "serial": filling.serial, **told})
         if filling.durable and self.session.durable is not None:
             durable = DirectStorage(self.session.durable, self.session.rate, self.flusher.check)
-            if not self.flusher.submit(filling.serial, name, self.storage, durable, self.session.nodes, filling.last):
+            memory = MappedStorage(self.root)  # one of its own: its mappings go with the flush
+            if not self.flusher.submit(filling.serial, name, memory, durable, self.session.nodes, filling.last):
                 why = "the one before it is still being written: the disk is slower than checkpoint.every asks for"
                 self._tell({"kind": "undurable", "serial": filling.serial, "why": why})
 

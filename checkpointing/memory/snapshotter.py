@@ -453,10 +453,12 @@ class Snapshotter:
         if kind in ("durable", "undurable"):
             with self._changed:
                 if (step := self._durable.pop(serial, None)) is not None:
-                    known = {"generation": message.get("generation", ""), "why": message.get("why", "")}
-                    self._durables.append(
-                        Durable(step, seconds=message.get("seconds", 0.0), nbytes=message.get("bytes", 0), **known)
-                    )
+                    if kind == "durable":
+                        self._durables.append(
+                            Durable(step, message["generation"], message["seconds"], message["bytes"])
+                        )
+                    else:
+                        self._durables.append(Durable(step, why=message["why"]))
                 self._changed.notify_all()
 
     def _keeper_lost(self) -> None:
