@@ -106,7 +106,8 @@ class Keeper:
         self.layouts: dict[str, str] = {}
         self.kept: list[Kept] = []  # newest first
         self.last_seen = time.monotonic()
-        self.finished = False
+        self.finished = self.stopped = False
+        self._wake = os.pipe()
         self.flusher = Flusher(self._flushed)
         self.adopt()
 
@@ -311,13 +312,18 @@ class Keeper:
 
     # The process.
 
+    def stop(self) -> None:
+        """From any thread: end now, and leave everything as it is for another keeper."""
+        self.stopped = True
+        with suppress(OSError):  # it has ended already
+            os.write(self._wake[1], b"{}\n")
+
     def serve(self) -> None:
         """Until the run has finished, or has not come back for `keep_s` seconds; then no memory is left."""
-        self._wake = os.pipe()
         with selectors.DefaultSelector() as selector, listen(self.root) as server:
             selector.register(server, selectors.EVENT_READ)
             selector.register(self._wake[0], selectors.EVENT_READ)
-            while not self._over():
+            while not (self.stopped or self._over()):
                 for key, _ in selector.select(timeout=1.0):
                     if key.fileobj is server:
                         endpoint, _ = server.accept()
@@ -326,10 +332,17 @@ class Keeper:
                         selector.register(endpoint, selectors.EVENT_READ)
                     elif key.fd == self._wake[0]:
                         for line in os.read(self._wake[0], 1 << 20).splitlines():
-                            self._tell(json.loads(line))
+                            if message := json.loads(line):
+                                self._tell(message)
                     else:
                         self._read(selector, self.connections[key.fileobj])  # type: ignore[index]
+        for connection in self.connections.values():
+            connection.socket.close()
         self.flusher.stop()
+        for end in self._wake:
+            os.close(end)
+        if self.stopped:
+            return
         shutil.rmtree(self.root, ignore_errors=True)
         with suppress(OSError):  # other runs of this user are there
             self.root.parent.rmdir()

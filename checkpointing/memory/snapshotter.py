@@ -85,6 +85,7 @@ class _Snapshot:
     settled: threading.Event = field(default_factory=threading.Event)
     answered: threading.Event = field(default_factory=threading.Event)
     given_up: bool = False
+    open: bool = False  # the fence was waited for: what is written from now on is of the next step
     why: str = ""
     generation: str = ""
     told: Message = field(default_factory=dict)
@@ -248,13 +249,14 @@ class Snapshotter:
     def fence(self) -> None:
         """Wait as `mutating` does, for hooks that fire before a write. Again without a snapshot it returns at once."""
         snapshot = self._current
-        if snapshot is None or snapshot.copied.is_set():
+        if snapshot is None or snapshot.open:
             return
         began = time.perf_counter()
         while not snapshot.copied.wait(0.02):
             if not snapshot.answered.is_set() and time.monotonic() - snapshot.asked > ASK_S:
                 snapshot.given_up = True  # a keeper that does not answer must not keep training waiting
                 snapshot.answered.set()
+        snapshot.open = True
         if self.check_fence and snapshot.sources and snapshot.sources != self._digest(snapshot.pieces):
             snapshot.why = "the state was written outside mutating() while it was copied"
             raise DamagedError(
