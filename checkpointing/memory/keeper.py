@@ -11,6 +11,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import selectors
 import shutil
 import signal
@@ -191,24 +192,24 @@ class Keeper:
         handlers[kind](connection, message)
 
     def _hello(self, connection: Connection, message: Message) -> None:
-        if message["version"] != VERSION or message["secret"] != self.secret:
+        if message["version"] != VERSION or not secrets.compare_digest(str(message["secret"]), self.secret):
             raise ProtocolError("another version, or not of this run")
-        if self.session is None or self.session.name != message["session"]:
+        told = Session(
+            str(message["session"]),
+            str(message["run_id"]),
+            [int(rank) for rank in message["ranks"]],
+            Nodes(*message["nodes"]),
+            int(message["arenas"]),
+            float(message["keep_s"]),
+            message["durable"],
+            float(message["rate"]),
+        )
+        if self.session is None or self.session.name != told.name:
             self._drop("the trainer was started again")
-            self.session = Session(
-                message["session"],
-                message["run_id"],
-                list(message["ranks"]),
-                Nodes(*message["nodes"]),
-                message["arenas"],
-                message["keep_s"],
-                message["durable"],
-                message["rate"],
-            )
-            self.keep_s = self.session.keep_s
+            self.session, self.keep_s = told, told.keep_s
             self.adopt()
             self._shrink()
-        connection.rank = message["rank"]
+        connection.rank = int(message["rank"])
         connection.send({"kind": "welcome", "version": VERSION, "pid": os.getpid()})
 
     def _shrink(self) -> None:

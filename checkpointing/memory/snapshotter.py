@@ -120,6 +120,7 @@ class Snapshotter:
         self.memory = Path(memory)
         self._run_id, self._arenas = run_id, arenas
         self.check_fence = check_fence
+        self.keeper_pid = 0
         self.blocked_s = 0.0  # that training waited for snapshots, in all
         team = self._team
         places = [tuple(place) for place in team.together(lambda: [socket.gethostname(), str(self.memory)])]
@@ -439,6 +440,9 @@ class Snapshotter:
 
     def _heard(self, message: Message) -> None:
         """In the client's thread."""
+        if message["kind"] == "welcome":
+            self.keeper_pid = message["pid"]
+            return
         kind, serial = message["kind"], message.get("serial", -1)
         snapshot = self._current
         if snapshot is not None and snapshot.serial == serial:

@@ -63,21 +63,15 @@ def test_every_snapshot_holds_the_state_of_its_step(memory: Path) -> None:
 
 def test_many_ranks_save_and_fewer_load(memory: Path) -> None:
     def take(team: ThreadTeam) -> None:
-        with Snapshotter(None, memory, team) as snapshots:
-            for step in (1, 2):
-                snapshots.snapshot(step, rows_of(team.rank, 3, step), {"step": step})
-        assert not memory.exists() or True
-
-    def take_and_stay(team: ThreadTeam) -> None:
         snapshots = Snapshotter(None, memory, team)
         for step in (1, 2):
             snapshots.snapshot(step, rows_of(team.rank, 3, step), {"step": step})
             assert (outcome := snapshots.settle()) is not None and outcome.generation
         snapshots.close()
 
-    all_of(on_ranks(3, take_and_stay))
+    all_of(on_ranks(3, take))
     for size in (1, 2, 4):
-        found = all_of(on_ranks(size, lambda team: loaded(memory, team.rank, team.size, team)))  # noqa: B023
+        found = all_of(on_ranks(size, lambda team: loaded(memory, team.rank, team.size, team)))
         for rank, (pieces, objects) in enumerate(found):
             assert_equal(pieces, rows_of(rank, size, 2))
             assert objects == {"step": 2}
@@ -265,7 +259,9 @@ def test_no_room_is_refused_with_the_arithmetic(memory: Path, monkeypatch: pytes
 
     monkeypatch.setattr(room, "find_room", lambda *_, **__: room.Room(room.SPARE_BYTES + 1000, "a test"))
     snapshots = Snapshotter(None, memory)
-    with pytest.raises(LayoutError, match=r"need 0\.00 GB more in .* \(3 snapshots of .* by 1 processes.* a test leaves"):
+    with pytest.raises(
+        LayoutError, match=r"need 0\.00 GB more in .* \(3 snapshots of .* by 1 processes.* a test leaves"
+    ):
         snapshots.prepare(rows_of(0, 1, 1))
     assert not list(memory.glob("arena-*"))
     snapshots.close()
@@ -275,8 +271,7 @@ def test_training_goes_on_without_a_keeper_and_with_the_next_one(tmp_path: Path)
     memory = tmp_path / "memory"
     with keeping(memory):
         snapshots = Snapshotter(None, memory)
-        monkeypatched = snapshots._client
-        monkeypatched._starts = False  # this test starts them
+        snapshots._client._starts = False  # this test starts them
         snapshots.snapshot(1, rows_of(0, 1, 1))
         assert (outcome := snapshots.settle()) is not None and outcome.generation
     snapshots.snapshot(2, rows_of(0, 1, 2))

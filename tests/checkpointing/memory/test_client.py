@@ -1,0 +1,39 @@
+"""A rank's side: it starts a keeper where none is, starts another when that dies, and never blocks for one."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from checkpointing.memory import Snapshotter
+from tests.checkpointing.memory.keepers import WAIT_S, wait_for
+from tests.checkpointing.memory.test_snapshotter import assert_equal, loaded, rows_of
+
+
+def test_a_killed_keeper_is_replaced_and_training_goes_on(tmp_path: Path) -> None:
+    root = tmp_path / "memory"
+    snapshots = Snapshotter(None, root)
+    pids: list[int] = []
+
+    def take(step: int) -> bool:
+        snapshots.snapshot(step, rows_of(0, 1, step))
+        outcome = snapshots.settle()
+        assert outcome is not None
+        return bool(outcome.generation)
+
+    assert take(1)
+    pids.append(snapshots.keeper_pid)
+    os.kill(pids[0], signal.SIGKILL)
+    wait_for(lambda: not snapshots._client.connected.is_set())
+    assert not take(2)  # told, and not waited for
+    found, _ = loaded(root)
+    assert_equal(found, rows_of(0, 1, 1))
+    wait_for(snapshots._client.connected.is_set, 60)
+    assert take(3)
+    assert snapshots.keeper_pid != pids[0]
+    found, _ = loaded(root)
+    assert_equal(found, rows_of(0, 1, 3))
+    pid = snapshots.keeper_pid
+    snapshots.close(finished=True)
+    wait_for(lambda: not root.exists() and not Path(f"/proc/{pid}").exists(), WAIT_S)

@@ -1,0 +1,221 @@
+"""The keeper: whom it listens to, what it commits, what it adopts, and that it is nobody's child."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpointing.format import COMMIT, shard_name
+from checkpointing.generations import candidates, scan
+from checkpointing.memory import Snapshotter
+from checkpointing.memory.keeper import main
+from checkpointing.memory.mapped import MappedStorage
+from checkpointing.memory.messages import VERSION, Lines, connect, encode, make_directory
+from tests.checkpointing.memory.keepers import WAIT_S, keeping, wait_for
+from tests.checkpointing.memory.test_snapshotter import assert_equal, loaded, rows_of
+
+
+def hello(root: Path, **changes: object) -> dict[str, object]:
+    return {
+        "kind": "hello",
+        "version": VERSION,
+        "secret": make_directory(root),
+        "session": "s",
+        "run_id": "",
+        "rank": 0,
+        "ranks": [0, 1],
+        "nodes": [0, 1],
+        "arenas": 2,
+        "keep_s": 60,
+        "durable": None,
+        "rate": 0,
+    } | changes
+
+
+class Rank:
+    """One end of a conversation, by hand."""
+
+    def __init__(self, root: Path, **changes: object) -> None:
+        self.socket, self.lines, self.heard = connect(root), Lines(), list[dict[str, object]]()
+        self.socket.settimeout(WAIT_S)
+        self.say(hello(root, **changes))
+
+    def say(self, message: dict[str, object]) -> None:
+        self.socket.sendall(encode(message))
+
+    def hear(self) -> dict[str, object] | None:
+        """The next message; None where the keeper hung up."""
+        while not self.heard:
+            try:
+                data = self.socket.recv(1 << 16)
+            except ConnectionError:
+                return None
+            if not data:
+                return None
+            self.heard += self.lines.feed(data)
+        return self.heard.pop(0)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [{"secret": "0" * 32}, {"version": VERSION + 1}, {"kind": "begin"}, {"ranks": None}, {"arenas": "x"}],
+    ids=["secret", "version", "no hello", "no ranks", "another type"],
+)
+def test_whoever_does_not_know_the_secret_is_hung_up_on(tmp_path: Path, first: dict[str, object]) -> None:
+    with keeping(tmp_path):
+        good = Rank(tmp_path)
+        assert good.hear() == {"kind": "welcome", "version": VERSION, "pid": os.getpid()}
+        stranger = Rank(tmp_path, **first)
+        assert stranger.hear() is None
+        good.say({"kind": "begin", "serial": 1, "everywhere": 0})  # and goes on with the others
+        assert (good.hear() or {})["kind"] in ("go", "skipped")
+
+
+@pytest.mark.parametrize(
+    "data", [b"\n", b"GET / HTTP/1.1\r\n\r\n", b'{"kind":"nonsense"}\n', b'{"kind":"begin"}\n', b"\0" * 99 + b"\n"]
+)
+def test_nonsense_ends_one_connection_and_no_more(tmp_path: Path, data: bytes) -> None:
+    with keeping(tmp_path):
+        good, bad = Rank(tmp_path), Rank(tmp_path, rank=1)
+        assert good.hear() and bad.hear()
+        bad.socket.sendall(data)
+        assert bad.hear() is None
+        good.say({"kind": "begin", "serial": 1, "everywhere": 0})
+        assert (good.hear() or {})["kind"] == "go"
+
+
+def test_a_generation_is_committed_when_every_rank_has_finished(tmp_path: Path) -> None:
+    with keeping(tmp_path):
+        ranks = [Rank(tmp_path, rank=rank) for rank in (0, 1)]
+        arenas = []
+        for rank in ranks:
+            assert (rank.hear() or {})["kind"] == "welcome"
+            rank.say({"kind": "begin", "serial": 1, "everywhere": 0})
+            arenas.append((rank.hear() or {})["arena"])
+        assert arenas[0] == arenas[1]
+        head = {"step": 5, "save_id": "a" * 32, "serial": 1}
+        prepared = {"kind": "prepared", "serial": 1, "arena": arenas[0], "writer": None}
+        ranks[0].say({"kind": "layout", "layout": "l", "text": '{"tensors":{}}'})
+        ranks[0].say(prepared | {"manifest": head, "layout": "l", "durable": False, "last": False})
+        ranks[0].say({"kind": "begin", "serial": 1, "everywhere": 0})
+        assert (ranks[0].hear() or {})["kind"] == "go"  # it has heard all of that, and waits for the other
+        assert not list(tmp_path.glob(f"step-*/{COMMIT}"))
+        ranks[1].say(prepared)
+        assert (ranks[1].hear() or {})["kind"] == "committed"
+        assert [p.parent.name for p in tmp_path.glob(f"step-*/{COMMIT}")] == ["step-00000005-aaaaaaaa"]
+
+
+def test_files_of_another_size_than_was_told_are_not_committed(tmp_path: Path) -> None:
+    with keeping(tmp_path):
+        rank = Rank(tmp_path, ranks=[0])
+        assert rank.hear()
+        rank.say({"kind": "begin", "serial": 1, "everywhere": 0})
+        arena = tmp_path / str((rank.hear() or {})["arena"])
+        (arena / shard_name(0)).write_bytes(b"short")
+        (arena / "index-00000.json").write_bytes(b"{}")
+        writer = {"rank": 0, "shard_bytes": 6, "index_bytes": 2, "header": "", "index": "", "cover": []}
+        rank.say({"kind": "layout", "layout": "l", "text": "{}"})
+        head = {"step": 5, "save_id": "a" * 32, "serial": 1}
+        rank.say(
+            {"kind": "prepared", "serial": 1, "arena": arena.name, "writer": writer}
+            | {"manifest": head, "layout": "l", "durable": False, "last": False}
+        )
+        told = rank.hear() or {}
+        assert told["kind"] == "skipped" and "has 5 bytes, and 6 were written" in str(told["why"])
+        assert not list(tmp_path.glob("step-*"))
+
+
+def snapshots_of(root: Path, steps: range, run_id: str = "r") -> None:
+    snapshots = Snapshotter(None, root, run_id=run_id)
+    for step in steps:
+        snapshots.snapshot(step, rows_of(0, 1, step))
+        assert (outcome := snapshots.settle()) is not None and outcome.generation
+    snapshots.close()
+
+
+def test_the_next_one_adopts_what_is_there(tmp_path: Path) -> None:
+    root = tmp_path / "memory"
+    with keeping(root):
+        snapshots_of(root, range(1, 4))
+    # As a kill between a rename and its COMMIT leaves it.
+    names = [g.name for g in candidates(MappedStorage(root))]
+    (root / names[2] / COMMIT).unlink()
+    with keeping(root):
+        assert [g.name for g in candidates(MappedStorage(root))] == names[:2]
+        snapshots_of(root, range(4, 6))
+        assert [g.step for g in candidates(MappedStorage(root))] == [5, 4, 3]
+        found, _ = loaded(root)
+        assert_equal(found, rows_of(0, 1, 5))
+    assert len([p for p in root.iterdir() if p.is_dir()]) == 3
+
+
+def test_generations_of_another_run_make_room(tmp_path: Path) -> None:
+    root = tmp_path / "memory"
+    with keeping(root):
+        snapshots_of(root, range(1, 4), run_id="an old one")
+        snapshots_of(root, range(1, 2), run_id="this one")
+        assert [(g.step, g.manifest and g.manifest.run_id) for g in scan(MappedStorage(root))] == [(1, "this one")]
+
+
+def test_damaged_memory_is_never_loaded(tmp_path: Path) -> None:
+    root = tmp_path / "memory"
+    with keeping(root):
+        snapshots_of(root, range(1, 4))
+    newest = root / candidates(MappedStorage(root))[0].name
+    whole = tmp_path / "whole"
+    shutil.copytree(root, whole, ignore=shutil.ignore_patterns("keeper.*"))
+    shard = (newest / shard_name(0)).read_bytes()
+    flipped = bytearray(shard)
+    flipped[len(shard) // 2] ^= 1
+    for damage in (bytes(len(shard)), shard[:-4096], bytes(flipped), shard[:4096] + bytes(len(shard) - 4096)):
+        (newest / shard_name(0)).write_bytes(damage)
+        found, _ = loaded(root)
+        assert_equal(found, rows_of(0, 1, 2))  # the one before
+    for file in ("manifest.json", "index-00000.json", COMMIT):
+        shutil.rmtree(root)
+        shutil.copytree(whole, root)
+        data = bytearray((newest / file).read_bytes())
+        data[len(data) // 2] ^= 1
+        (newest / file).write_bytes(data)
+        found, _ = loaded(root)
+        assert_equal(found, rows_of(0, 1, 2))
+    # The shard of an older save of the same size, as a recycled directory would hold.
+    shutil.rmtree(root)
+    shutil.copytree(whole, root)
+    older = root / candidates(MappedStorage(root))[2].name
+    shutil.copy(older / shard_name(0), newest / shard_name(0))
+    found, _ = loaded(root)
+    assert_equal(found, rows_of(0, 1, 2))
+
+
+def test_the_process_outlives_who_started_it_ignores_signals_and_is_alone(tmp_path: Path) -> None:
+    root = tmp_path / "memory"
+    make_directory(root)
+    script = (
+        "import sys, os; from pathlib import Path; from checkpointing.memory.client import start_keeper\n"
+        "start_keeper(Path(sys.argv[1]), 1.0); os.kill(os.getpid(), 9)"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", script, str(root)], start_new_session=True)
+    assert starter.wait(WAIT_S) == -signal.SIGKILL
+    wait_for(lambda: (root / "keeper.sock").exists(), 60)
+    rank = Rank(root, ranks=[0], keep_s=1.0)
+    pid = int(str((rank.hear() or {})["pid"]))
+    assert os.getpgid(pid) != os.getpgrp() and os.getsid(pid) != os.getsid(0)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        os.kill(pid, number)
+    assert main([str(root)]) == 0  # a second one ends at once
+    rank.say({"kind": "begin", "serial": 1, "everywhere": 0})
+    assert (rank.hear() or {})["kind"] == "go"
+    rank.socket.shutdown(socket.SHUT_RDWR)
+    began = time.monotonic()
+    wait_for(lambda: not root.exists())
+    assert time.monotonic() - began > 0.5
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())

@@ -1,0 +1,50 @@
+"""Whether arenas fit is known before any is made, and the refusal shows its arithmetic."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import pytest
+
+from checkpointing.errors import LayoutError
+from checkpointing.memory import room
+from checkpointing.memory.room import SPARE_BYTES, Room, check_room, find_room
+
+
+def test_the_least_of_filesystem_and_machine(tmp_path: Path) -> None:
+    status = os.statvfs(tmp_path)
+    assert 0 < find_room(tmp_path).nbytes <= status.f_blocks * status.f_frsize
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limits_of_all_cgroups_above_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    line = "0::/jobs/step" if version == 2 else "7:cpu,memory:/jobs/step"
+    base = tmp_path if version == 2 else tmp_path / "memory"
+    limit, used = "memory.max", "memory.current"
+    if version == 1:
+        limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+    (base / "jobs" / "step").mkdir(parents=True)
+    (base / "jobs" / limit).write_text("5000\n")
+    (base / "jobs" / used).write_text("1000\n")
+    (base / "jobs" / "step" / limit).write_text("max\n")
+    (base / "jobs" / "step" / used).write_text("1\n")
+    read, told = Path.read_text, f"9:pids:/x\n{line}\n"
+    monkeypatch.setattr(Path, "read_text", lambda p, *a: told if str(p) == "/proc/self/cgroup" else read(p, *a))
+    assert find_room(tmp_path, cgroups=tmp_path) == Room(4000, f"the memory limit of {base / 'jobs'}")
+
+
+def test_what_is_pinned_has_a_limit_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (77, 77))
+    assert find_room(tmp_path, pinned=True) == Room(77, "the limit of locked memory (ulimit -l)")
+    assert find_room(tmp_path).nbytes > 77
+
+
+def test_the_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "find_room", lambda *_, **__: Room(SPARE_BYTES + 2 * 10**9, "the machine"))
+    check_room(tmp_path, 2 * 10**9, "two of 1 GB")
+    with pytest.raises(
+        LayoutError, match=r"need 3\.00 GB more in .* \(three of 1 GB\), and the machine leaves 2\.00 GB"
+    ):
+        check_room(tmp_path, 3 * 10**9, "three of 1 GB")
