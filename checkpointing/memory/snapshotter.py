@@ -193,13 +193,14 @@ class Snapshotter:
         *,
         durable: bool = False,
         last: bool = False,
+        wait: bool = False,
         metrics: dict[str, float] | None = None,
     ) -> None:
         """Begin a snapshot of the pieces of all ranks; they are copied until the next `mutating()`. Collective.
 
         Objects and volatile pieces are taken at once. With `durable` it is also written to the directory in the
-        background, unless the one before still is; `last` waits its turn instead. `LayoutError` where it could not be
-        read again, or does not fit into memory.
+        background, unless the one before still is; `last` waits its turn instead. With `wait` this returns when all is
+        copied. `LayoutError` where it could not be read again, or does not fit into memory.
         """
         began = time.perf_counter()
         self.settle()
@@ -240,6 +241,8 @@ class Snapshotter:
         assert self._image is not None
         self._worker.submit(self._work, snapshot, self._image)
         self.blocked_s += time.perf_counter() - began
+        if wait:
+            self.fence()
 
     @contextmanager
     def mutating(self) -> Iterator[None]:
@@ -265,6 +268,10 @@ class Snapshotter:
                 "parameters or optimizer state outside `with snapshotter.mutating():`."
             )
         self.blocked_s += time.perf_counter() - began
+
+    def guard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have every step of an optimizer wait as `mutating` does."""
+        optimizer.register_step_pre_hook(lambda *_: self.fence())
 
     def settle(self) -> Outcome | None:
         """What became of the last snapshot, on all nodes. Collective; None where there was none since the last call."""

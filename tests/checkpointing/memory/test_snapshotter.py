@@ -145,6 +145,40 @@ def test_writes_outside_the_fence_are_found(memory: Path, monkeypatch: pytest.Mo
     snapshots.close()
 
 
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "control: not guarded"])
+def test_a_guarded_optimizer_waits_by_itself(memory: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool) -> None:
+    model = torch.nn.Linear(40, 30)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(torch.ones(1, 40)).sum().backward()
+    before = model.weight.detach().clone()
+    gate = Gate(monkeypatch)
+    snapshots = Snapshotter(None, memory)
+    if guarded:
+        snapshots.guard(optimizer)
+    snapshots.snapshot(1, describe(model, optimizer))
+    opener = threading.Timer(0.2, gate.open.set)
+    opener.start()
+    optimizer.step()
+    assert gate.open.is_set() == guarded
+    opener.join()
+    assert (outcome := snapshots.settle()) is not None and outcome.generation
+    load(MappedStorage(memory), describe(model, optimizer))
+    assert torch.equal(model.weight, before) == guarded
+    snapshots.close()
+
+
+def test_an_optimizer_in_the_backward_is_waited_for_at_once(memory: Path) -> None:
+    pieces = rows_of(0, 1, 3)
+    snapshots = Snapshotter(None, memory)
+    snapshots.snapshot(1, pieces, wait=True)
+    for piece in pieces:
+        piece.tensor.fill_(0)
+    assert (outcome := snapshots.settle()) is not None and outcome.generation
+    found, _ = loaded(memory)
+    assert_equal(found, rows_of(0, 1, 3))
+    snapshots.close()
+
+
 def test_volatile_tensors_are_taken_at_once(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
     running = Piece("running", torch.full((3,), 1.0), (0,), (3,), volatile=True)
