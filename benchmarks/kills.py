@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,13 @@ class Kill:
         return self.last_line - self.resumed
 
 
-def run_with_kills(directory: Path, kills: int, processes: int = 2) -> list[Kill]:
+def run_with_kills(directory: Path, kills: int, processes: int = 2, points: Sequence[str] = POINTS) -> list[Kill]:
     """The disturbed run, to its end."""
     steps = (kills + 1) * PER_KILL
     overrides = [f"run.dir={directory}", f"train.steps={steps}", *SETTINGS]
     told: list[tuple[str, int, int]] = []
     for number in range(kills):
-        point, step = POINTS[number % len(POINTS)], (number + 1) * PER_KILL
+        point, step = points[number % len(points)], (number + 1) * PER_KILL
         _kill_at(point, step, directory, overrides, processes)
         told.append((point, step, _rows(directory)[-1]["step"]))
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)

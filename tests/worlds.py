@@ -23,8 +23,8 @@ from typing import Any
 NUM_PROCESSES = 4
 WAIT_S = 180
 LEAVE_S = 20
-# Threads of process groups that a process may have left: they wake up a hundred times a second. torch and DeepSpeed keep
-# some groups alive, and processes with too many are replaced.
+# Threads of process groups that a process may have left: they wake up a hundred times a second. torch and DeepSpeed
+# keep some groups alive, and processes with too many are replaced.
 MOST_LEFT = 40
 
 

@@ -1,7 +1,8 @@
 """The promise: a run killed twice and resumed on other numbers of processes is the run that was never killed.
 
-Real processes, real kills, the default model and learning rate. What the comparison would miss is shown to be seen in
-tests/trainer/test_run.py and at the end of this file: lost moments and a shifted cursor fail it.
+Real processes, real kills, the default learning rate; tests/test_readme.py does it with the default model. What the
+comparison would miss is shown to be seen in tests/trainer/test_run.py and at the end of this file: lost moments and a
+shifted cursor fail it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ PROOF = [
     "tracking=none",
     "eval.generate_tokens=0",
     "eval.every=30",
+    # Starting is what takes time here.
+    "model.hidden_size=64",
+    "model.intermediate_size=172",
+    "model.num_layers=2",
 ]
 FSDP = ["parallel.dp_replicate=1", "parallel.dp_shard=-1"]
 
@@ -114,15 +119,23 @@ def test_ddp_before_and_fsdp_after(tmp_path: Path) -> None:
     print(f"DDP before, FSDP2 after: the losses of 40 steps differ by at most {worst:.1e}")
 
 
+SHORT = [*PROOF, "train.steps=24"]
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("short") / "a"
+    assert launch(2, [*SHORT, f"run.dir={directory}"]).returncode == 0
+    return directory
+
+
 @pytest.mark.parametrize("broken", ["moments", "cursor"])
-def test_a_checkpoint_that_lost_something_is_seen(tmp_path: Path, broken: str) -> None:
+def test_a_checkpoint_that_lost_something_is_seen(tmp_path: Path, short_run: Path, broken: str) -> None:
     """The negative control of the tests above, with a checkpoint that really lacks it."""
-    a, b = tmp_path / "a", tmp_path / "b"
-    common = [*PROOF, "train.steps=24"]
-    assert launch(2, [*common, f"run.dir={a}"]).returncode == 0
+    a, b = short_run, tmp_path / "b"
     shutil.copytree(a, b)
     rewrite_without(b / "checkpoints", broken)
-    done = launch(1, [*common, f"run.dir={b}"])
+    done = launch(1, [*SHORT, f"run.dir={b}"])
     assert done.returncode == 0, done.stderr
     with pytest.raises(AssertionError):
         assert_same_run(rows(a), rows(b), last=24)

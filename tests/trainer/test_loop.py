@@ -59,11 +59,17 @@ class Sinks:
         self.told.append(("row", row["step"]))
         self.rows.append(row)
 
-    def save(self, done: Progress, metrics: dict[str, float]) -> float:
+    def settle(self) -> dict[str, float]:
+        self.told.append(("settle", 0))
+        return {"blocked_s": 0.25}
+
+    def save(self, done: Progress, metrics: dict[str, float], *, durable: bool, last: bool) -> None:
         assert metrics == {key: self.rows[-1][key] for key in ("loss", "eval_loss") if key in self.rows[-1]}
-        self.told.append(("save", done.step))
-        assert done.tokens == self.rows[-1]["tokens"]
-        return 0.25
+        self.told.append(("durable save" if durable else "save", done.step))
+        assert done.tokens == self.rows[-1]["tokens"] and last == (done.step == 5)
+
+    def finish(self, done: Progress, metrics: dict[str, float]) -> None:
+        self.told.append(("finish", done.step))
 
 
 def configure(*overrides: str) -> tuple[Config, Feed, Any]:
@@ -108,16 +114,14 @@ def test_lines_come_before_the_checkpoint_that_counts_them_and_say_what_it_cost(
     sinks = Sinks()
     train(config, Recorder(), feed, held_out, sinks, sinks, Progress())  # type: ignore[arg-type]
     assert sinks.told == [
-        ("row", 1),
-        ("row", 2),
-        ("save", 2),
-        ("row", 3),
-        ("row", 4),
-        ("save", 4),
-        ("row", 5),
-        ("save", 5),
+        *[("settle", 0), ("row", 1), ("save", 1)],
+        *[("settle", 0), ("row", 2), ("durable save", 2)],
+        *[("settle", 0), ("row", 3), ("save", 3)],
+        *[("settle", 0), ("row", 4), ("durable save", 4)],
+        *[("settle", 0), ("row", 5), ("durable save", 5)],
+        ("finish", 5),
     ]
-    assert [row["blocked_s"] for row in sinks.rows] == [0, 0, 0.25, 0, 0.25]
+    assert [row["blocked_s"] for row in sinks.rows] == [0.25] * 5
     assert [row.get("eval_loss") for row in sinks.rows] == [None, None, 1.0, None, 1.0]
 
 
@@ -147,9 +151,9 @@ def test_a_step_that_overflowed_under_a_loss_scale_is_reported_as_left_out() -> 
 
 def test_a_loss_scale_does_not_shrink_for_ever() -> None:
     config, feed, held_out = configure("precision=fp16")
-    done = Progress(0, 0, LossScale(2.0))
+    sinks, done = Sinks(), Progress(0, 0, LossScale(2.0))
     with pytest.raises(TrainingFailed, match=r"Step 2 gave .* gradient norm of None"):
-        train(config, Recorder(*[float("inf")] * 5), feed, held_out, Sinks(), Sinks(), done)  # type: ignore[arg-type]
+        train(config, Recorder(*[float("inf")] * 5), feed, held_out, sinks, sinks, done)  # type: ignore[arg-type]
 
 
 def test_the_held_out_loss_weighs_targets_and_not_samples() -> None:

@@ -11,7 +11,10 @@ import torch
 from checkpointing import Piece, load
 from checkpointing.errors import LeaseHeldError
 from checkpointing.generations import scan
+from checkpointing.memory import Snapshotter
+from checkpointing.memory.flush import DirectStorage
 from checkpointing.storage import FileStorage
+from tests.checkpointing.memory.keepers import WAIT_S, keeping
 from trainer.compose import compose
 from trainer.errors import TrainingFailed
 from trainer.progress import LossScale, Progress
@@ -39,17 +42,27 @@ class Scene:
             raise LeaseHeldError("another process took it over")
 
     def emit(self, event: str, **facts: Any) -> None:
-        self.told.append(f"{event} {facts['step']} {facts['tier']}")
-        assert facts["generation"] in [g.name for g in scan(FileStorage(self.directory)) if g.committed]
+        self.told.append(f"{event} {facts['step']} {facts.get('tier', 'memory')}" + " skipped" * ("skipped" in facts))
+        if event == "commit" and "skipped" not in facts:
+            assert facts["generation"] in [g.name for g in scan(FileStorage(self.directory)) if g.committed]
 
-    def saver(self, *overrides: str, lease: bool = True) -> Saver:
+    def saver(self, *overrides: str, lease: bool = True, snapshots: Snapshotter | None = None) -> Saver:
         config = compose([f"checkpoint.dir={self.directory}", *overrides])
-        return Saver(config, self, self, "r1", 4, "data", "model", self if lease else None)  # type: ignore[arg-type]
+        held = self if lease else None
+        return Saver(config, self, self, "r1", 4, "data", "model", held, snapshots)  # type: ignore[arg-type]
+
+
+def save(saver: Saver, done: Progress, metrics: dict[str, float] | None = None) -> None:
+    saver.save(done, metrics or {}, durable=True, last=False)
 
 
 def test_metrics_are_durable_before_the_checkpoint_and_the_event_comes_after_it(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
-    assert scene.saver().save(Progress(7, 700, LossScale(8.0, 3)), {"eval_loss": 1.5}) > 0
+    saver = scene.saver()
+    saver.save(Progress(6), {}, durable=False, last=False)
+    assert scene.told == [] and saver.settle() == {"blocked_s": 0}
+    save(saver, Progress(7, 700, LossScale(8.0, 3)), {"eval_loss": 1.5})
+    assert saver.settle()["blocked_s"] > 0 and saver.settle() == {"blocked_s": 0}
     assert scene.told == ["sync", "pieces", "commit 7 durable"]
     target = Piece("model/w", torch.zeros(6), (0,), (6,))
     state: Any = load(tmp_path, [target])["trainer"]
@@ -71,18 +84,18 @@ def test_metrics_are_durable_before_the_checkpoint_and_the_event_comes_after_it(
 def test_only_who_holds_the_lease_deletes(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
     for step in (1, 2, 3):
-        scene.saver("checkpoint.keep=1", lease=False).save(Progress(step), {})
+        save(scene.saver("checkpoint.keep=1", lease=False), Progress(step))
     assert len(scan(FileStorage(tmp_path))) == 3
-    scene.saver("checkpoint.keep=1").save(Progress(4), {})
+    save(scene.saver("checkpoint.keep=1"), Progress(4))
     assert [g.step for g in scan(FileStorage(tmp_path))] == [4]
 
 
 def test_a_run_that_was_replaced_does_not_write(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
-    scene.saver().save(Progress(1), {})
+    save(scene.saver(), Progress(1))
     scene.taken_over, scene.told = True, []
     with pytest.raises(LeaseHeldError, match="another process took it over"):
-        scene.saver().save(Progress(2), {})
+        save(scene.saver(), Progress(2))
     assert scene.told == [] and [g.step for g in scan(FileStorage(tmp_path))] == [1]
 
 
@@ -90,7 +103,7 @@ def test_a_full_disk_is_one_paragraph_and_leaves_the_previous_generation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = Scene(tmp_path)
-    scene.saver().save(Progress(1), {})
+    save(scene.saver(), Progress(1))
 
     def put(self: FileStorage, name: str, parts: object) -> None:
         raise OSError(28, "No space left on device")
@@ -100,7 +113,57 @@ def test_a_full_disk_is_one_paragraph_and_leaves_the_previous_generation(
         with pytest.raises(
             TrainingFailed, match=r"Step 2 could not be saved: .*No space left.* the same command goes on"
         ):
-            scene.saver().save(Progress(2), {})
+            save(scene.saver(), Progress(2))
     assert [g.step for g in scan(FileStorage(tmp_path)) if g.committed] == [1]
-    scene.saver().save(Progress(2), {})  # there is room again
+    save(scene.saver(), Progress(2))  # there is room again
     assert [g.step for g in scan(FileStorage(tmp_path)) if g.committed] == [2, 1]
+
+
+def test_with_snapshots_every_step_is_in_memory_and_some_become_durable(tmp_path: Path) -> None:
+    scene = Scene(tmp_path / "durable")
+    with keeping(tmp_path / "memory"):
+        snapshots = Snapshotter(scene.directory, tmp_path / "memory", run_id="r1", incarnation=4)
+        saver = scene.saver("checkpoint.memory.every=2", snapshots=snapshots)
+        for step in range(1, 6):
+            saver.save(Progress(step), {}, durable=step == 3, last=False)
+            assert snapshots.wait_durable(WAIT_S)
+            told = saver.settle()
+            assert ("snapshot_age_s" in told) == (step > 1) and told["blocked_s"] >= 0
+        assert [line for line in scene.told if line != "pieces"] == [
+            "snapshot 2 memory",
+            "sync",
+            "snapshot 3 memory",
+            "commit 3 durable",
+            "snapshot 4 memory",
+        ]
+        assert [g.step for g in scan(FileStorage(tmp_path / "memory"))] == [4, 3, 2]
+        saver.finish(Progress(4), {})  # in memory alone: it is saved while the run waits
+        assert [g.step for g in scan(FileStorage(scene.directory))] == [4, 3]
+        saver.durable_step = 4
+        scene.told = []
+        saver.finish(Progress(4), {})
+        assert scene.told == []
+        snapshots.close()
+
+
+def test_a_disk_that_is_full_does_not_stop_training_but_for_the_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: DirectStorage, name: str, parts: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(DirectStorage, "put", full)
+    scene = Scene(tmp_path / "durable")
+    with keeping(tmp_path / "memory"):
+        snapshots = Snapshotter(scene.directory, tmp_path / "memory", run_id="r1", incarnation=4)
+        saver = scene.saver("checkpoint.memory.every=1", snapshots=snapshots)
+        for step in (1, 2):
+            saver.save(Progress(step), {}, durable=True, last=step == 2)
+            assert snapshots.wait_durable(WAIT_S)
+            if step == 1:
+                saver.settle()
+        assert scene.told[-2:] == ["sync", "pieces"] and "commit 1 durable skipped" in scene.told
+        saver.finish(Progress(2), {})
+        assert scene.told[-1] == "commit 2 durable"
+        assert [g.step for g in scan(FileStorage(scene.directory)) if g.committed] == [2]
+        snapshots.close()
