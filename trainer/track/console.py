@@ -47,6 +47,11 @@ class Console:
         width = len(str(self._total))
         norm = f"{row['grad_norm']:7.3f}" if row["grad_norm"] is not None else "  (left out: overflow)"
         evaluated = f"  eval loss {row['eval_loss']:.4f}" if "eval_loss" in row else ""
+        if "snapshot_age_s" in row:
+            evaluated += f"  snapshot {row['snapshot_age_s']:.1f} s old"
+        if "snapshot_bytes" in row:
+            evaluated += f", {row['snapshot_bytes'] / 1e9:.2f} GB"
+            evaluated += f", {row['snapshot_backlog']:.0f} to flush" if row["snapshot_backlog"] else ""
         return (
             f"step {step:>{width}}/{self._total}  loss {row['loss']:8.4f}  lr {row['lr']:.2e}  "
             f"grad {norm}  "

@@ -26,6 +26,17 @@ def test_one_aligned_line_every_n_steps(capsys: pytest.CaptureFixture[str]) -> N
     assert "12,346 tok/s" in lines[0] and "eval loss 2.2500" in lines[1] and "00:00 left" in lines[-1]
 
 
+def test_where_snapshots_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(total_steps=3, print_every=1)
+    console.step({**ROW, "step": 1})
+    snapshots = {"snapshot_age_s": 1.26, "snapshot_bytes": 2.5e9, "snapshot_backlog": 0}
+    console.step({**ROW, "step": 2, **snapshots})
+    console.step({**ROW, "step": 3, **snapshots, "snapshot_backlog": 2})
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert "snapshot" not in first
+    assert second.endswith("left  snapshot 1.3 s old, 2.50 GB") and third.endswith("2.50 GB, 2 to flush")
+
+
 def test_a_live_line_on_a_terminal() -> None:
     code = (
         "from trainer.track.console import Console\n"

@@ -1,0 +1,16 @@
+"""The benchmark of snapshots, cut down: both sides end equal, and what it prints keeps its contract."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from tests.runs import trainer, wait_for
+
+
+def test_a_short_run_prints_one_object_that_is_not_judged() -> None:
+    done = trainer("--json", "--megabytes", "100", "--pairs", "2", module="benchmarks.memory")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert len(rows) == 11 and all(row["ok"] is None and row["ratio"] > 0 for row in rows)
+    wait_for(lambda: not any(name.startswith("evershard-benchmark") for name in os.listdir("/dev/shm")), 30)
