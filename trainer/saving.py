@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpointing import CheckpointError, LeaseHeldError, save
+from checkpointing import CheckpointError, LeaseHeldError, LostError, save
 from checkpointing.collective import Team
 from checkpointing.lease import Lease
 from checkpointing.memory import Durable, Outcome, Snapshotter
@@ -51,11 +51,19 @@ class Saver:
             if durable:
                 self._save_now(done, metrics)
         elif durable or done.step % self.config.checkpoint.memory.every == 0:
-            self._prepare(durable=durable)
+            if durable:
+                Team().together(self._make_sure)
             objects = {"trainer": self._state(done)}
-            self.snapshots.snapshot(
-                done.step, self.engine.pieces(), objects, durable=durable, last=last, metrics=metrics
-            )
+            try:
+                self.snapshots.snapshot(
+                    done.step, self.engine.pieces(), objects, durable=durable, last=last, metrics=metrics
+                )
+            except LostError:
+                raise
+            except CheckpointError as error:  # on all ranks, such as where another layout does not fit any more
+                self._report(Outcome(done.step, why=str(error)))
+                if durable:
+                    self._save_now(done, metrics)
 
     def settle(self) -> dict[str, float]:
         """Report what became of the last snapshot and of those that were to become durable. Collective.
@@ -106,11 +114,6 @@ class Saver:
         self.tracker.emit("commit", step=step, tier="durable", generation=generation, seconds=seconds)
         if self.lease is not None:
             self._prune()
-
-    def _prepare(self, *, durable: bool) -> None:
-        """All ranks stop where the directory is another run's now."""
-        if durable:
-            Team().together(self._make_sure)
 
     def _save_now(self, done: Progress, metrics: dict[str, float]) -> None:
         """Save and commit while training waits."""

@@ -61,9 +61,9 @@ class Client:
         self._thread.start()
 
     def send(self, *messages: Message) -> bool:
-        """Whether they are on their way. False while no keeper listens."""
+        """Whether they are on their way. False while no keeper listens, or none that has said welcome."""
         with self._lock:
-            if self._socket is None:
+            if self._socket is None or not self.connected.is_set():
                 return False
             try:
                 self._socket.sendall(b"".join(map(encode, messages)))
@@ -71,12 +71,17 @@ class Client:
                 return False
             return True
 
-    def close(self) -> None:
-        self._closed = True
+    def hang_up(self) -> None:
+        """On a keeper that does not answer; whether another connection fares better shows by its welcome."""
         with self._lock:
+            self.connected.clear()
             if self._socket is not None:
                 with contextlib.suppress(OSError):
-                    self._socket.shutdown(2)
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._closed = True
+        self.hang_up()
         self._thread.join()
 
     def _work(self) -> None:

@@ -372,6 +372,25 @@ class Keeper:
             connection.socket.close()
 
 
+def clear_forgotten(root: Path, keep_s: float) -> list[str]:
+    """Delete what other runs of this user left beside this one's directory, long ago and without a keeper.
+
+    As where the keeper was killed with everything else, and the run never came back. Returns the names.
+    """
+    gone = []
+    for path in root.parent.iterdir():
+        lock = path / LOCK
+        if path == root or not lock.exists() or path.stat().st_uid != os.getuid():
+            continue
+        last = max((file.stat().st_mtime for file in path.rglob("*")), default=0.0)
+        with suppress(OSError), open(lock, "r+") as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - last > keep_s:
+                shutil.rmtree(path)
+                gone.append(path.name)
+    return gone
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m checkpointing.memory.keeper", description=__doc__.split("\n")[0])
     parser.add_argument("root", type=Path, help="the run's directory in memory")
@@ -386,6 +405,7 @@ def main(arguments: list[str] | None = None) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return 0  # another one is at work
+        clear_forgotten(options.root, options.keep)
         Keeper(options.root, options.keep).serve()
     return 0
 

@@ -40,7 +40,7 @@ logger = logging.getLogger("checkpointing")
 
 ASK_S = 1.0  # how long the keeper may take to give an arena before the snapshot is given up
 START_S = 60.0  # to start
-SETTLE_S = 30.0  # and to commit one that was copied
+SETTLE_S = 10.0  # and to commit one that was copied, before it counts as one that hangs
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +281,7 @@ class Snapshotter:
         self.fence()
         if not snapshot.settled.wait(SETTLE_S):
             snapshot.why = f"the keeper did not commit it within {SETTLE_S:.0f} s"
+            self._client.hang_up()
         self._current = None
         told = self._team.together(lambda: [snapshot.generation, snapshot.why])
         whys = [why for generation, why in told if not generation]
@@ -380,12 +381,16 @@ class Snapshotter:
 
     def _copy(self, snapshot: _Snapshot, image: Image) -> None:
         begin = {"kind": "begin", "serial": snapshot.serial, "everywhere": snapshot.everywhere}
-        while not self._client.send(begin):  # no keeper yet, or none any more
-            if snapshot.given_up or snapshot.answered.wait(0.01):
-                break
-        snapshot.answered.wait()
+        if not self._client.send(begin):
+            snapshot.why = "the keeper is away, and is started again"
+        else:
+            snapshot.answered.wait(SETTLE_S)
         if not snapshot.arena:
-            snapshot.why = snapshot.why or "the keeper did not answer in time"
+            if not snapshot.why:
+                snapshot.why = "the keeper did not answer in time"
+                self._client.send({"kind": "failed", "serial": snapshot.serial, "why": snapshot.why})
+                self._client.hang_up()
+            snapshot.answered.set()
             snapshot.settled.set()
             return
         shard = self._shard(snapshot.arena, image.nbytes)

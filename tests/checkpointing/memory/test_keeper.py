@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ import pytest
 from checkpointing.format import COMMIT, shard_name
 from checkpointing.generations import candidates, scan
 from checkpointing.memory import Snapshotter
-from checkpointing.memory.keeper import main
+from checkpointing.memory.keeper import LOCK, clear_forgotten, main
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.memory.messages import VERSION, Lines, connect, encode, make_directory
 from tests.checkpointing.memory.keepers import WAIT_S, keeping, wait_for
@@ -219,3 +220,37 @@ def test_the_process_outlives_who_started_it_ignores_signals_and_is_alone(tmp_pa
     wait_for(lambda: not root.exists())
     assert time.monotonic() - began > 0.5
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_what_was_forgotten_is_cleared_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("old", "kept", "new", "mine", "no run"):
+        (tmp_path / name / "arena-0").mkdir(parents=True)
+        if name != "no run":
+            (tmp_path / name / LOCK).touch()
+    for name in ("old", "kept", "mine", "no run"):
+        for path in (tmp_path / name).rglob("*"):
+            os.utime(path, (1, 1))
+    with open(tmp_path / "kept" / LOCK) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert clear_forgotten(tmp_path / "mine", 60) == ["old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "mine", "new", "no run"]
+
+
+def test_no_room_for_a_manifest_costs_that_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    root = tmp_path / "memory"
+    with keeping(root):
+        snapshots = Snapshotter(None, root)
+        snapshots.snapshot(1, rows_of(0, 1, 1))
+        assert (outcome := snapshots.settle()) is not None and outcome.generation
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full)
+            snapshots.snapshot(2, rows_of(0, 1, 2))
+            assert (outcome := snapshots.settle()) is not None and "No space left" in outcome.why
+        found, _ = loaded(root)
+        assert_equal(found, rows_of(0, 1, 1))  # the older one is intact
+        snapshots.snapshot(3, rows_of(0, 1, 3))
+        assert (outcome := snapshots.settle()) is not None and outcome.generation
+        snapshots.close()
