@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tests.models import save_tiny_model
 from tests.runs import SMALL
 from trainer.compose import compose
 from trainer.errors import Refused
-from trainer.resume import Start, check_state, decide, turn_away_from
+from trainer.resume import Start, check_state, decide, make_memory_directory, memory_directory, turn_away_from
 from trainer.run import build, run
 
 BASE = [*SMALL, "train.steps=4", "checkpoint.every=2"]
@@ -207,6 +208,46 @@ def test_every_start_is_an_incarnation_of_its_own(saved: Path, fingerprint: str,
     with open(tmp_path / "run" / "events.jsonl", "a") as events:
         events.write('{"event": "resume", "step": 4, "incarnation": 2}\n{"event": "resu')
     assert decision(tmp_path / "run", fingerprint).incarnation == 3
+
+
+def test_the_run_has_one_directory_in_memory(tmp_path: Path) -> None:
+    config = compose([f"run.dir={tmp_path / 'run'}", "run.name=a b/../c"])
+    assert memory_directory(config) is None
+    (tmp_path / "run").mkdir()
+    made = make_memory_directory(config)
+    assert made == make_memory_directory(config) == memory_directory(config)
+    assert made.parent == Path(f"/dev/shm/evershard-{os.getuid()}") and made.name.startswith("a-b-..-c-")
+    elsewhere = compose([f"run.dir={tmp_path / 'run'}", f"checkpoint.memory.dir={tmp_path}"])
+    assert memory_directory(elsewhere) == tmp_path / made.name
+    (tmp_path / "run" / "memory-id").unlink()  # a run that starts over under the same name does not see the old one's
+    assert make_memory_directory(config) != made
+
+
+def test_the_newest_over_memory_and_disk(saved: Path, fingerprint: str, tmp_path: Path) -> None:
+    own = ["checkpoint.memory.dir=" + str(tmp_path / "memory")]
+    shutil.copytree(saved, tmp_path / "run")
+    memory = make_memory_directory(compose([*BASE, f"run.dir={tmp_path / 'run'}", *own]))
+    shutil.copytree(saved / "checkpoints", memory)
+    disk = tmp_path / "run" / "checkpoints"
+    start = decision(tmp_path / "run", fingerprint, *own)
+    assert (start.step, start.memory, start.directories, start.own) == (4, str(memory), [str(memory), str(disk)], True)
+    assert any(f"{memory}/step-00000004" in line for line in start.lines)  # of two that are the same the faster
+    shutil.rmtree(next(memory.glob("step-00000004-*")))
+    start = decision(tmp_path / "run", fingerprint, *own)
+    assert start.step == 4 and any(f"{disk}/step-00000004" in line for line in start.lines)
+    turn_away_from(compose([f"run.dir={tmp_path / 'run'}", *own]), start, 1)
+    assert len(list(memory.rglob("ABANDONED"))) == 1 and len(list(disk.rglob("ABANDONED"))) == 2
+
+
+def test_memory_of_another_run_is_passed_over(saved: Path, fingerprint: str, tmp_path: Path) -> None:
+    own = ["checkpoint.memory.dir=" + str(tmp_path / "memory")]
+    shutil.copytree(saved, tmp_path / "run")
+    memory = make_memory_directory(compose([*BASE, f"run.dir={tmp_path / 'run'}", *own]))
+    assert run(compose([*BASE, f"run.dir={tmp_path / 'other'}", "train.steps=9"])) == 0
+    shutil.copytree(tmp_path / "other" / "checkpoints", memory)
+    start = decision(tmp_path / "run", fingerprint, *own)
+    assert (start.step, start.memory) == (4, None)
+    assert any("passing over what is in memory" in line and "is of another run" in line for line in start.lines)
 
 
 def test_options_that_a_later_release_adds_do_not_keep_an_old_run_from_going_on(
