@@ -9,7 +9,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpointing import replicas
+from checkpointing import format, replicas
 from checkpointing.collective import Team, as_team
 from checkpointing.commit import agree_to_save, begin_save, check_save, versions
 from checkpointing.errors import CheckpointError, DamagedError
@@ -127,12 +127,19 @@ class Snapshotter:
         nodes = sorted(set(places), key=places.index)
         self._node, self._num_nodes = nodes.index(places[team.rank]), len(nodes)
         self._local = [rank for rank, place in enumerate(places) if place == places[team.rank]]
-        self._secret = team.together(lambda: make_directory(self.memory))[self._local[0]]
+        secret = ""
+
+        def make() -> None:  # read by each rank for itself: it does not travel
+            nonlocal secret
+            secret = make_directory(self.memory)
+
+        team.together(make)
         session, start = team.together(lambda: self._look(incarnation) if team.rank == 0 else None)[0]
         self._session, self._start = session, start
         self._serial = self._everywhere = start["serial"] - 1
         self._parent = start["parent"]
         self._image: Image | None = None
+        self._layout: tuple[RankPlan | None, str, str] = None, "", ""  # its part of the manifest, under its digest
         self._sent_layout = ""
         self._shards: dict[int, MappedShard] = {}
         self._current: _Snapshot | None = None
@@ -144,7 +151,7 @@ class Snapshotter:
         greeting = {
             "kind": "hello",
             "version": VERSION,
-            "secret": self._secret,
+            "secret": secret,
             "session": session,
             "run_id": run_id,
             "rank": team.rank,
@@ -437,15 +444,13 @@ class Snapshotter:
             self._shards[known.identity] = known
         return known
 
-    _layouts: tuple[RankPlan | None, str, str] = (None, "", "")
-
     def _layout_text(self, manifest: Manifest) -> tuple[str, str]:
         assert self._image is not None
-        if self._layouts[0] is not self._image.plan:
+        if self._layout[0] is not self._image.plan:
             constant = {name: asdict(manifest)[name] for name in ("tensors", "aliases", "external")}
             text = json.dumps(constant, separators=(",", ":"))
-            self._layouts = self._image.plan, digest(text.encode()), text
-        return self._layouts[1], self._layouts[2]
+            self._layout = self._image.plan, digest(text.encode()), text
+        return self._layout[1], self._layout[2]
 
     def _digest(self, pieces: Sequence[Piece]) -> str:
         return digest("".join(replicas.digest_of(piece) for piece in pieces).encode())
@@ -495,12 +500,6 @@ class Snapshotter:
 
 def _head(manifest: Manifest) -> dict[str, Any]:
     """What differs between snapshots of one layout, as the manifest has it."""
-    from checkpointing.format import FORMAT
-    from checkpointing.format import VERSION as FORMAT_VERSION
-
     names = ("step", "save_id", "parent", "run_id", "incarnation", "serial", "created", "world_size", "versions")
     head = {name: getattr(manifest, name) for name in (*names, "metrics")}
-    return {"format": FORMAT, "version": FORMAT_VERSION, **head}
-
-
-Fence = Callable[[], None]
+    return {"format": format.FORMAT, "version": format.VERSION, **head}
