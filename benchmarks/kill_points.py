@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from checkpointing.memory import client, snapshotter
 from trainer import loop
-from trainer.cli import main
+from trainer.cli import run_as_process
 from trainer.parallel import torch_engine
 
 POINTS = [
@@ -129,4 +129,4 @@ if __name__ == "__main__":
     if point != "none":
         arm(point, Stop(int(step), Path(marker)))
     sys.argv = ["trainer", *overrides]
-    sys.exit(main())
+    run_as_process()

@@ -30,7 +30,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks.report import Row, absolute, finish, free_port
+from benchmarks.report import Row, absolute, finish, free_port, leave
 from checkpointing import Piece, describe, load, parameter_names, save
 from checkpointing.diff import compare
 from checkpointing.generations import newest
@@ -234,6 +234,7 @@ def work(rank: int, size: int, port: int, top: str, target: str, sources: list[s
         Path(top, "found.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+    leave()
 
 
 def in_a_world(top: Path, target: str, sources: list[str], precision: str) -> dict[str, Any]:

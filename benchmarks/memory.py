@@ -36,7 +36,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks.report import Row, compared, finish, free_port
+from benchmarks.report import Row, compared, finish, free_port, leave
 from checkpointing import Piece, describe, load
 from checkpointing.memory import Snapshotter
 from checkpointing.memory.mapped import MappedStorage
@@ -155,6 +155,7 @@ def work(rank: int, port: int, options: argparse.Namespace, top: str) -> None:
         Path(top, "figures.json").write_text(json.dumps(figures))
     dist.barrier()
     dist.destroy_process_group()
+    leave()
 
 
 def slowest(seconds: float) -> float:
