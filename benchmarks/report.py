@@ -95,7 +95,8 @@ def free_port() -> int:
 def leave() -> None:
     """End a process of a group that has nothing more to do, without tearing the interpreter down.
 
-    FSDP2's caches keep process groups alive, and a thread of gloo that lets go of its last tensor in the teardown aborts.
+    FSDP2's caches keep process groups alive, and a thread of gloo that lets go of its last tensor in the teardown
+    aborts.
     """
     sys.stdout.flush()
     sys.stderr.flush()
