@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from checkpointing.memory.keeper import Keeper
+from checkpointing.memory.messages import connect
 
 WAIT_S = 30.0
 
@@ -19,13 +20,22 @@ def keeping(root: Path, keep_s: float = 3600) -> Iterator[Keeper]:
     keeper = Keeper(root, keep_s)
     thread = threading.Thread(target=keeper.serve, daemon=True)
     thread.start()
-    wait_for(lambda: (root / "keeper.sock").exists())
+    wait_for(lambda: answers(root))
     try:
         yield keeper
     finally:
         keeper.stop()
         thread.join(WAIT_S)
         assert not thread.is_alive(), "the keeper does not end"
+
+
+def answers(root: Path) -> bool:
+    """Whether a keeper listens; its socket is there a moment before it does."""
+    try:
+        connect(root).close()
+    except OSError:
+        return False
+    return True
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = WAIT_S) -> None:

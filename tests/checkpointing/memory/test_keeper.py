@@ -20,7 +20,7 @@ from checkpointing.memory import Snapshotter
 from checkpointing.memory.keeper import LOCK, clear_forgotten, main
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.memory.messages import VERSION, Lines, connect, encode, make_directory
-from tests.checkpointing.memory.keepers import WAIT_S, keeping, wait_for
+from tests.checkpointing.memory.keepers import WAIT_S, answers, keeping, wait_for
 from tests.checkpointing.memory.test_snapshotter import assert_equal, loaded, rows_of
 
 
@@ -206,7 +206,7 @@ def test_the_process_outlives_who_started_it_ignores_signals_and_is_alone(tmp_pa
     )
     starter = subprocess.Popen([sys.executable, "-c", script, str(root)], start_new_session=True)
     assert starter.wait(WAIT_S) == -signal.SIGKILL
-    wait_for(lambda: (root / "keeper.sock").exists(), 60)
+    wait_for(lambda: answers(root), 60)
     rank = Rank(root, ranks=[0], keep_s=1.0)
     pid = int(str((rank.hear() or {})["pid"]))
     assert os.getpgid(pid) != os.getpgrp() and os.getsid(pid) != os.getsid(0)
