@@ -105,7 +105,9 @@ class GenerationReader:
         The last plan is used again for the same boxes of the same generation: a run that goes back to it again.
         """
         global _last_plan
-        layout = [(piece.name, piece.offset, piece.tensor.shape) for piece in pieces]
+        # Positions are those of this manifest: in memory a node's names its own ranks alone, under the same save id.
+        writers = tuple(writer.rank for writer in self.manifest.writers)
+        layout = [writers, *((piece.name, piece.offset, piece.tensor.shape) for piece in pieces)]
         last = _last_plan  # another thread may replace it meanwhile
         if last is not None and last[:2] == (self.manifest.save_id, layout):
             _, _, needed, reads = last

@@ -97,8 +97,9 @@ class Snapshotter:
 
     `memory` is the run's own directory on a tmpfs, the same path on every node. Snapshots lie there as generations like
     those that `save` writes, and outlive this process. Those taken with `durable=True` are written to `directory` in
-    the background. At most `arenas` snapshots take room at a time. `check_fence` compares what was copied with the
-    state when the fence opens, which finds writes outside `mutating()` and costs as much as the copy.
+    the background. At most `arenas` snapshots take room at a time. `check_fence` compares the state right
+    after the copy with that when the fence opens, which finds writes outside `mutating()` between the two and costs as
+    much as the copy.
     """
 
     def __init__(

@@ -112,3 +112,12 @@ def test_memory_of_another_node_is_not_enough_for_a_load(tmp_path: Path) -> None
 
     all_of(on_ranks(2, loads_own))
     assert found == {rank: str(tmp_path / f"node-{rank}") for rank in (0, 1)}
+
+
+def test_a_plan_made_for_one_nodes_memory_is_not_used_for_the_disk(tmp_path: Path) -> None:
+    """The same save id lists other writers there: the positions of the one are other ranks' files in the other."""
+    split_over_nodes(tmp_path)
+    for directory in ("node-1", "whole"):
+        pieces = rows_of(1, 2, -1)[:1]
+        load(MappedStorage(tmp_path / directory), pieces, only=["matrix"])
+        assert_equal(pieces, rows_of(1, 2, 4)[:1])
