@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.kill_points import POINTS
+from benchmarks.processes import kill_tree, wait_for
 from benchmarks.report import absolute, finish
 from checkpointing.format import DTYPES
 from checkpointing.generations import newest, read_index
@@ -139,57 +139,19 @@ def _started(point: str, step: int, directory: Path, overrides: list[str], proce
     try:
         yield process
     finally:
-        _kill(process)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL everything that torchrun started, at once. Its workers are sessions of their own."""
-    doomed = [process.pid, *_descendants(process.pid)]
-    for pid in doomed:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait(WAIT_S)
-    _wait_for(lambda: not any(_lives(pid) for pid in doomed))
+        kill_tree(process.pid)  # torchrun's workers are sessions of their own
+        process.wait(WAIT_S)
 
 
 def _kill_at(point: str, step: int, directory: Path, overrides: list[str], processes: int) -> None:
     marker = directory / "marker"
     with _started(point, step, directory, overrides, processes) as process:
-        _wait_for(lambda: marker.exists() or process.poll() is not None)
+        wait_for(lambda: marker.exists() or process.poll() is not None)
         assert marker.exists(), f"it ended before {point} of step {step}:\n{(directory / 'log').read_text()[-3000:]}"
         assert marker.read_text() == f"{point} of step {step}"
         if point == "between prepare and commit":
             time.sleep(0.1)  # the other rank gets there
     marker.unlink()
-
-
-def _descendants(pid: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
-    found, todo = list[int](), [pid]
-    while todo:
-        below = children.get(todo.pop(), [])
-        found += below
-        todo += below
-    return found
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def _wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def _rows(directory: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -208,7 +170,7 @@ def main() -> int:
         seconds = time.monotonic() - began
         run_undisturbed(Path(top, "undisturbed"), options.kills)
         unequal = differences(Path(top, "killed"), Path(top, "undisturbed"))
-    _wait_for(lambda: not memory_left())
+    wait_for(lambda: not memory_left())
     for kill in kills:
         print(f"{kill.point}, step {kill.step}: on from step {kill.resumed} in {kill.tier}", file=sys.stderr)
     each, full = Counter(kill.point for kill in kills), options.kills >= 50

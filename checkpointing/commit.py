@@ -33,7 +33,7 @@ from checkpointing.format import (
     index_name,
     shard_name,
 )
-from checkpointing.generations import check_files, scan
+from checkpointing.generations import check_files, check_writers, scan
 from checkpointing.geometry import External, Piece
 from checkpointing.lease import Hold
 from checkpointing.plan import RankPlan, Row, layout_rows, split
@@ -247,6 +247,7 @@ def _commit(storage: Storage, manifest: Manifest, guard: Callable[[], None] | No
     storage.put(f"{prefix}{MANIFEST}", [data])
     if guard is not None:
         guard()
+    check_writers(manifest)
     check_files(manifest, {name.removeprefix(prefix): size for name, size in storage.list(prefix).items()})
     created = storage.create_if_absent(f"{prefix}{COMMIT}", digest(data).encode())
     assert created, "a fresh save id was committed before"

@@ -88,6 +88,17 @@ def check_files(manifest: Manifest, files: dict[str, int]) -> None:
                 raise DamagedError(f"{manifest.generation}/{file} {found}; {nbytes} bytes were committed")
 
 
+def check_writers(manifest: Manifest) -> None:
+    """Raise `DamagedError` unless a manifest names all that wrote, and not only those of one node.
+
+    To be called before a generation is committed where others count on it: memory of a node holds its own part.
+    """
+    ranks = {writer.rank for writer in manifest.writers}
+    named = {rank for tensor in manifest.tensors.values() for rank in tensor.writers or ()}
+    if missing := sorted(({0} | named) - ranks):
+        raise DamagedError(f"{manifest.generation}: rank {missing[0]} wrote to it, and is not among its writers")
+
+
 def read_manifest(storage: Storage, name: str) -> Manifest:
     """The manifest of a committed generation, checked against COMMIT and against the directory's name."""
     commit = read(storage, f"{name}/{COMMIT}")

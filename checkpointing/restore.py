@@ -58,8 +58,8 @@ def load(
     hold it. `chosen` is called with the storage and the name of what was loaded.
     """
     team = as_team(group)
-    several = isinstance(directory, Sequence) and not isinstance(directory, str)
-    storages = [as_storage(one) for one in (directory if several else [directory])]  # type: ignore[union-attr,arg-type]
+    given: Sequence[Any] = directory if isinstance(directory, list | tuple) else [directory]
+    storages = [as_storage(one) for one in given]
     wanted = _agree(team, pieces, step, generation, only, cast, memory_budget)
     tried: dict[tuple[int, str], str] = {}  # in vain, and why; by the number of the storage
     while True:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import kill_tree, wait_for
 from tests.conftest import ROOT
 
 WAIT_S = 300
@@ -101,41 +100,3 @@ def kill_when(run_dir: Path, num_processes: int, overrides: Sequence[str], step:
         assert process.poll() is None, f"it ended before step {step}:\n{log.read_text()}"
         kill_tree(process.pid)
     return int(rows(run_dir)[-1]["step"])
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = WAIT_S) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
-def kill_tree(pid: int) -> None:
-    """SIGKILL a process and all its descendants, and wait until they are gone."""
-    pids = [pid, *descendants(pid)]
-    for each in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(each, signal.SIGKILL)
-    wait_for(lambda: not any(alive(each) for each in pids), 30)
-
-
-def descendants(pid: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
-    found, todo = [], [pid]
-    while todo:
-        found += (below := children.get(todo.pop(), []))
-        todo += below
-    return found
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; a zombie that only waits to be collected does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import wait_for
 from checkpointing.generations import scan
 from checkpointing.storage import FileStorage
 from tests.conftest import ROOT
-from tests.runs import wait_for
 
 
 def test_the_code_on_the_page_runs(in_tmp: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import alive, descendants, wait_for
+from benchmarks.processes import alive, descendants, wait_for
 from tests.worlds import WORLD
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import checkpointing
+from benchmarks.processes import kill_tree
 from tests.conftest import ROOT
-from tests.runs import environment, kill_tree
+from tests.runs import environment
 
 README = (ROOT / "README.md").read_text()
 

@@ -16,7 +16,7 @@ import numpy as np
 from checkpointing.codec import encode_manifest
 from checkpointing.errors import CheckpointError, DamagedError
 from checkpointing.format import COMMIT, MANIFEST, Manifest, digest
-from checkpointing.generations import check_files, read, read_manifest
+from checkpointing.generations import check_files, check_writers, read, read_manifest
 from checkpointing.lease import Hold
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import Buffer, FileStorage, Storage, make_directories, sync_directory
@@ -135,6 +135,7 @@ def _commit(durable: Storage, manifest: Manifest) -> None:
     prefix, data = f"{manifest.generation}/", encode_manifest(manifest)
     if f"{prefix}{COMMIT}" in durable.list(prefix):
         return  # by a keeper that died right after it
+    check_writers(manifest)
     durable.put(f"{prefix}{MANIFEST}", [data])
     check_files(manifest, {file.removeprefix(prefix): size for file, size in durable.list(prefix).items()})
     durable.create_if_absent(f"{prefix}{COMMIT}", digest(data).encode())

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpointing.errors import CheckpointError, DamagedError
+from checkpointing.errors import DamagedError
 from checkpointing.format import COMMIT, MANIFEST, Writer, digest, generation_name, shard_name
 from checkpointing.generations import scan
 from checkpointing.lease import held_generations
@@ -255,8 +255,10 @@ class Keeper:
             self.filling = None
             try:
                 self._commit(filling)
-            except (OSError, CheckpointError) as error:
-                self._tell({"kind": "skipped", "serial": filling.serial, "why": f"it could not be committed: {error}"})
+            except Exception as error:  # whatever it is, the ranks must hear of it
+                self._tell(
+                    {"kind": "skipped", "serial": filling.serial, "why": f"it could not be committed: {error!r}"}
+                )
 
     def _failed(self, connection: Connection, message: Message) -> None:
         if self.filling is not None and self.filling.serial == message["serial"]:
@@ -305,7 +307,7 @@ class Keeper:
             memory = MappedStorage(self.root)  # one of its own: its mappings go with the flush
             if not self.flusher.submit(filling.serial, name, memory, durable, self.session.nodes, filling.last):
                 why = "the one before it is still being written: the disk is slower than checkpoint.every asks for"
-                self._tell({"kind": "undurable", "serial": filling.serial, "why": why})
+                self._tell({"kind": "undurable", "serial": filling.serial, "generation": name, "why": why})
 
     def _flushed(self, serial: int, name: str, outcome: dict[str, Any]) -> None:
         """Called by the flusher's thread."""
@@ -363,7 +365,7 @@ class Keeper:
                 raise ProtocolError("another user")
             for message in connection.lines.feed(data):
                 self.hear(connection, message)
-        except (OSError, CheckpointError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # of whatever kind: it is this connection's alone
             logger.warning("a connection is closed: %r", error)
             data = b""
         if not data:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from checkpointing import format, replicas
 from checkpointing.collective import Team, as_team
 from checkpointing.commit import agree_to_save, begin_save, check_save, versions
-from checkpointing.errors import CheckpointError, DamagedError
+from checkpointing.errors import CheckpointError, DamagedError, LayoutError
 from checkpointing.format import Manifest, digest, index_name
 from checkpointing.geometry import External, Piece
 from checkpointing.memory.arena import ARENA, MappedShard, arena_name
@@ -84,7 +84,6 @@ class _Snapshot:
     copied: threading.Event = field(default_factory=threading.Event)
     settled: threading.Event = field(default_factory=threading.Event)
     answered: threading.Event = field(default_factory=threading.Event)
-    given_up: bool = False
     open: bool = False  # the fence was waited for: what is written from now on is of the next step
     why: str = ""
     generation: str = ""
@@ -118,7 +117,7 @@ class Snapshotter:
     ) -> None:
         self._team = as_team(group)
         self._directory = None if directory is None else Path(directory).resolve()
-        self.memory = Path(memory)
+        self.memory = Path(memory).resolve()  # the keeper has a working directory of its own
         self._run_id, self._arenas = run_id, arenas
         self.check_fence = check_fence
         self.keeper_pid = 0
@@ -169,9 +168,9 @@ class Snapshotter:
 
     def _look(self, incarnation: int | None) -> tuple[str, dict[str, Any]]:
         """On rank 0: where serials go on from, over all tiers."""
-        tiers = [MappedStorage(self.memory)]
+        tiers: list[FileStorage] = [MappedStorage(self.memory)]
         if self._directory is not None:
-            tiers.append(FileStorage(self._directory))  # type: ignore[arg-type]
+            tiers.append(FileStorage(self._directory))
         starts = [begin_save(tier, incarnation) for tier in tiers]
         return secrets.token_hex(16), asdict(max(starts, key=lambda start: start.serial))
 
@@ -266,8 +265,7 @@ class Snapshotter:
         began = time.perf_counter()
         while not snapshot.copied.wait(0.02):
             if not snapshot.answered.is_set() and time.monotonic() - snapshot.asked > ASK_S:
-                snapshot.given_up = True  # a keeper that does not answer must not keep training waiting
-                snapshot.answered.set()
+                snapshot.answered.set()  # with no arena: a keeper that does not answer must not keep training waiting
         snapshot.open = True
         if self.check_fence and snapshot.sources and snapshot.sources != self._digest(snapshot.pieces):
             snapshot.why = "the state was written outside mutating() while it was copied"
@@ -315,11 +313,11 @@ class Snapshotter:
 
     def close(self, *, finished: bool = False) -> None:
         """Let go of the arenas. With `finished` the run needs no memory any more: the keeper frees it and ends."""
-        with_errors = self._current
+        snapshot = self._current
         self._worker.shutdown(wait=True)
         self._pool.shutdown(wait=True)
-        if with_errors is not None:
-            with_errors.settled.wait(ASK_S)
+        if snapshot is not None:
+            snapshot.settled.wait(ASK_S)
         if finished and self._team.rank == self._local[0]:
             self._client.send({"kind": "finish"})
         self._client.close()
@@ -338,8 +336,16 @@ class Snapshotter:
     def _lay_out(self, plan: RankPlan, pieces: Sequence[Piece]) -> None:
         """Lay out this rank's file, and see that the arenas fit, before anything is copied. Collective."""
         self._image = None
-        image = Image(plan, pieces, self._team.rank)
-        sizes = self._team.together(lambda: image.nbytes)
+        image: Image | None = None
+
+        def lay_out() -> int:
+            nonlocal image
+            image = Image(plan, pieces, self._team.rank)
+            return image.nbytes
+
+        sizes = self._team.together(lay_out)
+        assert image is not None
+        nbytes = image.nbytes
         needed = sum(sizes[rank] for rank in self._local)
 
         def check() -> None:
@@ -360,7 +366,15 @@ class Snapshotter:
             shard.close()
         self._shards.clear()
         told = self._team.together(lambda: self._missing_arenas() if self._team.rank == self._local[0] else [])
-        self._team.together(lambda: [self._shard(arena, image.nbytes) for arena in told[self._local[0]]] and None)
+
+        def allocate() -> None:
+            try:
+                for arena in told[self._local[0]]:
+                    self._shard(arena, nbytes)
+            except OSError as error:  # as ours: the others must take it for the same thing as this rank does
+                raise LayoutError(f"snapshots do not fit into {self.memory}: {error}") from error
+
+        self._team.together(allocate)
         self._image = image
 
     def _missing_arenas(self) -> list[str]:
@@ -418,12 +432,11 @@ class Snapshotter:
             "arena": snapshot.arena,
             "writer": asdict(writer) if wrote else None,
         }
-        messages = [prepared]
+        messages, layout = [prepared], ""
         if rank == self._local[0]:
-            layout, text = self._layout_text(snapshot.manifest)
+            layout, text = self._layout_text(image, snapshot.manifest)
             if layout != self._sent_layout:
                 messages.insert(0, {"kind": "layout", "layout": layout, "text": text})
-                self._sent_layout = layout
             prepared |= {
                 "manifest": _head(snapshot.manifest),
                 "layout": layout,
@@ -432,6 +445,7 @@ class Snapshotter:
             }
         if not self._client.send(*messages):
             raise CheckpointError("the keeper went away while the state was copied")
+        self._sent_layout = layout
 
     def _shard(self, arena: str, nbytes: int) -> MappedShard:
         """This rank's file in an arena, mapped once."""
@@ -445,12 +459,12 @@ class Snapshotter:
             self._shards[known.identity] = known
         return known
 
-    def _layout_text(self, manifest: Manifest) -> tuple[str, str]:
-        assert self._image is not None
-        if self._layout[0] is not self._image.plan:
-            constant = {name: asdict(manifest)[name] for name in ("tensors", "aliases", "external")}
+    def _layout_text(self, image: Image, manifest: Manifest) -> tuple[str, str]:
+        if self._layout[0] is not image.plan:
+            whole = asdict(manifest)
+            constant = {name: whole[name] for name in ("tensors", "aliases", "external")}
             text = json.dumps(constant, separators=(",", ":"))
-            self._layout = self._image.plan, digest(text.encode()), text
+            self._layout = image.plan, digest(text.encode()), text
         return self._layout[1], self._layout[2]
 
     def _digest(self, pieces: Sequence[Piece]) -> str:

@@ -23,8 +23,8 @@ from benchmarks.crash_ranks import (
     why_no_strace,
     without_sync,
 )
+from benchmarks.processes import alive, wait_for
 from checkpointing import load
-from tests.runs import alive, wait_for
 from tests.threads import ThreadTeam, all_of, on_ranks
 
 

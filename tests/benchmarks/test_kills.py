@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from benchmarks.kills import differences, memory_left, run_undisturbed, run_with_kills
-from tests.runs import rows, wait_for
+from benchmarks.processes import wait_for
+from tests.runs import rows
 
 POINTS = ["inside the optimizer", "mid-copy", "between prepare and commit"]
 

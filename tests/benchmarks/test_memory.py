@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 
-from tests.runs import trainer, wait_for
+from benchmarks.processes import wait_for
+from tests.runs import trainer
 
 
 def test_a_short_run_prints_one_object_that_is_not_judged() -> None:

@@ -26,7 +26,7 @@ from tests.checkpointing.layout_kinds import (
 )
 from tests.threads import all_of, on_ranks
 
-CASES = 1000
+CASES = 2000
 BY_HAND = 100_000
 TENSORS = 3  # of a case
 MOST_RANKS = 8
@@ -102,7 +102,7 @@ def run_cases(count: int, seed: int) -> Seen:
 def check(seen: Seen, count: int) -> None:
     assert seen.cases == count
     assert all(seen.kinds[kind] >= 0.05 * count for kind in KINDS)
-    assert all(seen.pairs[pair] >= count // 100 for pair in product(KINDS, KINDS))
+    assert all(seen.pairs[pair] >= 20 for pair in product(KINDS, KINDS))
     assert all(seen.shapes[shape] >= 0.05 * count for shape in SHAPES)
 
 

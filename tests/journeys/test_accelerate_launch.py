@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.processes import kill_tree, wait_for
 from benchmarks.report import free_port
 from tests.conftest import ROOT
-from tests.runs import SMALL, assert_same_run, environment, events, kill_tree, rows, wait_for
+from tests.runs import SMALL, assert_same_run, environment, events, rows
 from tests.worlds import WORLD, train
 
 RUN = [*SMALL, "train.steps=40", "checkpoint.every=5", "data.log_ids=true", "eval.every=0", "schedule=constant"]

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.runs import SMALL, assert_same_run, kill_when, launch, rows, wait_for
+from benchmarks.processes import wait_for
+from tests.runs import SMALL, assert_same_run, kill_when, launch, rows
 from trainer.compose import compose
 from trainer.resume import memory_directory
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import descendants, kill_tree, wait_for
 from launch.__main__ import main
 from launch.local import TRAINER, environment, find_cause, torchrun_arguments
-from tests.runs import SMALL, descendants, kill_tree, launch, launched, rows, wait_for
+from tests.runs import SMALL, launch, launched, rows
 from tests.runs import environment as launch_environment
 
 TINY = [*SMALL, "train.steps=3", "checkpoint.every=0"]

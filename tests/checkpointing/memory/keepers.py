@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.processes import wait_for
 from checkpointing.memory.keeper import Keeper
 from checkpointing.memory.messages import connect
 
@@ -36,10 +36,3 @@ def answers(root: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = WAIT_S) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpointing import CheckpointError, load, save
+from checkpointing import CheckpointError, DamagedError, load, save
 from checkpointing.codec import encode_manifest
 from checkpointing.format import digest
 from checkpointing.generations import candidates, read_manifest
@@ -88,6 +88,15 @@ def test_a_node_that_does_not_come_means_no_commit(tmp_path: Path) -> None:
     assert not candidates(FileStorage(tmp_path / "disk"))
 
 
+def test_a_part_is_never_committed_as_the_whole(tmp_path: Path) -> None:
+    """A keeper that is told of one node where there are two would leave a generation with holes."""
+    name = split_over_nodes(tmp_path)
+    for node in (0, 1):
+        with pytest.raises(DamagedError, match="is not among its writers"):
+            flush(MappedStorage(tmp_path / f"node-{node}"), FileStorage(tmp_path / "disk"), name)
+    assert not candidates(FileStorage(tmp_path / "disk"))
+
+
 def test_memory_of_another_node_is_not_enough_for_a_load(tmp_path: Path) -> None:
     """The rank that lacks bytes says so, and all take the disk."""
     name = split_over_nodes(tmp_path)
@@ -101,7 +110,7 @@ def test_memory_of_another_node_is_not_enough_for_a_load(tmp_path: Path) -> None
         assert_equal(pieces, rows_of(1 - rank, 2, 4))
 
     all_of(on_ranks(2, loads))
-    assert set(found.values()) == {str(tmp_path / "whole")} and name
+    assert found == {rank: str(tmp_path / "whole") for rank in (0, 1)}
 
     def loads_own(team: object) -> None:
         rank = team.rank  # type: ignore[attr-defined]

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.processes import wait_for
 from checkpointing.memory import flushing
 from checkpointing.memory.flush import Nodes
 from checkpointing.memory.flushing import Flusher
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage
-from tests.checkpointing.memory.keepers import WAIT_S, wait_for
 
 
 def test_what_is_flushed_is_pinned_and_stopping_interrupts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,4 +37,4 @@ def test_what_is_flushed_is_pinned_and_stopping_interrupts(tmp_path: Path, monke
     go_on.clear()
     assert flusher.submit(4, "d", *task, False)
     flusher.stop()
-    assert len(told) == 2 and not [t for t in threading.enumerate() if t.name == "flush" and t.join(WAIT_S)]
+    assert len(told) == 2 and not any(thread.name == "flush" for thread in threading.enumerate())

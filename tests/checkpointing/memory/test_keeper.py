@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import wait_for
 from checkpointing.format import COMMIT, shard_name
 from checkpointing.generations import candidates, scan
 from checkpointing.memory import Snapshotter
 from checkpointing.memory.keeper import LOCK, clear_forgotten, main
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.memory.messages import VERSION, Lines, connect, encode, make_directory
-from tests.checkpointing.memory.keepers import WAIT_S, answers, keeping, wait_for
+from tests.checkpointing.memory.keepers import WAIT_S, answers, keeping
 from tests.checkpointing.memory.test_snapshotter import assert_equal, loaded, rows_of
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.processes import wait_for
 from checkpointing import DamagedError, LayoutError, Piece, describe, load
 from checkpointing.generations import candidates
 from checkpointing.lease import Hold
@@ -18,7 +19,7 @@ from checkpointing.memory.flush import DirectStorage
 from checkpointing.memory.image import copy_part
 from checkpointing.memory.keeper import Keeper
 from checkpointing.memory.mapped import MappedStorage
-from tests.checkpointing.memory.keepers import WAIT_S, keeping, wait_for
+from tests.checkpointing.memory.keepers import WAIT_S, keeping
 from tests.threads import ThreadTeam, all_of, on_ranks
 
 
