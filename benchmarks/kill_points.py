@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpointing.memory import client, snapshotter
+from checkpointing.memory import client, copying
 from trainer import loop
 from trainer.cli import run_as_process
 from trainer.parallel import torch_engine
@@ -104,7 +104,7 @@ def arm(point: str, stop: Stop) -> None:
             if stop.due and copied[0] % 2 == 0:
                 stop.here(point)
 
-        _before(snapshotter, "copy_part", copies)
+        _before(copying, "copy_part", copies)
     elif point == "between prepare and commit":  # the other rank has told the keeper, this one has only copied
 
         def sends(_: Any, *messages: dict[str, Any]) -> None:

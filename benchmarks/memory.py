@@ -1,10 +1,10 @@
 """Snapshots in CPU memory, against torch's `async_save` with its cached stager, memory copies and raw files.
 
-    python -m benchmarks.memory [--json] [--megabytes N] [--pairs N]
+    python -m benchmarks.memory [--json] [--megabytes N] [--pairs N] [--device cuda --ranks N --tokens N]
 
-Two ranks train the same FSDP2 model with Adam. A step without a snapshot, one with ours and one with DCP's take turns;
-what each side does in the background is over before the next begins, and what it holds at the end is asserted to be the
-state.
+Two ranks (of CPUs) train the same FSDP2 model with Adam. A step without a snapshot, one with ours and one with DCP's
+take turns; what each side does in the background is over before the next begins, and what it holds at the end is
+asserted to be the state.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from checkpointing.memory import Snapshotter
 from checkpointing.memory.mapped import MappedStorage
 
 FULL_MEGABYTES, FULL_PAIRS, RANKS = 1300, 40, 2
-WIDTH, INNER = 1024, 4096
 TOKENS = 128  # a rank and step
+WIDTH, INNER = 1024, 4096
 BLOCK = 5  # steps in a row with durable generations back to back
 Figures = dict[str, list[float]]
 
@@ -51,19 +51,20 @@ Figures = dict[str, list[float]]
 class Training:
     """A model of blocks like those of a transformer without attention, sharded over the ranks."""
 
-    def __init__(self, megabytes: int) -> None:
+    def __init__(self, megabytes: int, tokens: int, device: str) -> None:
         torch.manual_seed(0)
         count = max(1, round(megabytes * 1e6 / 12 / (2 * WIDTH * INNER)))
         self.model = nn.Sequential(
             *(nn.Sequential(nn.Linear(WIDTH, INNER), nn.GELU(), nn.Linear(INNER, WIDTH)) for _ in range(count))
         )
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        self.model.to(device)
+        mesh = init_device_mesh(device, (dist.get_world_size(),))
         for block in self.model:
             fully_shard(block, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, foreach=True)
         self.fence: Callable[[], None] = lambda: None
-        self.inputs = torch.randn(TOKENS, WIDTH)
+        self.inputs = torch.randn(tokens, WIDTH, device=device)
         self.step()
 
     def step(self) -> None:
@@ -71,6 +72,7 @@ class Training:
         self.fence()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        synchronize()
 
     def pieces(self) -> list[Piece]:
         return describe(self.model, self.optimizer)
@@ -83,6 +85,12 @@ class Training:
             for key, value in self.optimizer.state[parameter].items():
                 found[f"optim/{name}/{key}"] = value
         return found
+
+
+def synchronize() -> None:
+    """Until a GPU has done what it was asked to: the time of a step is that of its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class Ours:
@@ -106,10 +114,8 @@ class Dcp:
 
     def __init__(self, training: Training, directory: Path) -> None:
         self.training, self.directory = training, directory
-        options = StagingOptions(
-            use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
-        )
-        self.stager = DefaultStager(options)
+        gpu = training.inputs.is_cuda  # without one it stages in the calling thread, and refuses the other options
+        self.stager = DefaultStager(StagingOptions(gpu, False, gpu, gpu))
         self.group = dist.new_group()  # its collectives run in the background, beside those of training
         self.future: Any = None
 
@@ -123,6 +129,11 @@ class Dcp:
                 self.training.tensors(), storage_writer=writer, async_stager=self.stager, process_group=self.group
             )
 
+    def fence(self) -> None:
+        """Until the state may change."""
+        if (staged := getattr(self.future, "staging_completion", None)) is not None:
+            staged.result()
+
     def over(self) -> None:
         if self.future is not None:
             getattr(self.future, "upload_completion", self.future).result()
@@ -130,11 +141,14 @@ class Dcp:
 
 
 def work(rank: int, port: int, options: argparse.Namespace, top: str) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if options.device == "cpu" else min(8, (os.cpu_count() or 1) // options.ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    if options.device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "gloo" if options.device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, rank=rank, world_size=options.ranks)
     directory = Path(top)
-    training = Training(options.megabytes)
+    training = Training(options.megabytes, options.tokens, options.device)
     shared = Path("/dev/shm", f"evershard-benchmark-{port}")
     ours = Ours(training, shared, directory / "ours")
     dcp = Dcp(training, shared.with_name(shared.name + "-dcp"))
@@ -194,10 +208,21 @@ def take_turns(training: Training, ours: Ours, dcp: Dcp, pairs: int, figures: Fi
         training.fence = nothing
 
     def dcp_step() -> None:
+        waited = 0.0
+
+        def fence() -> None:
+            nonlocal waited
+            began = time.perf_counter()
+            dcp.fence()
+            waited += time.perf_counter() - began
+
         began = time.perf_counter()
         dcp.submit()
-        figures["dcp blocked"].append(slowest(time.perf_counter() - began))
+        waited = time.perf_counter() - began
+        training.fence = fence
         training.step()
+        training.fence = nothing
+        figures["dcp blocked"].append(slowest(waited))
 
     kinds: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
         "none": (training.step, nothing),
@@ -222,10 +247,35 @@ def take_turns(training: Training, ours: Ours, dcp: Dcp, pairs: int, figures: Fi
         del values[0]
 
 
+class Plain:
+    """Copies of the whole state to and from warm memory, pinned where there is a GPU, by numpy or torch."""
+
+    def __init__(self, training: Training) -> None:
+        self.tensors = [piece.tensor.detach() for piece in training.pieces() if piece.tensor.numel()]
+        pinned = training.inputs.is_cuda
+        self.copies = [torch.zeros_like(tensor, device="cpu", pin_memory=pinned) for tensor in self.tensors]
+
+    def _copy(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> float:
+        dist.barrier()
+        began = time.perf_counter()
+        for target, source in zip(targets, sources, strict=True):
+            if target.is_cuda or source.is_cuda:
+                target.copy_(source, non_blocking=True)
+            else:
+                np.copyto(target.numpy(), source.numpy())
+        synchronize()
+        return slowest(time.perf_counter() - began)
+
+    def to_memory(self) -> float:
+        return self._copy(self.copies, self.tensors)
+
+    def back(self) -> float:
+        return self._copy(self.tensors, self.copies)
+
+
 def copy_rates(ours: Ours, figures: Figures) -> None:
-    """A whole snapshot into a warm arena, and the same bytes copied by numpy into warm memory; all ranks at once."""
-    arrays = [piece.tensor.detach().numpy() for piece in ours.training.pieces() if piece.tensor.numel()]
-    copies = [np.zeros_like(array) for array in arrays]
+    """A whole snapshot into a warm arena, and the same bytes copied into warm memory; all ranks at once."""
+    plain = Plain(ours.training)
     for _ in range(10):
         dist.barrier()
         began = time.perf_counter()
@@ -233,11 +283,7 @@ def copy_rates(ours: Ours, figures: Figures) -> None:
         ours.snapshots.snapshot(ours.number, ours.training.pieces(), wait=True)
         figures["copy ours"].append(slowest(time.perf_counter() - began))
         ours.over()
-        dist.barrier()
-        began = time.perf_counter()
-        for array, copy in zip(arrays, copies, strict=True):
-            np.copyto(copy, array)
-        figures["copy plain"].append(slowest(time.perf_counter() - began))
+        figures["copy plain"].append(plain.to_memory())
 
 
 def durable_in_turns(training: Training, ours: Ours, dcp: Dcp, directory: Path, blocks: int, figures: Figures) -> None:
@@ -255,6 +301,7 @@ def durable_in_turns(training: Training, ours: Ours, dcp: Dcp, directory: Path, 
                     done += dcp.future is not None
                     dcp.over()
                     dcp.submit(directory / "dcp" / f"{number}-{_}")
+                    training.fence = dcp.fence
                 training.step()
             steps_s = slowest(time.perf_counter() - began)
             training.fence = lambda: None
@@ -280,7 +327,7 @@ def durable_in_turns(training: Training, ours: Ours, dcp: Dcp, directory: Path, 
 
 def all_done(dcp: Dcp) -> bool:
     done = getattr(dcp.future, "upload_completion", dcp.future).done()
-    return bool(all_together(float(done)) == RANKS)
+    return bool(all_together(float(done)) == dist.get_world_size())
 
 
 def flush_rates(ours: Ours, directory: Path, figures: Figures) -> None:
@@ -323,14 +370,14 @@ def write_raw(files: list[Path], target: Path, flags: int) -> float:
 
 def restore_rates(training: Training, ours: Ours, directory: Path, figures: Figures) -> None:
     """From memory, from the same files on the disk with nothing cached, and by plain copies of the same bytes."""
-    pieces = [piece for piece in training.pieces() if piece.tensor.numel()]
-    arrays = [piece.tensor.detach().numpy() for piece in pieces]
-    copies = [array.copy() for array in arrays]
+    plain = Plain(training)
+    plain.to_memory()
     memory = MappedStorage(ours.snapshots.memory)
     for _ in range(6):
         dist.barrier()
         began = time.perf_counter()
         load(memory, training.pieces())
+        synchronize()
         figures["restore memory"].append(slowest(time.perf_counter() - began))
         if dist.get_rank() == 0:
             for file in (directory / "ours").rglob("*"):
@@ -340,12 +387,9 @@ def restore_rates(training: Training, ours: Ours, directory: Path, figures: Figu
         dist.barrier()
         began = time.perf_counter()
         load(directory / "ours", training.pieces())
+        synchronize()
         figures["restore disk"].append(slowest(time.perf_counter() - began))
-        dist.barrier()
-        began = time.perf_counter()
-        for array, copy in zip(arrays, copies, strict=True):
-            np.copyto(array, copy)
-        figures["restore copy"].append(slowest(time.perf_counter() - began))
+        figures["restore copy"].append(plain.back())
 
 
 def assert_equal_ends(training: Training, ours: Ours, dcp: Dcp) -> None:
@@ -466,14 +510,17 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--megabytes", type=int, default=FULL_MEGABYTES, help="of the state of all ranks")
     parser.add_argument("--pairs", type=int, default=FULL_PAIRS)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--ranks", type=int, default=RANKS, help="processes, on GPUs one each")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a rank and step")
     parser.add_argument("--figures", type=Path, help="write every measurement to this file too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as top:
-        spawn(work, (free_port(), options, top), RANKS)  # type: ignore[no-untyped-call]
+        spawn(work, (free_port(), options, top), options.ranks)  # type: ignore[no-untyped-call]
         figures = json.loads(Path(top, "figures.json").read_text())
     if options.figures:
         options.figures.write_text(json.dumps(figures))
-    full = options.megabytes >= FULL_MEGABYTES and options.pairs >= FULL_PAIRS
+    full = options.megabytes >= FULL_MEGABYTES and options.pairs >= FULL_PAIRS and options.device == "cpu"
     return finish("memory", rows_of(figures, full=full), as_json=options.json)
 
 

@@ -67,7 +67,7 @@ class GenerationReader:
         self._indexes: dict[int, Index] = {}
         self._sizes = storage.list(f"{manifest.generation}/")
         self._data_starts: dict[int, int] = {}
-        self._sums: dict[int, memoryview | bytearray] = {}
+        self._sums: dict[int, bytes] = {}
         self._targets: dict[int, torch.Tensor | np.ndarray[Any, Any]] = {}  # by id of the piece, while it is filled
 
     def index(self, position: int) -> Index:
@@ -265,9 +265,10 @@ class GenerationReader:
             name = f"{self.manifest.generation}/{shard_name(writer.rank)}"
             _, size = stored_bytes(self.index(position).boxes, self.manifest.tensors)
             (sums,) = self.storage.read_ranges(name, [(writer.shard_bytes - size, writer.shard_bytes)])
-            if digest(memoryview(sums)) != self.index(position).checksums:
+            checked = bytes(sums)  # a copy stays what was checked
+            if digest(checked) != self.index(position).checksums:
                 raise DamagedError(f"{name}: the checksums are not those that were committed")
-            self._sums[position], self._data_starts[position] = sums, start
+            self._sums[position], self._data_starts[position] = checked, start
         return self._data_starts[position]
 
     def _header(self, position: int) -> memoryview | bytearray:

@@ -19,6 +19,7 @@ from checkpointing.generations import candidates, read_manifest, scan
 from checkpointing.geometry import External, Piece, parts_of
 from checkpointing.lease import hold
 from checkpointing.match import check_complete, check_external, check_targets
+from checkpointing.memory.mapped import MappedStorage
 from checkpointing.plan import Row, layout_rows, split
 from checkpointing.planner import agree_on_completeness
 from checkpointing.reader import GenerationReader
@@ -73,6 +74,8 @@ def load(
 
             number, name = team.together(lambda: choose() if team.rank == 0 else None)[0]
             storage = storages[number]
+            if isinstance(storage, MappedStorage) and team.rank:  # each node has its own, with a keeper of its own
+                held.enter_context(hold(storage, name))
             try:
                 objects = _load_one(team, storage, name, wanted, memory_budget)
             except (DamagedError, NotFoundError) as error:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,14 @@ from checkpointing import CheckpointError, VersionError, describe
 from checkpointing.errors import first_few
 from checkpointing.format import Manifest
 from checkpointing.generations import Generation, abandon, candidates, read_index, scan
+from checkpointing.memory.directory import why_not_private
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage
 from trainer.config import CHOICES, Config, Jsonl, as_json, choice_of, flatten
 from trainer.errors import Refused
 from trainer.models import architecture, draws_randomness
+
+logger = logging.getLogger(__name__)
 
 # Where something lies, how fast it is computed and what is watched: free to change. What `data.path` and `model.path`
 # hold is checked by content.
@@ -73,9 +78,9 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     if config.resume == "auto":
         found, notes = _own_candidates(config, tiers)
         if not found:
-            if not any(scan(tier) for tier in tiers):  # not even one that was abandoned
+            if not scan(FileStorage(Path(config.checkpoint.dir))):  # not even one that was abandoned
                 _check_nothing_was_saved(config)
-            return Start(incarnation=incarnation, lines=["from scratch", *notes])
+            return Start(incarnation=incarnation, lines=["from scratch", *_what_memory_held(config), *notes])
     else:
         storage, others, named = _find(Path(config.resume))
         found = [(storage, generation) for generation in others]
@@ -104,9 +109,19 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
 
 def own_tiers(config: Config) -> list[FileStorage]:
     """Where the run's own generations lie: in memory first, where it has any, and durably."""
-    memory = memory_directory(config)
-    durable = FileStorage(Path(config.checkpoint.dir))
-    return [durable] if memory is None or not memory.is_dir() else [MappedStorage(memory), durable]
+    memory, durable = own_memory(config), FileStorage(Path(config.checkpoint.dir))
+    return [durable] if memory is None else [memory, durable]
+
+
+def own_memory(config: Config) -> MappedStorage | None:
+    """What the run has in this node's memory. What another user may have put there is not even looked at."""
+    directory = memory_directory(config)
+    if directory is None or not directory.is_dir():
+        return None
+    if why := why_not_private(directory):
+        logger.warning("passing over what is in memory: %s", why)
+        return None
+    return MappedStorage(directory)
 
 
 MEMORY_ID = "memory-id"  # in the run directory: with it goes the run's memory
@@ -118,7 +133,7 @@ def memory_directory(config: Config) -> Path | None:
         own = (Path(config.run.dir) / MEMORY_ID).read_text().strip()
     except FileNotFoundError:
         return None
-    return Path(config.checkpoint.memory.dir or f"/dev/shm/evershard-{os.getuid()}") / own
+    return Path(config.checkpoint.memory.dir or f"/dev/shm/evershard-{os.getuid()}").resolve() / own
 
 
 def make_memory_directory(config: Config) -> Path:
@@ -148,11 +163,7 @@ def _own_candidates(config: Config, tiers: list[FileStorage]) -> tuple[list[tupl
 
 def _known_runs(config: Config) -> set[str]:
     """Ids that this run had, by its events."""
-    found = set()
-    for line in _event_lines(config):
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            found.add(str(json.loads(line)["run_id"]))
-    return found
+    return {str(event["run_id"]) for event in _events(config) if "run_id" in event}
 
 
 def check_state(
@@ -196,13 +207,14 @@ def _fill(part: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
     return {k: _fill(v, default[k]) if k in deeper else v for k, v in filled.items()}
 
 
-def turn_away_from(config: Config, start: Start, loaded_step: int) -> list[str]:
+def turn_away_from(tiers: Sequence[FileStorage], start: Start, loaded_step: int) -> list[str]:
     """Mark the run's own generations that are newer than where it goes on, so that they are never chosen again.
 
-    Not those that cannot be read: whose they are is not known. Returns the names.
+    Memory before the disk, on every node its own: a flush that is under way looks for the mark in memory. Not those
+    that cannot be read: whose they are is not known. Returns the names.
     """
     names = []
-    for tier in own_tiers(config):
+    for tier in tiers:
         newer = [g for g in candidates(tier) if g.manifest and (not start.own or g.step > loaded_step)]
         abandon(tier, newer)
         names += [g.name for g in newer if g.name not in names]
@@ -231,24 +243,38 @@ def _find(path: Path) -> tuple[FileStorage, list[Generation], str | None]:
 def _incarnations(config: Config, generations: list[Generation]) -> list[int]:
     """Those seen so far: of starts that saved something, and of starts that did not get that far."""
     seen = [g.manifest.incarnation for g in generations if g.manifest]
-    for line in _event_lines(config):
+    for event in _events(config):
         with contextlib.suppress(ValueError, TypeError, KeyError):
-            event = json.loads(line)
             if event["event"] in ("start", "resume"):
                 seen.append(int(event["incarnation"]))
     return seen
 
 
-def _event_lines(config: Config) -> list[str]:
+def _events(config: Config) -> list[dict[str, Any]]:
+    """The run's events; lines that a crash cut short, or that are none, are passed over."""
     try:
-        return (Path(config.run.dir) / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (Path(config.run.dir) / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            if isinstance(event := json.loads(line), dict):
+                found.append(event)
+    return found
+
+
+def _what_memory_held(config: Config) -> list[str]:
+    """What is said of a run that had snapshots in memory and nothing else, and has lost them."""
+    snapshots = [event for event in _events(config) if event.get("event") == "snapshot" and event.get("generation")]
+    if not snapshots:
+        return []
+    return [f"snapshots up to step {snapshots[-1].get('step')} were in memory, which is gone, and none was durable"]
 
 
 def _check_nothing_was_saved(config: Config) -> None:
     """A run that did commit must not start over because its checkpoints are out of sight, as after a failed mount."""
-    if any('"event": "commit"' in line for line in _event_lines(config)):
+    if any(event.get("event") == "commit" and event.get("generation") for event in _events(config)):
         raise Refused(
             f"{config.run.dir} has saved checkpoints before, and {config.checkpoint.dir} holds none. "
             "Put them back, or type resume=none to start over."

@@ -5,6 +5,7 @@ Whatever one process can refuse by itself it refuses in `read` and `decide`, bef
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ from checkpointing import CheckpointError, DamagedError, LeaseHeldError, Mismatc
 from checkpointing.collective import Team
 from checkpointing.lease import Lease
 from checkpointing.memory import Snapshotter
+from checkpointing.memory.client import ensure_keeper
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage
 from trainer.config import Compute, Config
@@ -40,7 +42,15 @@ from trainer.parallel.tensor import check_splittable, is_splittable
 from trainer.parallel.world import World, pick_device, process_group
 from trainer.plan import Topology, describe_run, plan_batch
 from trainer.progress import Progress
-from trainer.resume import Start, check_state, decide, make_memory_directory
+from trainer.resume import (
+    Start,
+    check_state,
+    decide,
+    make_memory_directory,
+    memory_directory,
+    own_memory,
+    turn_away_from,
+)
 from trainer.rundir import bring_back, hold_run_directory
 from trainer.sample import sample_text
 from trainer.saving import Saver
@@ -127,6 +137,7 @@ def say_plan(config: Config, lines: list[tuple[str, str]]) -> None:
 def train_together(job: Job, start: Start, lease: Lease | None) -> None:
     """What happens while the processes are joined. Nothing of it outlives the process group."""
     start = agree(job, start)
+    prepare_memory(job)
     engine = make_engine(job.config, build(job.config), job.topology, job.world, job.device)
     state, tier = restore(engine, start)
     if state and state["step"] != start.step:  # an older generation than the one that was checked
@@ -183,7 +194,7 @@ def train_and_finish(
     # A branch of another run is a run of its own.
     known = state.get("run_id") if start.own else None
     run_id = Team().together(lambda: known or uuid.uuid4().hex[:8])[0]
-    for line in Team().together(lambda: bring_back(config, start, done.step) if world.rank == 0 else [])[0]:
+    for line in Team().together(lambda: come_back(config, start, done.step, world))[0]:
         if world.rank == 0:
             print(f"  {'start':10} {line}", flush=True)
     tracker = RunTracker(config, run_id, world.rank)
@@ -192,7 +203,7 @@ def train_and_finish(
         opened.callback(lambda: tracker.close(status))
         try:
             begin(tracker, state, start.incarnation, world.size, run_id, tier)
-            snapshots = take_snapshots(config, engine, run_id, start.incarnation, world)
+            snapshots = take_snapshots(config, engine, run_id, start.incarnation)
             if snapshots is not None:
                 opened.callback(lambda: snapshots.close(finished=status == 0))
             saver = Saver(
@@ -226,14 +237,33 @@ def train_and_finish(
             raise
 
 
-def take_snapshots(
-    config: Config, engine: TrainingEngine, run_id: str, incarnation: int, world: World
-) -> Snapshotter | None:
+def come_back(config: Config, start: Start, step: int, world: World) -> list[str]:
+    """Undo what lies after `step`: rank 0 in the run directory, and one process of every node in its memory."""
+    if world.rank == 0:
+        return bring_back(config, start, step)
+    if world.local_rank == 0 and (memory := own_memory(config)) is not None:
+        turn_away_from([memory], start, step)
+    return []
+
+
+def prepare_memory(job: Job) -> None:
+    """Start the keeper where snapshots are wanted: it starts while the engine is made. Collective."""
+    options, world = job.config.checkpoint.memory, job.world
+    if options.every:
+        Team().together(lambda: str(make_memory_directory(job.config)) if world.rank == 0 else "")
+        memory = memory_directory(job.config)
+        if world.local_rank == 0 and memory is not None:
+            with contextlib.suppress(CheckpointError, OSError):  # said when snapshots are to be taken
+                ensure_keeper(memory, options.keep_s)
+
+
+def take_snapshots(config: Config, engine: TrainingEngine, run_id: str, incarnation: int) -> Snapshotter | None:
     """What takes the run's snapshots in memory, ready for the first; None where none are wanted. Collective."""
     options = config.checkpoint.memory
-    if options.every == 0:
+    memory = memory_directory(config)
+    if options.every == 0 or memory is None:
         return None
-    memory = Team().together(lambda: str(make_memory_directory(config)) if world.rank == 0 else "")[0]
+    snapshots: Snapshotter | None = None
     try:
         snapshots = Snapshotter(
             config.checkpoint.dir,
@@ -246,6 +276,8 @@ def take_snapshots(
         )
         snapshots.prepare(engine.pieces())
     except (CheckpointError, OSError) as error:
+        if snapshots is not None:
+            snapshots.close()
         raise Refused(
             f"Snapshots in memory cannot be taken: {error} Type checkpoint.memory.every=0 to train without them, or "
             "checkpoint.memory.dir=DIRECTORY with more room."

@@ -18,7 +18,7 @@ from checkpointing.storage import FileStorage
 from trainer.config import Config, as_yaml
 from trainer.errors import Refused
 from trainer.parallel.world import World
-from trainer.resume import Start, turn_away_from
+from trainer.resume import Start, own_tiers, turn_away_from
 from trainer.track.files import roll_back
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def bring_back(config: Config, start: Start, step: int) -> list[str]:
     try:
         for name in clear_leftovers(FileStorage(config.checkpoint.dir)):
             logger.info("cleared %s, which a save left behind that never committed", name)
-        aside = turn_away_from(config, start, step)
+        aside = turn_away_from(own_tiers(config), start, step)
         discarded, last = roll_back(Path(config.run.dir), step)
         (Path(config.run.dir) / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
     except OSError as error:

@@ -39,6 +39,7 @@ class Saver:
     lease: Lease | None
     snapshots: Snapshotter | None = None
     durable_step: int = -1  # the newest step that is known to be durable
+    _owed: bool = False  # a step that was to become durable was not even snapshotted: the next one is instead
     _blocked_s: float = 0.0  # by saves since the last line
     _newest: float | None = None  # when the newest snapshot was taken
 
@@ -47,6 +48,7 @@ class Saver:
 
         With snapshots in memory a durable one is written in the background, and training goes on meanwhile.
         """
+        durable = durable or self._owed
         if self.snapshots is None:
             if durable:
                 self._save_now(done, metrics)
@@ -64,6 +66,8 @@ class Saver:
                 self._report(Outcome(done.step, why=str(error)))
                 if durable:
                     self._save_now(done, metrics)
+                return
+            self._owed = False
 
     def settle(self) -> dict[str, float]:
         """Report what became of the last snapshot and of those that were to become durable. Collective.
@@ -101,6 +105,9 @@ class Saver:
             self.tracker.emit("snapshot", step=outcome.step, generation=outcome.generation)
         else:
             self.tracker.emit("snapshot", step=outcome.step, skipped=outcome.why)
+            if outcome.durable:
+                self._owed = True
+                self._report_durable(Durable(outcome.step, why=f"its snapshot was left out: {outcome.why}"))
 
     def _report_durable(self, one: Durable) -> None:
         if one.generation:

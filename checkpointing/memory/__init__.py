@@ -1,5 +1,6 @@
 """Snapshots in CPU memory that outlive the trainer: copied while training goes on, kept and flushed by a keeper."""
 
-from checkpointing.memory.snapshotter import Durable, Outcome, Snapshotter
+from checkpointing.memory.durables import Durable
+from checkpointing.memory.snapshotter import Outcome, Snapshotter
 
 __all__ = ["Durable", "Outcome", "Snapshotter"]

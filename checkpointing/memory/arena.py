@@ -58,6 +58,38 @@ class MappedShard:
         del self.tensor, self.bytes
 
 
+class Shards:
+    """One rank's files in all arenas of a directory, each mapped once."""
+
+    def __init__(self, root: Path, rank: int) -> None:
+        self._root, self._rank = root, rank
+        self._mapped: dict[int, MappedShard] = {}
+        self.pinned = torch.cuda.is_available()
+
+    def of(self, arena: str, nbytes: int) -> MappedShard:
+        """This rank's file in an arena, of `nbytes` bytes. `OSError` where it does not fit."""
+        path = self._root / arena
+        try:
+            known = self._mapped.get(os.stat(path / shard_name(self._rank)).st_ino)
+        except FileNotFoundError:
+            known = None
+        if known is None or known.nbytes != nbytes:
+            known = MappedShard(path, self._rank, nbytes, pinned=self.pinned)
+            self._mapped[known.identity] = known
+        return known
+
+    def names(self, count: int) -> list[str]:
+        """Arenas that can be filled, where there are `count` directories of arenas and generations in all."""
+        there = {path.name for path in self._root.iterdir() if path.is_dir()}
+        more = (name for n in range(10_000) if (name := arena_name(n)) not in there)
+        return [name for name in there if ARENA.fullmatch(name)] + [next(more) for _ in range(count - len(there))]
+
+    def close(self) -> None:
+        for shard in self._mapped.values():
+            shard.close()
+        self._mapped.clear()
+
+
 def _register(memory: torch.Tensor) -> bool:
     """Pin memory, so that a GPU copies into it while this process computes."""
     failed = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[no-untyped-call]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -13,17 +15,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpointing.errors import CheckpointError
+from checkpointing.memory.directory import LOG, make_directory, read_secret
 from checkpointing.memory.messages import VERSION, Lines, Message, connect, encode
 
 logger = logging.getLogger("checkpointing")
 
-LOG = "keeper.log"
+RESTART_S = 20.0  # a keeper imports torch before it listens
+SEND_S = 5  # one that does not read for so long hangs
 
 
 def start_keeper(root: Path, keep_s: float) -> None:
     """Start this node's keeper, which is nobody's child: a shell starts it and ends. A second one ends at once."""
+    make_directory(root)
     keeper = [sys.executable, "-m", "checkpointing.memory.keeper", str(root), "--keep", str(keep_s)]
     with open(root / LOG, "ab") as log:
+        os.utime(log.fileno())
         subprocess.run(
             ["/bin/sh", "-c", '"$@" &', "sh", *keeper],
             stdin=subprocess.DEVNULL,
@@ -33,6 +39,15 @@ def start_keeper(root: Path, keep_s: float) -> None:
             check=True,
             cwd=Path(__file__).parents[2],
         )
+
+
+def ensure_keeper(root: Path, keep_s: float) -> None:
+    """Start one unless one listens. It is some seconds until it does."""
+    make_directory(root)
+    try:
+        connect(root).close()
+    except OSError:
+        start_keeper(root, keep_s)
 
 
 class Client:
@@ -54,67 +69,80 @@ class Client:
         self._root, self._greeting, self._heard, self._lost = root, greeting, heard, lost
         self._starts, self._keep_s = starts, keep_s
         self._socket: socket.socket | None = None
-        self._lock = threading.Lock()
-        self._closed = False
+        self._sending = threading.Lock()
+        self._closed = threading.Event()
         self.connected = threading.Event()
         self._thread = threading.Thread(target=self._work, name="keeper-client", daemon=True)
         self._thread.start()
 
     def send(self, *messages: Message) -> bool:
         """Whether they are on their way. False while no keeper listens, or none that has said welcome."""
-        with self._lock:
-            if self._socket is None or not self.connected.is_set():
-                return False
-            try:
-                self._socket.sendall(b"".join(map(encode, messages)))
-            except OSError:
-                return False
-            return True
+        endpoint = self._socket
+        if endpoint is None or not self.connected.is_set():
+            return False
+        try:
+            with self._sending:
+                endpoint.sendall(b"".join(map(encode, messages)))
+        except OSError:
+            self.hang_up()  # half a message may be on its way: nothing can follow it
+            return False
+        return True
 
     def hang_up(self) -> None:
         """On a keeper that does not answer; whether another connection fares better shows by its welcome."""
-        with self._lock:
-            self.connected.clear()
-            if self._socket is not None:
-                with contextlib.suppress(OSError):
-                    self._socket.shutdown(socket.SHUT_RDWR)
+        self.connected.clear()
+        if (endpoint := self._socket) is not None:
+            with contextlib.suppress(OSError):
+                endpoint.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._closed = True
+        self._closed.set()
         self.hang_up()
         self._thread.join()
 
     def _work(self) -> None:
-        started = -1e9
-        while not self._closed:
+        started = time.monotonic() - _log_age(self._root)
+        while not self._closed.is_set():
             try:
                 endpoint = connect(self._root)
             except OSError:
-                if self._starts and time.monotonic() - started > 20:  # it imports torch before it listens
+                if self._starts and time.monotonic() - started > RESTART_S:
                     started = time.monotonic()
-                    with contextlib.suppress(OSError, subprocess.SubprocessError):
+                    with contextlib.suppress(OSError, CheckpointError, subprocess.SubprocessError):
                         start_keeper(self._root, self._keep_s)
-                time.sleep(0.02)
+                self._closed.wait(0.02)
                 continue
-            started = -1e9
             with endpoint:
                 try:
-                    endpoint.sendall(encode(self._greeting))
-                    lines = Lines()
-                    with self._lock:
-                        self._socket = endpoint
-                    while data := endpoint.recv(1 << 20):
-                        for message in lines.feed(data):
-                            if message["kind"] == "welcome":
-                                if message["version"] != VERSION:
-                                    raise CheckpointError("a keeper of another release is at work")
-                                self.connected.set()
-                            self._heard(message)
+                    self._converse(endpoint)
+                    started = -1e9
                 except (OSError, CheckpointError) as error:
                     logger.warning("the keeper of %s: %s", self._root, error)
                 finally:
-                    with self._lock:
-                        self._socket = None
+                    self._socket = None
                     self.connected.clear()
-                    if not self._closed:
+                    if not self._closed.is_set():
                         self._lost()
+            self._closed.wait(0.1)  # one that hangs up at once is not asked without end
+
+    def _converse(self, endpoint: socket.socket) -> None:
+        """Until the keeper, or this rank, hangs up."""
+        endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_S, 0))
+        endpoint.sendall(encode({**self._greeting, "secret": read_secret(self._root)}))
+        lines = Lines()
+        self._socket = endpoint
+        while not self._closed.is_set() and (data := endpoint.recv(1 << 20)):
+            for message in lines.feed(data):
+                if message["kind"] == "welcome":
+                    if message["version"] != VERSION:
+                        raise CheckpointError("a keeper of another release is at work")
+                    self.connected.set()
+                self._heard(message)
+
+
+def _log_age(root: Path) -> float:
+    """Seconds since a keeper was last heard of: one that was started just now does not listen yet."""
+    try:
+        return time.time() - (root / LOG).stat().st_mtime
+    except OSError:
+        return 1e9

@@ -15,7 +15,7 @@ import numpy as np
 
 from checkpointing.codec import encode_manifest
 from checkpointing.errors import CheckpointError, DamagedError
-from checkpointing.format import COMMIT, MANIFEST, Manifest, digest
+from checkpointing.format import ABANDONED, COMMIT, MANIFEST, Manifest, digest
 from checkpointing.generations import check_files, check_writers, read, read_manifest
 from checkpointing.lease import Hold
 from checkpointing.memory.mapped import MappedStorage
@@ -107,28 +107,54 @@ def flush(
     name: str,
     nodes: Nodes = Nodes(),  # frozen
     wait_s: float = WAIT_S,
+    check: Callable[[], None] = lambda: None,
 ) -> int:
     """Make a generation in memory durable; returns the bytes this node wrote. It is committed when this returns.
 
     Among several nodes each leaves a record of what it wrote beside it, and the first commits when all are there.
+    `check` stops it by raising. What the run turns away from meanwhile is not committed, or is marked as that.
     """
     manifest = read_manifest(memory, name)
     written = 0
     with Hold(durable, name, "write"):
         try:
+            _check_wanted(memory, name)
             for writer in manifest.writers:
                 for file, nbytes in writer.files.items():
                     (data,) = memory.read_ranges(f"{name}/{file}", [(0, nbytes)])
                     durable.put(f"{name}/{file}", [data])
                     written += nbytes
-            if nodes.count > 1:
-                manifest = _meet(durable, manifest, nodes, wait_s)
-            if nodes.number == 0:
-                _commit(durable, manifest)
         except BaseException:
-            _discard(durable, manifest)
+            _discard(durable, manifest, [file for writer in manifest.writers for file in writer.files])
             raise
+        if nodes.number:
+            # From here on the first node may commit, so nothing is taken back: if it does not, all is cleared away.
+            _tell(durable, manifest, nodes)
+            _wait_for_commit(durable, manifest, wait_s, check)
+        else:
+            try:
+                if nodes.count > 1:
+                    _tell(durable, manifest, nodes)
+                    manifest = _gather(durable, manifest, nodes, wait_s, check)
+                _check_wanted(memory, name)
+                _commit(durable, manifest)
+            except BaseException:
+                _discard(durable, manifest, [file.rpartition("/")[2] for file in _listed(durable, manifest)])
+                raise
+        if _is_unwanted(memory, name):
+            durable.create_if_absent(f"{name}/{ABANDONED}", b"")
     return written
+
+
+def _is_unwanted(memory: MappedStorage, name: str) -> bool:
+    """Whether the run has turned away from it. Looked at before the commit and after it, as the run marks what is in
+    memory before it looks for what is durable: whichever comes first, the mark gets there."""
+    return f"{name}/{ABANDONED}" in memory.list(f"{name}/")
+
+
+def _check_wanted(memory: MappedStorage, name: str) -> None:
+    if _is_unwanted(memory, name):
+        raise CheckpointError(f"the run has turned away from {name}")
 
 
 def _commit(durable: Storage, manifest: Manifest) -> None:
@@ -142,21 +168,35 @@ def _commit(durable: Storage, manifest: Manifest) -> None:
     durable.delete(file for file in durable.list(prefix) if file.startswith(f"{prefix}prepared-"))
 
 
-def _meet(durable: Storage, manifest: Manifest, nodes: Nodes, wait_s: float) -> Manifest:
-    """Tell what this node wrote; on the first node the manifest of what all wrote, on the others once it is there."""
-    prefix = f"{manifest.generation}/"
+def _listed(durable: Storage, manifest: Manifest, start: str = "") -> list[str]:
+    return list(durable.list(f"{manifest.generation}/{start}"))
+
+
+def _tell(durable: Storage, manifest: Manifest, nodes: Nodes) -> None:
     mine = {"save_id": manifest.save_id, "writers": [asdict(writer) for writer in manifest.writers]}
-    durable.put(f"{prefix}prepared-{nodes.number:05d}.json", [json.dumps(mine).encode()])
+    durable.put(f"{manifest.generation}/prepared-{nodes.number:05d}.json", [json.dumps(mine).encode()])
+
+
+def _gather(durable: Storage, manifest: Manifest, nodes: Nodes, wait_s: float, check: Callable[[], None]) -> Manifest:
+    """On the first node: the manifest of what all wrote."""
     deadline = time.monotonic() + wait_s
-    while time.monotonic() < deadline:
-        found = durable.list(prefix)
-        if nodes.number and f"{prefix}{COMMIT}" in found:
-            return manifest
-        told = [file for file in found if file.startswith(f"{prefix}prepared-")]
-        if nodes.number == 0 and len(told) == nodes.count:
-            return _together(durable, manifest, told)
+    while len(told := _listed(durable, manifest, "prepared-")) < nodes.count:
+        check()
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"{manifest.generation}: the other nodes did not write their parts within {wait_s:.0f} s"
+            )
         time.sleep(0.05)
-    raise CheckpointError(f"{manifest.generation}: the other nodes did not write their parts within {wait_s:.0f} s")
+    return _together(durable, manifest, told)
+
+
+def _wait_for_commit(durable: Storage, manifest: Manifest, wait_s: float, check: Callable[[], None]) -> None:
+    deadline = time.monotonic() + wait_s
+    while not _listed(durable, manifest, COMMIT):
+        check()
+        if time.monotonic() > deadline:
+            raise CheckpointError(f"{manifest.generation}: the first node did not commit it within {wait_s:.0f} s")
+        time.sleep(0.05)
 
 
 def _together(durable: Storage, manifest: Manifest, told: list[str]) -> Manifest:
@@ -171,9 +211,8 @@ def _together(durable: Storage, manifest: Manifest, told: list[str]) -> Manifest
     return replace(manifest, writers=sorted(writers, key=lambda writer: writer.rank))
 
 
-def _discard(durable: Storage, manifest: Manifest) -> None:
+def _discard(durable: Storage, manifest: Manifest, files: list[str]) -> None:
     """Give back the room that a failed flush took, unless it was committed."""
-    prefix = f"{manifest.generation}/"
     with suppress(OSError, CheckpointError):
-        if f"{prefix}{COMMIT}" not in durable.list(prefix):
-            durable.delete([*(f"{prefix}{file}" for w in manifest.writers for file in w.files), f"{prefix}{MANIFEST}"])
+        if not _listed(durable, manifest, COMMIT):
+            durable.delete(f"{manifest.generation}/{file}" for file in files)

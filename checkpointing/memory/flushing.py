@@ -1,4 +1,4 @@
-"""The keeper's thread that flushes: one generation at a time, and at most one that waits."""
+"""The keeper's thread that flushes: one generation after the other."""
 
 from __future__ import annotations
 
@@ -6,37 +6,43 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from checkpointing.memory.flush import Nodes, flush
+from checkpointing.memory.flush import DirectStorage, Nodes, flush
 from checkpointing.memory.mapped import MappedStorage
-from checkpointing.storage import Storage
 
 logger = logging.getLogger("keeper")
+
+STOP_S = 10.0  # a disk that hangs for longer does not keep the keeper from ending
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
+    """A generation in `memory` to be written to `durable`, at `rate` bytes a second or as fast as it goes (0)."""
+
     serial: int
     generation: str
-    memory: MappedStorage
-    durable: Storage
+    memory: Path
+    durable: Path
+    rate: float
     nodes: Nodes
+    cancelled: threading.Event = field(default_factory=threading.Event)
 
 
-class Stopped(Exception):
-    """The keeper ends."""
+class Cancelled(Exception):
+    """What is being written is not wanted any more."""
 
 
 class Flusher:
-    """`done` is called in this thread with the serial, the name and what came of each."""
+    """`done` is called in this thread with each task and what came of it."""
 
-    def __init__(self, done: Callable[[int, str, dict[str, Any]], None]) -> None:
+    def __init__(self, done: Callable[[Task, dict[str, Any]], None]) -> None:
         self._done = done
         self._tasks: list[Task] = []  # the first is being written
         self._changed = threading.Condition()
-        self._stopping = False
+        self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
@@ -50,48 +56,56 @@ class Flusher:
         """How many generations are being written or wait for it."""
         return len(self._tasks)
 
-    def submit(
-        self, serial: int, generation: str, memory: MappedStorage, durable: Storage, nodes: Nodes, must: bool
-    ) -> bool:
-        """Whether it will be flushed: only if nothing else is, unless it must."""
+    def submit(self, task: Task) -> None:
         with self._changed:
-            if self._tasks and not must:
-                return False
-            self._tasks.append(Task(serial, generation, memory, durable, nodes))
+            self._tasks.append(task)
             self._changed.notify_all()
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="flush", daemon=True)
             self._thread.start()
-        return True
 
-    def check(self) -> None:
-        """Raise in the middle of a write where the keeper wants to end."""
-        if self._stopping:
-            raise Stopped
+    def cancel(self, serial: int | None = None) -> None:
+        """Give up one, or all: at its next look for the one that is being written."""
+        with self._changed:
+            for task in self._tasks:
+                if serial in (None, task.serial):
+                    task.cancelled.set()
 
     def stop(self) -> None:
         with self._changed:
-            self._stopping = True
+            self._stopping.set()
+            for task in self._tasks:
+                task.cancelled.set()
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(STOP_S)
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._tasks or self._stopping)
-                if self._stopping:
+                self._changed.wait_for(lambda: self._tasks or self._stopping.is_set())
+                if self._stopping.is_set():
                     return
                 task = self._tasks[0]
-            began = time.monotonic()
-            try:
-                nbytes = flush(task.memory, task.durable, task.generation, task.nodes)
-                outcome = {"kind": "durable", "seconds": time.monotonic() - began, "bytes": nbytes}
-            except Stopped:
-                return
-            except Exception as error:  # whatever it is, training goes on
-                logger.warning("%s could not be flushed: %s", task.generation, error)
-                outcome = {"kind": "undurable", "why": f"{type(error).__name__}: {error}"}
+            outcome = self._flush(task)
             with self._changed:
                 self._tasks.pop(0)
-            self._done(task.serial, task.generation, outcome)
+                if self._stopping.is_set():
+                    return
+            self._done(task, outcome)
+
+    def _flush(self, task: Task) -> dict[str, Any]:
+        def check() -> None:
+            if task.cancelled.is_set():
+                raise Cancelled("it was given up")
+
+        began = time.monotonic()
+        try:
+            check()
+            memory = MappedStorage(task.memory)  # one of its own: its mappings go with the flush
+            durable = DirectStorage(task.durable, task.rate, check)
+            nbytes = flush(memory, durable, task.generation, task.nodes, check=check)
+        except Exception as error:  # whatever it is, training goes on
+            logger.warning("%s could not be flushed: %s", task.generation, error)
+            return {"kind": "undurable", "why": f"{type(error).__name__}: {error}"}
+        return {"kind": "durable", "seconds": time.monotonic() - began, "bytes": nbytes}

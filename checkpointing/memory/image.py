@@ -6,7 +6,7 @@ The same bytes as `writer.write_shard` writes for the same plan, pieces, objects
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
 
@@ -154,8 +154,28 @@ def _copy_and_hash(part: Part, source: torch.Tensor, memory: memoryview, block: 
 
 def _copy_slowly(part: Part, source: torch.Tensor, divisor: float, memory: memoryview) -> None:
     """From a GPU, or of what is not stored as it is held."""
-    rows = source.shape[0]
-    row = part.nbytes // rows
-    first, last = part.begin // row, part.end // row
-    there = torch.frombuffer(memory[part.begin : part.end], dtype=source.dtype).view(last - first, *source.shape[1:])
-    there.copy_(multiplied(source[first:last], divisor).resolve_conj().resolve_neg())
+    there = torch.frombuffer(memory[part.begin : part.end], dtype=source.dtype)
+    values = multiplied(_rows(part, source), divisor).resolve_conj().resolve_neg()
+    there.view(values.shape).copy_(values, non_blocking=True)  # the thread's stream alone is waited for
+    if source.is_cuda:
+        torch.cuda.current_stream(source.device).synchronize()
+
+
+def _rows(part: Part, source: torch.Tensor) -> torch.Tensor:
+    row = part.nbytes // source.shape[0]
+    return source[part.begin // row : part.end // row]
+
+
+def is_as_copied(part: Part, piece: Piece, target: memoryview) -> bool:
+    """Whether a part of the state still has the checksums that were written with it, and its copy has them too."""
+    source = piece.tensor.detach()[part.slices]
+    copy = torch.empty(part.end - part.begin, dtype=torch.uint8)
+    _copy_slowly(
+        replace(part, begin=0, end=len(copy), nbytes=len(copy)), _rows(part, source), piece.divisor, copy.numpy().data
+    )
+    block = block_size(part.nbytes)
+    at = part.sums + SUM * (part.begin // block)
+    found = [
+        checksums(data, block) for data in (copy.numpy().data, target[part.start + part.begin : part.start + part.end])
+    ]
+    return all(sums == target[at : at + len(sums)] for sums in found)

@@ -1,19 +1,17 @@
 """The keeper: one process per node that outlives the trainer. It commits, keeps and flushes what ranks copy to memory.
 
-It is the only one that renames and deletes arenas. Ranks fill the arena they are given, each its own file, and say
-when they are done. Nothing that matters is in this process alone: started again, it finds everything on the tmpfs.
+Ranks fill the arena they are given, each its own file, and say when they are done. Nothing that matters is in this
+process alone: started again, it finds everything on the tmpfs.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import logging
 import os
 import secrets
 import selectors
-import shutil
 import signal
 import socket
 import sys
@@ -23,30 +21,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpointing.errors import DamagedError
-from checkpointing.format import COMMIT, MANIFEST, Writer, digest, generation_name, shard_name
-from checkpointing.generations import scan
-from checkpointing.lease import held_generations
-from checkpointing.memory.arena import ARENA, arena_name
-from checkpointing.memory.flush import DirectStorage, Nodes
-from checkpointing.memory.flushing import Flusher
-from checkpointing.memory.mapped import MappedStorage
-from checkpointing.memory.messages import (
-    VERSION,
-    Lines,
-    Message,
-    ProtocolError,
-    encode,
-    is_same_user,
-    listen,
+from checkpointing.format import Writer, generation_name, shard_name
+from checkpointing.memory.directory import (
+    FINISHED,
+    KEEP_S,
+    clear_forgotten,
+    has_living_starts,
+    keeper_lock,
     make_directory,
+    remove,
+    write_keep_s,
 )
-from checkpointing.storage import FileStorage
+from checkpointing.memory.flush import Nodes
+from checkpointing.memory.flushing import Flusher, Task
+from checkpointing.memory.messages import VERSION, Lines, Message, ProtocolError, encode, is_same_user, listen
+from checkpointing.memory.shelf import Shelf
 
 logger = logging.getLogger("keeper")
 
-LOCK = "keeper.lock"
-KEEP_S = 3600.0  # how long the memory stays when the run does not come back
+EMPTY_S = 30.0  # how long it waits for a trainer where there is nothing to keep
 
 
 @dataclass
@@ -60,15 +53,6 @@ class Filling:
     manifest: dict[str, Any] | None = None  # without writers and layout: the first rank's
     layout: str = ""
     durable: bool = False
-    last: bool = False  # must become durable, however busy the disk is
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A committed generation."""
-
-    name: str
-    serial: int
 
 
 @dataclass
@@ -76,6 +60,7 @@ class Session:
     """One start of the trainer, as its ranks tell it."""
 
     name: str
+    incarnation: int
     run_id: str
     ranks: list[int]
     nodes: Nodes
@@ -83,6 +68,20 @@ class Session:
     keep_s: float
     durable: str | None
     rate: float
+
+    @staticmethod
+    def of(message: Message) -> Session:
+        return Session(
+            str(message["session"]),
+            int(message["incarnation"]),
+            str(message["run_id"]),
+            [int(rank) for rank in message["ranks"]],
+            Nodes(*message["nodes"]),
+            int(message["arenas"]),
+            float(message["keep_s"]),
+            message["durable"],
+            float(message["rate"]),
+        )
 
 
 class Connection:
@@ -92,84 +91,31 @@ class Connection:
 
     def send(self, message: Message) -> None:
         """A rank that does not read is dead, or will be; nothing waits for it."""
-        with suppress(OSError):
+        try:
             self.socket.sendall(encode(message))
+        except OSError:
+            self.hang_up()  # half a message may be on its way
+
+    def hang_up(self) -> None:
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
 
 
 class Keeper:
     def __init__(self, root: Path, keep_s: float = KEEP_S) -> None:
         self.root, self.keep_s = root, keep_s
         self.secret = make_directory(root)
-        self.storage = FileStorage(root)
         self.session: Session | None = None
+        self.past: set[str] = set()  # names of sessions that another one followed
         self.connections: dict[socket.socket, Connection] = {}
         self.filling: Filling | None = None
         self.layouts: dict[str, str] = {}
-        self.kept: list[Kept] = []  # newest first
         self.last_seen = time.monotonic()
-        self.finished = self.stopped = False
+        self.stopped = False
         self._wake = os.pipe()
         self.flusher = Flusher(self._flushed)
-        self.adopt()
-
-    # What lies on the tmpfs.
-
-    def adopt(self) -> None:
-        """Take over what is there: committed generations stay, everything else is room."""
-        busy, self.kept = self._busy(), []
-        for generation in scan(self.storage):
-            manifest = generation.manifest
-            stranger = self.session is not None and manifest is not None and manifest.run_id != self.session.run_id
-            if manifest is not None and generation.sound and not generation.abandoned and not stranger:
-                self.kept.append(Kept(generation.name, manifest.serial))
-            elif generation.name not in busy:
-                self._release(generation.name)
-
-    @property
-    def free(self) -> list[int]:
-        """Numbers of the arenas that nobody fills."""
-        filling = self.filling.arena if self.filling is not None else ""
-        matches = (ARENA.fullmatch(path.name) for path in self.root.iterdir() if path.name != filling)
-        return sorted(int(match[1]) for match in matches if match)
-
-    def _busy(self) -> set[str]:
-        """Generations that are being read or flushed."""
-        return held_generations(self.storage) | self.flusher.pinned
-
-    def _release(self, name: str) -> None:
-        """Make a generation an arena again: COMMIT goes first, so that it never names what is written over."""
-        directory = self.root / name
-        (directory / COMMIT).unlink(missing_ok=True)
-        for path in directory.iterdir():
-            if not path.name.startswith("shard-"):
-                path.unlink()
-        directory.rename(self.root / self._unused())
-
-    def _take(self, everywhere: int) -> str | None:
-        """An arena to fill; None where none is free."""
-        assert self.session is not None
-        if not self.free and len(self.kept) >= self.session.arenas:
-            busy = self._busy()
-            usable = [kept for kept in self.kept[1:] if kept.serial < everywhere and kept.name not in busy]
-            if not usable:
-                return None
-            self.kept.remove(usable[-1])
-            self._release(usable[-1].name)
-        path = self.root / (arena_name(self.free[0]) if self.free else self._unused())
-        path.mkdir(mode=0o700, exist_ok=True)
-        own = {shard_name(rank) for rank in self.session.ranks}
-        for file in path.iterdir():
-            if file.name not in own:  # of another layout
-                file.unlink()
-        return path.name
-
-    def _unused(self) -> str:
-        return next(name for n in range(10_000) if not (self.root / (name := arena_name(n))).exists())
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that this run takes on this node."""
-        return sum(file.stat().st_blocks * 512 for file in self.root.rglob("shard-*"))
+        self.shelf = Shelf(root, lambda: self.flusher.pinned)
+        self.shelf.adopt()
 
     # What ranks say.
 
@@ -185,7 +131,7 @@ class Keeper:
             "begin": self._begin,
             "prepared": self._prepared,
             "failed": self._failed,
-            "finish": self._finish,
+            "cancel": self._cancel,
         }
         if kind not in handlers:
             raise ProtocolError(f"{kind} is no message")
@@ -194,33 +140,29 @@ class Keeper:
     def _hello(self, connection: Connection, message: Message) -> None:
         if message["version"] != VERSION or not secrets.compare_digest(str(message["secret"]), self.secret):
             raise ProtocolError("another version, or not of this run")
-        told = Session(
-            str(message["session"]),
-            str(message["run_id"]),
-            [int(rank) for rank in message["ranks"]],
-            Nodes(*message["nodes"]),
-            int(message["arenas"]),
-            float(message["keep_s"]),
-            message["durable"],
-            float(message["rate"]),
-        )
-        if self.session is None or self.session.name != told.name:
-            self._drop("the trainer was started again")
-            self.session, self.keep_s = told, told.keep_s
-            self.adopt()
-            self._shrink()
+        told, current = Session.of(message), self.session
+        if current is None or current.name != told.name:
+            if told.name in self.past or (current is not None and told.incarnation < current.incarnation):
+                raise ProtocolError("it is left over from a start that another one followed")
+            self._start(told)
         connection.rank = int(message["rank"])
         connection.send({"kind": "welcome", "version": VERSION, "pid": os.getpid()})
 
-    def _shrink(self) -> None:
-        """Give back arenas that this session does not use."""
-        assert self.session is not None
-        busy = self._busy()
-        for kept in [kept for kept in self.kept[1:] if kept.name not in busy]:
-            self._release(kept.name)
-            self.kept.remove(kept)
-        while (free := self.free) and len(free) + len(self.kept) > self.session.arenas:
-            shutil.rmtree(self.root / arena_name(free[-1]))
+    def _start(self, session: Session) -> None:
+        """The trainer was started again: whoever is left of earlier starts is not listened to any more."""
+        self._drop("the trainer was started again")
+        for connection in self.connections.values():
+            if connection.rank is not None:
+                connection.hang_up()
+                connection.rank = None
+        if (last := self.session) is not None:
+            self.past.add(last.name)
+            if (last.run_id, last.nodes) != (session.run_id, session.nodes):
+                self.flusher.cancel()  # of another run, or together with nodes that may not be there
+        self.session, self.keep_s = session, session.keep_s
+        write_keep_s(self.root, session.keep_s)
+        (self.root / FINISHED).unlink(missing_ok=True)
+        self.shelf.start(session.run_id, session.arenas, anew=has_living_starts(self.root, session.name))
 
     def _layout(self, connection: Connection, message: Message) -> None:
         self.layouts = {message["layout"]: message["text"]}
@@ -230,7 +172,8 @@ class Keeper:
         assert self.session is not None
         if self.filling is None or self.filling.serial != serial:
             self._drop("not all ranks finished it before the next one")
-            arena = self._take(message["everywhere"])
+            files = {shard_name(rank) for rank in self.session.ranks}
+            arena = self.shelf.take(message["everywhere"], self.session.arenas, files)
             if arena is None:
                 why = "every arena is in use: older snapshots are still being flushed or read"
                 connection.send({"kind": "skipped", "serial": serial, "why": why})
@@ -250,7 +193,7 @@ class Keeper:
             filling.writers[connection.rank] = message["writer"]
         if message.get("manifest") is not None:
             filling.manifest, filling.layout = message["manifest"], message["layout"]
-            filling.durable, filling.last = message["durable"], message["last"]
+            filling.durable = message["durable"]
         if not filling.waiting:
             self.filling = None
             try:
@@ -264,8 +207,8 @@ class Keeper:
         if self.filling is not None and self.filling.serial == message["serial"]:
             self._drop(f"rank {connection.rank}: {message['why']}")
 
-    def _finish(self, connection: Connection, message: Message) -> None:
-        self.finished = True
+    def _cancel(self, connection: Connection, message: Message) -> None:
+        self.flusher.cancel(message["serial"])
 
     def _drop(self, why: str) -> None:
         """Forget the snapshot that is being filled."""
@@ -284,34 +227,19 @@ class Keeper:
         assert filling.manifest is not None and self.session is not None
         head = {**filling.manifest, "writers": [filling.writers[rank] for rank in sorted(filling.writers)]}
         text = json.dumps(head, separators=(",", ":"), allow_nan=False)[:-1] + "," + self.layouts[filling.layout][1:]
-        data = text.encode()
-        name = generation_name(head["step"], head["save_id"])
-        arena = self.root / filling.arena
-        for writer in filling.writers.values():
-            for file, nbytes in Writer(**writer).files.items():
-                if (size := (arena / file).stat().st_size) != nbytes:
-                    raise DamagedError(f"{file} has {size} bytes, and {nbytes} were written")
-        (arena / MANIFEST).write_bytes(data)
-        directory = arena.rename(self.root / name)
-        try:
-            (directory / ".commit").write_text(digest(data))
-            (directory / ".commit").rename(directory / COMMIT)
-        except OSError:
-            directory.rename(arena)
-            raise
-        self.kept.insert(0, Kept(name, head["serial"]))
-        told = {"generation": name, "memory": self.nbytes, "backlog": self.flusher.backlog}
-        self._tell({"kind": "committed", "serial": filling.serial, **told})
-        if filling.durable and self.session.durable is not None:
-            durable = DirectStorage(self.session.durable, self.session.rate, self.flusher.check)
-            memory = MappedStorage(self.root)  # one of its own: its mappings go with the flush
-            if not self.flusher.submit(filling.serial, name, memory, durable, self.session.nodes, filling.last):
-                why = "the one before it is still being written: the disk is slower than checkpoint.every asks for"
-                self._tell({"kind": "undurable", "serial": filling.serial, "generation": name, "why": why})
+        name, serial = generation_name(head["step"], head["save_id"]), filling.serial
+        files = {file: n for writer in filling.writers.values() for file, n in Writer(**writer).files.items()}
+        self.shelf.commit(filling.arena, name, head["serial"], text.encode(), files)
+        told = {"generation": name, "memory": self.shelf.nbytes, "backlog": self.flusher.backlog}
+        self._tell({"kind": "committed", "serial": serial, **told})
+        session = self.session
+        if filling.durable and session.durable is not None:
+            self.flusher.submit(Task(serial, name, self.root, Path(session.durable), session.rate, session.nodes))
 
-    def _flushed(self, serial: int, name: str, outcome: dict[str, Any]) -> None:
+    def _flushed(self, task: Task, outcome: dict[str, Any]) -> None:
         """Called by the flusher's thread."""
-        os.write(self._wake[1], json.dumps({"serial": serial, "generation": name, **outcome}).encode() + b"\n")
+        told = {"serial": task.serial, "generation": task.generation, **outcome}
+        os.write(self._wake[1], json.dumps(told).encode() + b"\n")
 
     # The process.
 
@@ -344,19 +272,21 @@ class Keeper:
         self.flusher.stop()
         for end in self._wake:
             os.close(end)
-        if self.stopped:
-            return
-        shutil.rmtree(self.root, ignore_errors=True)
-        with suppress(OSError):  # other runs of this user are there
-            self.root.parent.rmdir()
+        if not self.stopped:
+            remove(self.root)
 
     def _over(self) -> bool:
         if self.connections:
             self.last_seen = time.monotonic()
             return False
-        if self.finished and not self.flusher.backlog:
+        if (self.root / FINISHED).exists() and not self.flusher.backlog:
             return True
-        return time.monotonic() - self.last_seen > self.keep_s
+        if time.monotonic() - self.last_seen < (self.keep_s if self.shelf.kept else min(self.keep_s, EMPTY_S)):
+            return False
+        if self.shelf.held:  # a trainer that is coming back reads it, and has not said hello yet
+            self.last_seen = time.monotonic()
+            return False
+        return True
 
     def _read(self, selector: selectors.BaseSelector, connection: Connection) -> None:
         try:
@@ -374,25 +304,6 @@ class Keeper:
             connection.socket.close()
 
 
-def clear_forgotten(root: Path, keep_s: float) -> list[str]:
-    """Delete what other runs of this user left beside this one's directory, long ago and without a keeper.
-
-    As where the keeper was killed with everything else, and the run never came back. Returns the names.
-    """
-    gone = []
-    for path in root.parent.iterdir():
-        lock = path / LOCK
-        if path == root or not lock.exists() or path.stat().st_uid != os.getuid():
-            continue
-        last = max((file.stat().st_mtime for file in path.rglob("*")), default=0.0)
-        with suppress(OSError), open(lock, "r+") as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - last > keep_s:
-                shutil.rmtree(path)
-                gone.append(path.name)
-    return gone
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m checkpointing.memory.keeper", description=__doc__.split("\n")[0])
     parser.add_argument("root", type=Path, help="the run's directory in memory")
@@ -402,12 +313,11 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # they are for the trainer; this process ends when the run does
     make_directory(options.root)
-    with open(options.root / LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with keeper_lock(options.root) as lock:
+        if lock is None:
             return 0  # another one is at work
-        clear_forgotten(options.root, options.keep)
+        write_keep_s(options.root, options.keep)
+        clear_forgotten(options.root.parent, options.root.name)
         Keeper(options.root, options.keep).serve()
     return 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import socket
 import struct
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 from checkpointing.errors import CheckpointError
 
 VERSION = 1
-SOCKET, SECRET = "keeper.sock", "keeper.secret"
+SOCKET = "keeper.sock"
 MOST_BYTES = 256 * 1024 * 1024  # of one message: a manifest may be large
 
 Message = dict[str, Any]
@@ -22,29 +21,6 @@ Message = dict[str, Any]
 
 class ProtocolError(CheckpointError):
     """What came over the socket is none of our messages, or of another version."""
-
-
-def make_directory(root: Path) -> str:
-    """Make the run's directory in memory, for this user alone; returns the secret in it that its processes share."""
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = root.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise CheckpointError(
-            f"{root} is not this user's alone (owner {status.st_uid}, mode {status.st_mode & 0o777:o}). "
-            "Snapshots are private: choose another directory, or remove this one."
-        )
-    path = root / SECRET
-    draft = root / f".draft-{secrets.token_hex(8)}"
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(16))
-    try:
-        os.link(draft, path)  # the first one stays
-    except FileExistsError:
-        pass
-    finally:
-        draft.unlink()
-    return path.read_text()
 
 
 def listen(root: Path) -> socket.socket:

@@ -71,7 +71,13 @@ def _of_cgroups(root: Path) -> list[Room]:
 
 
 def _left(directory: Path, limit: str, used: str) -> int | None:
+    """Of files in the page cache what was not used lately counts as free: the kernel gives it up first."""
     try:
-        return int((directory / limit).read_text()) - int((directory / used).read_text())
+        left = int((directory / limit).read_text()) - int((directory / used).read_text())
     except (OSError, ValueError):
         return None  # no such limit, or "max"
+    try:
+        counts = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
+        return left + int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        return left

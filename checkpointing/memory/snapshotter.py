@@ -3,44 +3,39 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import secrets
 import socket
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from checkpointing import format, replicas
+from checkpointing import replicas
 from checkpointing.collective import Team, as_team
 from checkpointing.commit import agree_to_save, begin_save, check_save, versions
 from checkpointing.errors import CheckpointError, DamagedError, LayoutError
-from checkpointing.format import Manifest, digest, index_name
+from checkpointing.format import Manifest, digest
 from checkpointing.geometry import External, Piece
-from checkpointing.memory.arena import ARENA, MappedShard, arena_name
-from checkpointing.memory.client import LOG, Client
-from checkpointing.memory.image import Image, copy_part
-from checkpointing.memory.keeper import KEEP_S
+from checkpointing.memory.arena import Shards
+from checkpointing.memory.client import Client
+from checkpointing.memory.copying import SETTLE_S, Copier, Snapshot
+from checkpointing.memory.directory import FINISHED, KEEP_S, LOG, join_start, keeper_lock, make_directory, remove
+from checkpointing.memory.durables import Durable, Durables
+from checkpointing.memory.image import Image
 from checkpointing.memory.mapped import MappedStorage
-from checkpointing.memory.messages import VERSION, Message, make_directory
+from checkpointing.memory.messages import VERSION, Message
 from checkpointing.memory.room import check_room
 from checkpointing.plan import RankPlan
 from checkpointing.reader import num_threads
 from checkpointing.storage import FileStorage
 
-logger = logging.getLogger("checkpointing")
-
-ASK_S = 1.0  # how long the keeper may take to give an arena before the snapshot is given up
-START_S = 60.0  # to start
-SETTLE_S = 10.0  # and to commit one that was copied, before it counts as one that hangs
+START_S = 60.0  # that a keeper may take to start
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,42 +48,7 @@ class Outcome:
     taken: float = 0.0  # when it was begun, by the monotonic clock
     memory: int = 0  # bytes that the run takes on this node
     backlog: int = 0  # generations that wait to become durable
-
-
-@dataclass(slots=True)
-class Durable:
-    """What became of a generation that was to become durable."""
-
-    step: int
-    generation: str = ""
-    seconds: float = 0.0
-    nbytes: int = 0
-    why: str = ""
-
-
-@dataclass
-class _Snapshot:
-    """One on its way."""
-
-    serial: int
-    step: int
-    pieces: list[Piece]
-    manifest: Manifest
-    objects: dict[str, Any]
-    durable: bool
-    last: bool
-    everywhere: int
-    asked: float = field(default_factory=time.monotonic)
-    arena: str = ""
-    # Set once nothing of the state is read any more, and once it is known what became of it.
-    copied: threading.Event = field(default_factory=threading.Event)
-    settled: threading.Event = field(default_factory=threading.Event)
-    answered: threading.Event = field(default_factory=threading.Event)
-    open: bool = False  # the fence was waited for: what is written from now on is of the next step
-    why: str = ""
-    generation: str = ""
-    told: Message = field(default_factory=dict)
-    sources: str = ""  # with `check_fence`: the digest of the state as it was copied
+    durable: bool = False  # whether it was to become durable
 
 
 class Snapshotter:
@@ -96,9 +56,9 @@ class Snapshotter:
 
     `memory` is the run's own directory on a tmpfs, the same path on every node. Snapshots lie there as generations like
     those that `save` writes, and outlive this process. Those taken with `durable=True` are written to `directory` in
-    the background. At most `arenas` snapshots take room at a time. `check_fence` compares the state right
-    after the copy with that when the fence opens, which finds writes outside `mutating()` between the two and costs as
-    much as the copy.
+    the background, at `rate` bytes a second where that is given. At most `arenas` snapshots take room at a time. With
+    `check_fence` what was copied is compared with the state when the fence opens, and committed only then: that finds
+    writes outside `mutating()`, and costs more than the copy.
     """
 
     def __init__(
@@ -115,56 +75,52 @@ class Snapshotter:
         threads: int | None = None,
         check_fence: bool = False,
     ) -> None:
-        self._team = as_team(group)
+        self._team = team = as_team(group)
         self._directory = None if directory is None else Path(directory).resolve()
         self.memory = Path(memory).resolve()  # the keeper has a working directory of its own
         self._run_id, self._arenas = run_id, arenas
         self.check_fence = check_fence
         self.keeper_pid = 0
         self.blocked_s = 0.0  # that training waited for snapshots, in all
-        team = self._team
         places = [tuple(place) for place in team.together(lambda: [socket.gethostname(), str(self.memory)])]
         nodes = sorted(set(places), key=places.index)
-        self._node, self._num_nodes = nodes.index(places[team.rank]), len(nodes)
+        node = nodes.index(places[team.rank])
         self._local = [rank for rank, place in enumerate(places) if place == places[team.rank]]
-        secret = ""
-
-        def make() -> None:  # read by each rank for itself: it does not travel
-            nonlocal secret
-            secret = make_directory(self.memory)
-
-        team.together(make)
+        self._first = team.rank == self._local[0]
+        team.together(lambda: make_directory(self.memory) and None)  # its secret does not travel
         session, start = team.together(lambda: self._look(incarnation) if team.rank == 0 else None)[0]
         self._session, self._start = session, start
-        self._serial = self._everywhere = start["serial"] - 1
-        self._parent = start["parent"]
+        self._serial, self._parent = start["serial"] - 1, start["parent"]
+        self._everywhere = 0  # the last serial that was committed on all nodes
+        self._busy = False  # whether any node still writes what is to become durable
         self._image: Image | None = None
-        self._layout: tuple[RankPlan | None, str, str] = None, "", ""  # its part of the manifest, under its digest
-        self._sent_layout = ""
-        self._shards: dict[int, MappedShard] = {}
-        self._current: _Snapshot | None = None
-        self._durable: dict[int, int] = {}  # serials that are to become durable, and their steps
-        self._durables: list[Durable] = []
-        self._changed = threading.Condition()
-        self._pool = ThreadPoolExecutor(threads or num_threads(), thread_name_prefix="snapshot-copy")
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
+        self._current: Snapshot | None = None
+        self._durables = Durables()
+        self._alive = join_start(self.memory, session)
+        self._shards = Shards(self.memory, team.rank)
         greeting = {
             "kind": "hello",
             "version": VERSION,
-            "secret": secret,
             "session": session,
+            "incarnation": start["incarnation"],
             "run_id": run_id,
             "rank": team.rank,
             "ranks": self._local,
-            "nodes": [self._node, self._num_nodes],
+            "nodes": [node, len(nodes)],
             "arenas": arenas,
             "keep_s": keep_s,
             "durable": None if self._directory is None else str(self._directory),
             "rate": rate,
         }
-        first = team.rank == self._local[0]
-        self._client = Client(self.memory, greeting, self._heard, starts=first, keep_s=keep_s, lost=self._keeper_lost)
-        team.together(self._wait_for_keeper)
+        self._client = Client(
+            self.memory, greeting, self._heard, starts=self._first, keep_s=keep_s, lost=self._keeper_lost
+        )
+        self._copier = Copier(self.memory, team.rank, self._first, self._shards, self._client, threads or num_threads())
+        try:
+            team.together(self._wait_for_keeper)
+        except BaseException:
+            self.close()
+            raise
 
     def _look(self, incarnation: int | None) -> tuple[str, dict[str, Any]]:
         """On rank 0: where serials go on from, over all tiers."""
@@ -219,13 +175,13 @@ class Snapshotter:
         plan, mine = agree_to_save(self._team, pieces, check, [f"step {step}", f"durable={durable}", f"last={last}"])
         if self._image is None or self._image.plan is not plan:
             self._lay_out(plan, mine.pieces)
+        assert self._image is not None
         written = [replace(p, tensor=p.tensor.clone()) if p.volatile else p for p in mine.pieces]
         written = replicas.averaged(self._team, plan, written)
         self._serial += 1
-        save_id = digest(f"{self._session} {self._serial}".encode())
         manifest = Manifest(
             step=step,
-            save_id=save_id,
+            save_id=digest(f"{self._session} {self._serial}".encode()),
             parent=self._parent,
             run_id=self._run_id,
             incarnation=self._start["incarnation"],
@@ -239,14 +195,26 @@ class Snapshotter:
             aliases=plan.aliases,
             external=mine.external,
         )
-        own = json.loads(json.dumps(objects)) if self._team.rank == self._local[0] else {}
-        snapshot = _Snapshot(self._serial, step, written, manifest, own, durable, last, self._everywhere)
+        if durable and self._busy and not last:  # as it was when the last one was settled
+            self._weigh(self._team.together(self._durables.state))
+        if durable and self._busy and not last:
+            why = "the one before it is still being written: the disk is slower than durable ones are asked for"
+            self._durables.fail(step, why)
+            durable = False
         if durable:
-            with self._changed:
-                self._durable[self._serial] = step
-        self._current = snapshot
-        assert self._image is not None
-        self._worker.submit(self._work, snapshot, self._image)
+            self._durables.expect(self._serial, step)
+        self._current = Snapshot(
+            self._serial,
+            step,
+            written,
+            self._image,
+            manifest,
+            json.loads(json.dumps(objects)) if self._first else {},
+            durable,
+            self._everywhere,
+            self.check_fence,
+        )
+        self._copier.submit(self._current)
         self.blocked_s += time.perf_counter() - began
         if wait:
             self.fence()
@@ -260,20 +228,21 @@ class Snapshotter:
     def fence(self) -> None:
         """Wait as `mutating` does, for hooks that fire before a write. Again without a snapshot it returns at once."""
         snapshot = self._current
-        if snapshot is None or snapshot.open:
+        if snapshot is None or snapshot.opened.is_set():
             return
         began = time.perf_counter()
-        while not snapshot.copied.wait(0.02):
-            if not snapshot.answered.is_set() and time.monotonic() - snapshot.asked > ASK_S:
-                snapshot.answered.set()  # with no arena: a keeper that does not answer must not keep training waiting
-        snapshot.open = True
-        if self.check_fence and snapshot.sources and snapshot.sources != self._digest(snapshot.pieces):
+        snapshot.awaited = True
+        snapshot.copied.wait()
+        changed = snapshot.checked and not snapshot.is_as_copied()
+        if changed:
             snapshot.why = "the state was written outside mutating() while it was copied"
+        snapshot.opened.set()
+        self.blocked_s += time.perf_counter() - began
+        if changed:
             raise DamagedError(
                 f"The state of step {snapshot.step} was written while its snapshot was copied: something changes "
                 "parameters or optimizer state outside `with snapshotter.mutating():`."
             )
-        self.blocked_s += time.perf_counter() - began
 
     def guard(self, optimizer: torch.optim.Optimizer) -> None:
         """Have every step of an optimizer wait as `mutating` does."""
@@ -286,44 +255,57 @@ class Snapshotter:
         began = time.perf_counter()
         self.fence()
         if not snapshot.settled.wait(SETTLE_S):
-            snapshot.why = f"the keeper did not commit it within {SETTLE_S:.0f} s"
+            snapshot.fail(f"the keeper did not commit it within {SETTLE_S:.0f} s")
             self._client.hang_up()
         self._current = None
-        told = self._team.together(lambda: [snapshot.generation, snapshot.why])
-        whys = [why for generation, why in told if not generation]
+        told = self._team.together(lambda: [self._durables.state(), snapshot.generation, snapshot.why])
+        whys = [why for _, generation, why in told if not generation]
+        self._weigh([state for state, *_ in told], {snapshot.serial} if whys else set())
         self.blocked_s += time.perf_counter() - began
         if whys:
-            with self._changed:
-                self._durable.pop(snapshot.serial, None)
-            return Outcome(snapshot.step, why=next((why for why in whys if why), "it was not committed"))
+            why = next((why for why in whys if why), "it was not committed")
+            self._durables.forget(snapshot.serial)
+            return Outcome(snapshot.step, why=why, durable=snapshot.durable)
         self._everywhere, self._parent = snapshot.serial, snapshot.manifest.save_id
         memory, backlog = snapshot.told.get("memory", 0), snapshot.told.get("backlog", 0)
-        return Outcome(snapshot.step, snapshot.generation, "", snapshot.asked, memory, backlog)
+        return Outcome(
+            snapshot.step, snapshot.generation, "", snapshot.asked, memory, backlog, durable=snapshot.durable
+        )
+
+    def _weigh(self, states: Sequence[Sequence[Sequence[int]]], failed: Set[int] = frozenset()) -> None:
+        """Whether any node still writes, by what all know: none begins one that another leaves out."""
+        failed = {*failed, *(serial for _, serials in states for serial in serials)}
+        self._busy = any(set(serials) - failed for serials, _ in states)
+        if self._first:
+            for serial in failed:  # elsewhere: this node may have committed it, and waits for the others in vain
+                self._client.send({"kind": "cancel", "serial": serial})
 
     def durables(self) -> list[Durable]:
         """What became durable on this node, or failed to, since the last call."""
-        with self._changed:
-            found, self._durables = self._durables, []
-            return found
+        return self._durables.take()
 
     def wait_durable(self, seconds: float) -> bool:
         """Wait until everything that was to become durable is, or has failed; whether it came to that."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._durable, seconds)
+        return self._durables.wait(seconds)
 
     def close(self, *, finished: bool = False) -> None:
         """Let go of the arenas. With `finished` the run needs no memory any more: the keeper frees it and ends."""
-        snapshot = self._current
-        self._worker.shutdown(wait=True)
-        self._pool.shutdown(wait=True)
+        if (snapshot := self._current) is not None and not snapshot.opened.is_set():
+            if snapshot.checked:
+                snapshot.fail("it was given up")
+            snapshot.opened.set()
+        self._copier.close()
         if snapshot is not None:
-            snapshot.settled.wait(ASK_S)
-        if finished and self._team.rank == self._local[0]:
-            self._client.send({"kind": "finish"})
+            snapshot.settled.wait(SETTLE_S)
+        if finished and self._first and self.memory.is_dir():
+            (self.memory / FINISHED).touch()
         self._client.close()
-        for shard in self._shards.values():
-            shard.close()
-        self._shards.clear()
+        self._shards.close()
+        self._alive.close()
+        if finished and self._first:
+            with suppress(OSError), keeper_lock(self.memory) as lock:  # the keeper may be deleting it
+                if lock is not None:  # it died
+                    remove(self.memory)
 
     def __enter__(self) -> Snapshotter:
         return self
@@ -349,7 +331,7 @@ class Snapshotter:
         needed = sum(sizes[rank] for rank in self._local)
 
         def check() -> None:
-            if self._team.rank != self._local[0]:
+            if not self._first:
                 return
             there = sum(f.stat().st_blocks * 512 for f in self.memory.rglob("shard-*"))
             more = self._arenas * needed - min(there, self._arenas * needed)
@@ -358,163 +340,45 @@ class Snapshotter:
                 more,
                 f"{self._arenas} snapshots of {needed / 1e9:.2f} GB by {len(self._local)} processes, of which "
                 f"{there / 1e9:.2f} GB are there",
-                pinned=self._pinned,
+                pinned=self._shards.pinned,
             )
 
         self._team.together(check)
-        for shard in self._shards.values():
-            shard.close()
-        self._shards.clear()
-        told = self._team.together(lambda: self._missing_arenas() if self._team.rank == self._local[0] else [])
+        self._shards.close()
+        names = self._team.together(lambda: self._shards.names(self._arenas) if self._first else [])
 
         def allocate() -> None:
             try:
-                for arena in told[self._local[0]]:
-                    self._shard(arena, nbytes)
+                for arena in names[self._local[0]]:
+                    self._shards.of(arena, nbytes)
             except OSError as error:  # as ours: the others must take it for the same thing as this rank does
                 raise LayoutError(f"snapshots do not fit into {self.memory}: {error}") from error
 
         self._team.together(allocate)
         self._image = image
 
-    def _missing_arenas(self) -> list[str]:
-        """Names of the arenas that are free, and of as many new ones as there may be."""
-        names = {path.name for path in self.memory.iterdir() if path.is_dir()}
-        free = [name for name in names if ARENA.fullmatch(name)]
-        more = (name for n in range(10_000) if (name := arena_name(n)) not in names)
-        return free + [next(more) for _ in range(self._arenas - len(names))]
-
-    @property
-    def _pinned(self) -> bool:
-        return torch.cuda.is_available()
-
-    # The background.
-
-    def _work(self, snapshot: _Snapshot, image: Image) -> None:
-        try:
-            self._copy(snapshot, image)
-        except Exception as error:  # training goes on without this snapshot
-            snapshot.why = f"{type(error).__name__}: {error}"
-            logger.warning("the snapshot of step %d failed: %s", snapshot.step, snapshot.why)
-            self._client.send({"kind": "failed", "serial": snapshot.serial, "why": snapshot.why})
-            snapshot.settled.set()
-        finally:
-            snapshot.copied.set()
-
-    def _copy(self, snapshot: _Snapshot, image: Image) -> None:
-        begin = {"kind": "begin", "serial": snapshot.serial, "everywhere": snapshot.everywhere}
-        if not self._client.send(begin):
-            snapshot.why = "the keeper is away, and is started again"
-        else:
-            snapshot.answered.wait(SETTLE_S)
-        if not snapshot.arena:
-            if not snapshot.why:
-                snapshot.why = "the keeper did not answer in time"
-                self._client.send({"kind": "failed", "serial": snapshot.serial, "why": snapshot.why})
-                self._client.hang_up()
-            snapshot.answered.set()
-            snapshot.settled.set()
-            return
-        shard = self._shard(snapshot.arena, image.nbytes)
-        target = shard.bytes
-        image.start(target, snapshot.manifest.save_id)
-        list(self._pool.map(lambda part: copy_part(part, snapshot.pieces[part.piece], target), image.parts))
-        if self.check_fence:
-            snapshot.sources = self._digest(snapshot.pieces)
-        rank = self._team.rank
-        writer, index = image.finish(target, snapshot.pieces, snapshot.manifest.save_id, snapshot.objects)
-        snapshot.copied.set()
-        wrote = bool(image.plan.boxes or image.plan.scalars or rank == self._local[0])
-        (self.memory / snapshot.arena / index_name(rank)).write_bytes(index)
-        prepared: Message = {
-            "kind": "prepared",
-            "serial": snapshot.serial,
-            "arena": snapshot.arena,
-            "writer": asdict(writer) if wrote else None,
-        }
-        messages, layout = [prepared], ""
-        if rank == self._local[0]:
-            layout, text = self._layout_text(image, snapshot.manifest)
-            if layout != self._sent_layout:
-                messages.insert(0, {"kind": "layout", "layout": layout, "text": text})
-            prepared |= {
-                "manifest": _head(snapshot.manifest),
-                "layout": layout,
-                "durable": snapshot.durable,
-                "last": snapshot.last,
-            }
-        if not self._client.send(*messages):
-            raise CheckpointError("the keeper went away while the state was copied")
-        self._sent_layout = layout
-
-    def _shard(self, arena: str, nbytes: int) -> MappedShard:
-        """This rank's file in an arena, mapped once."""
-        path = self.memory / arena
-        try:
-            known = self._shards.get(os.stat(path / f"shard-{self._team.rank:05d}.safetensors").st_ino)
-        except FileNotFoundError:
-            known = None
-        if known is None or known.nbytes != nbytes:
-            known = MappedShard(path, self._team.rank, nbytes, pinned=self._pinned)
-            self._shards[known.identity] = known
-        return known
-
-    def _layout_text(self, image: Image, manifest: Manifest) -> tuple[str, str]:
-        if self._layout[0] is not image.plan:
-            whole = asdict(manifest)
-            constant = {name: whole[name] for name in ("tensors", "aliases", "external")}
-            text = json.dumps(constant, separators=(",", ":"))
-            self._layout = image.plan, digest(text.encode()), text
-        return self._layout[1], self._layout[2]
-
-    def _digest(self, pieces: Sequence[Piece]) -> str:
-        return digest("".join(replicas.digest_of(piece) for piece in pieces).encode())
+    # The client's thread.
 
     def _heard(self, message: Message) -> None:
-        """In the client's thread."""
-        if message["kind"] == "welcome":
-            self.keeper_pid = message["pid"]
-            return
         kind, serial = message["kind"], message.get("serial", -1)
-        snapshot = self._current
-        if snapshot is not None and snapshot.serial == serial:
+        if kind == "welcome":
+            self.keeper_pid = message["pid"]
+        elif kind in ("durable", "undurable"):
+            self._durables.heard(message)
+        elif (snapshot := self._current) is not None and snapshot.serial == serial:
             if kind == "go":
                 snapshot.arena = message["arena"]
                 snapshot.answered.set()
             elif kind == "skipped":
-                snapshot.why = message["why"]
-                snapshot.answered.set()
-                snapshot.settled.set()
+                snapshot.fail(message["why"])
             elif kind == "committed":
                 snapshot.generation, snapshot.told = message["generation"], message
                 snapshot.settled.set()
-        if kind in ("durable", "undurable"):
-            with self._changed:
-                if (step := self._durable.pop(serial, None)) is not None:
-                    if kind == "durable":
-                        self._durables.append(
-                            Durable(step, message["generation"], message["seconds"], message["bytes"])
-                        )
-                    else:
-                        self._durables.append(Durable(step, why=message["why"]))
-                self._changed.notify_all()
 
     def _keeper_lost(self) -> None:
-        """In the client's thread: whatever it had been told is forgotten with it."""
-        self._sent_layout = ""
+        """Whatever it had been told is forgotten with it."""
+        self._copier.sent_layout = ""
         why = "the keeper went away, and is started again"
         if (snapshot := self._current) is not None and not snapshot.settled.is_set():
-            snapshot.why = why
-            snapshot.answered.set()
-            snapshot.settled.set()
-        with self._changed:
-            self._durables += [Durable(step, why=why) for step in self._durable.values()]
-            self._durable.clear()
-            self._changed.notify_all()
-
-
-def _head(manifest: Manifest) -> dict[str, Any]:
-    """What differs between snapshots of one layout, as the manifest has it."""
-    names = ("step", "save_id", "parent", "run_id", "incarnation", "serial", "created", "world_size", "versions")
-    head = {name: getattr(manifest, name) for name in (*names, "metrics")}
-    return {"format": format.FORMAT, "version": format.VERSION, **head}
+            snapshot.fail(why)
+        self._durables.lose(why)

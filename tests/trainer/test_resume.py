@@ -12,11 +12,20 @@ import torch
 
 from checkpointing import Piece, save
 from checkpointing.format import digest
+from checkpointing.memory.directory import make_directory
 from tests.models import save_tiny_model
 from tests.runs import SMALL
 from trainer.compose import compose
 from trainer.errors import Refused
-from trainer.resume import Start, check_state, decide, make_memory_directory, memory_directory, turn_away_from
+from trainer.resume import (
+    Start,
+    check_state,
+    decide,
+    make_memory_directory,
+    memory_directory,
+    own_tiers,
+    turn_away_from,
+)
 from trainer.run import build, run
 
 BASE = [*SMALL, "train.steps=4", "checkpoint.every=2"]
@@ -185,7 +194,7 @@ def test_what_a_newer_release_saved_is_refused_and_left_alone(saved: Path, finge
         decision(tmp_path / "run", fingerprint)
     older = next((tmp_path / "run" / "checkpoints").glob("step-00000002-*"))
     start = decision(tmp_path / "run", fingerprint, f"resume={older}")
-    turn_away_from(compose([f"run.dir={tmp_path / 'run'}"]), start, 2)
+    turn_away_from(own_tiers(compose([f"run.dir={tmp_path / 'run'}"])), start, 2)
     assert not list((tmp_path / "run").rglob("ABANDONED"))
 
 
@@ -223,11 +232,57 @@ def test_the_run_has_one_directory_in_memory(tmp_path: Path) -> None:
     assert make_memory_directory(config) != made
 
 
+def in_memory(saved: Path, memory: Path) -> None:
+    """What `saved` has on its disk, as a keeper has it in memory."""
+    make_directory(memory)
+    shutil.copytree(saved / "checkpoints", memory, dirs_exist_ok=True)
+    os.chmod(memory, 0o700)
+
+
+def test_memory_that_others_may_write_is_not_looked_at(
+    saved: Path, fingerprint: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = ["checkpoint.memory.dir=" + str(tmp_path / "memory")]
+    (tmp_path / "run").mkdir()
+    memory = make_memory_directory(compose([*BASE, f"run.dir={tmp_path / 'run'}", *own]))
+    in_memory(saved, memory)
+    shutil.copy(saved / "events.jsonl", tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    assert decision(tmp_path / "run", fingerprint, *own).step == 4
+    os.chmod(memory, 0o777)
+    with pytest.raises(Refused, match="has saved checkpoints before"):
+        decision(tmp_path / "run", fingerprint, *own)
+    assert "is not this user's alone" in caplog.text
+
+
+def test_what_memory_lost(saved: Path, fingerprint: str, tmp_path: Path) -> None:
+    """A run that had nothing but snapshots starts over, and says so; leavings in memory hide no lost disk."""
+    own = ["checkpoint.memory.dir=" + str(tmp_path / "memory")]
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "events.jsonl").write_text(
+        '{"event": "start", "run_id": "r", "incarnation": 1}\n{"event": "snapshot", "step": 1, "skipped": "busy"}\n'
+    )
+    assert decision(run, fingerprint, *own).lines == ["from scratch"]
+    with open(run / "events.jsonl", "a") as events:
+        events.write('{"event": "snapshot", "step": 2, "generation": "g"}\n{"event": "snapshot", "step": 3, "skip')
+    lines = decision(run, fingerprint, *own).lines
+    assert lines == ["from scratch", "snapshots up to step 2 were in memory, which is gone, and none was durable"]
+    with open(run / "events.jsonl", "a") as events:
+        events.write('\n{"event": "commit", "step": 2, "generation": "g"}\n')
+    memory = make_memory_directory(compose([*BASE, f"run.dir={run}", *own]))
+    in_memory(saved, memory)
+    for generation in memory.glob("step-*"):
+        (generation / "ABANDONED").touch()
+    with pytest.raises(Refused, match="has saved checkpoints before"):
+        decision(run, fingerprint, *own)
+
+
 def test_the_newest_over_memory_and_disk(saved: Path, fingerprint: str, tmp_path: Path) -> None:
     own = ["checkpoint.memory.dir=" + str(tmp_path / "memory")]
     shutil.copytree(saved, tmp_path / "run")
     memory = make_memory_directory(compose([*BASE, f"run.dir={tmp_path / 'run'}", *own]))
-    shutil.copytree(saved / "checkpoints", memory)
+    in_memory(saved, memory)
     disk = tmp_path / "run" / "checkpoints"
     start = decision(tmp_path / "run", fingerprint, *own)
     assert (start.step, start.memory, start.directories, start.own) == (4, str(memory), [str(memory), str(disk)], True)
@@ -235,7 +290,7 @@ def test_the_newest_over_memory_and_disk(saved: Path, fingerprint: str, tmp_path
     shutil.rmtree(next(memory.glob("step-00000004-*")))
     start = decision(tmp_path / "run", fingerprint, *own)
     assert start.step == 4 and any(f"{disk}/step-00000004" in line for line in start.lines)
-    turn_away_from(compose([f"run.dir={tmp_path / 'run'}", *own]), start, 1)
+    turn_away_from(own_tiers(compose([f"run.dir={tmp_path / 'run'}", *own])), start, 1)
     assert len(list(memory.rglob("ABANDONED"))) == 1 and len(list(disk.rglob("ABANDONED"))) == 2
 
 
@@ -244,7 +299,7 @@ def test_memory_of_another_run_is_passed_over(saved: Path, fingerprint: str, tmp
     shutil.copytree(saved, tmp_path / "run")
     memory = make_memory_directory(compose([*BASE, f"run.dir={tmp_path / 'run'}", *own]))
     assert run(compose([*BASE, f"run.dir={tmp_path / 'other'}", "train.steps=9"])) == 0
-    shutil.copytree(tmp_path / "other" / "checkpoints", memory)
+    in_memory(tmp_path / "other", memory)
     start = decision(tmp_path / "run", fingerprint, *own)
     assert (start.step, start.memory) == (4, None)
     assert any("passing over what is in memory" in line and "is of another run" in line for line in start.lines)

@@ -146,6 +146,31 @@ def test_with_snapshots_every_step_is_in_memory_and_some_become_durable(tmp_path
         snapshots.close()
 
 
+def test_where_a_snapshot_that_was_to_become_durable_was_left_out_the_next_one_is(tmp_path: Path) -> None:
+    scene = Scene(tmp_path / "durable")
+    with keeping(tmp_path / "memory"):
+        snapshots = Snapshotter(scene.directory, tmp_path / "memory", run_id="r1", incarnation=4)
+        saver = scene.saver("checkpoint.memory.every=1", snapshots=snapshots)
+        for step in range(1, 6):
+            saver.save(Progress(step), {}, durable=step == 2, last=False)
+            if step in (2, 3):
+                assert snapshots._current is not None
+                snapshots._current.fail("a test")
+                snapshots._client.send({"kind": "failed", "serial": snapshots._current.serial, "why": "a test"})
+            if step not in (2, 3):
+                assert snapshots.wait_durable(WAIT_S)
+            saver.settle()
+        assert snapshots.wait_durable(WAIT_S)
+        saver.settle()
+        assert [line for line in scene.told if line.startswith("commit")] == [
+            "commit 2 durable skipped",
+            "commit 3 durable skipped",
+            "commit 4 durable",
+        ]
+        assert [g.step for g in scan(FileStorage(scene.directory))] == [4]
+        snapshots.close()
+
+
 def test_a_disk_that_is_full_does_not_stop_training_but_for_the_last_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

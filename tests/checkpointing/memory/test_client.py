@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.processes import wait_for
-from checkpointing.memory import Snapshotter, snapshotter
+from checkpointing.memory import Snapshotter, copying, snapshotter
 from tests.checkpointing.memory.keepers import WAIT_S
 from tests.checkpointing.memory.test_snapshotter import assert_equal, loaded, rows_of
 
@@ -44,7 +44,8 @@ def test_a_killed_keeper_is_replaced_and_training_goes_on(tmp_path: Path) -> Non
 
 
 def test_a_keeper_that_hangs_costs_one_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshotter, "SETTLE_S", 1.0)
+    for module in (snapshotter, copying):
+        monkeypatch.setattr(module, "SETTLE_S", 1.0)
     root = tmp_path / "memory"
     snapshots = Snapshotter(None, root)
     snapshots.snapshot(1, rows_of(0, 1, 1))

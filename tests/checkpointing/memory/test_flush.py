@@ -99,7 +99,7 @@ def test_a_part_is_never_committed_as_the_whole(tmp_path: Path) -> None:
 
 def test_memory_of_another_node_is_not_enough_for_a_load(tmp_path: Path) -> None:
     """The rank that lacks bytes says so, and all take the disk."""
-    name = split_over_nodes(tmp_path)
+    split_over_nodes(tmp_path)
     found = {}
 
     def loads(team: object) -> None:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.processes import wait_for
+from checkpointing import DamagedError, Piece
 from checkpointing.format import COMMIT, shard_name
 from checkpointing.generations import candidates, scan
-from checkpointing.memory import Snapshotter
-from checkpointing.memory.keeper import LOCK, clear_forgotten, main
+from checkpointing.lease import Hold
+from checkpointing.memory import Snapshotter, copying, keeper
+from checkpointing.memory.directory import keeper_lock, make_directory, read_secret
+from checkpointing.memory.image import copy_part
+from checkpointing.memory.keeper import main
 from checkpointing.memory.mapped import MappedStorage
-from checkpointing.memory.messages import VERSION, Lines, connect, encode, make_directory
+from checkpointing.memory.messages import VERSION, Lines, connect, encode
 from tests.checkpointing.memory.keepers import WAIT_S, answers, keeping
 from tests.checkpointing.memory.test_snapshotter import assert_equal, loaded, rows_of
 
@@ -29,8 +34,9 @@ def hello(root: Path, **changes: object) -> dict[str, object]:
     return {
         "kind": "hello",
         "version": VERSION,
-        "secret": make_directory(root),
+        "secret": read_secret(root),
         "session": "s",
+        "incarnation": 1,
         "run_id": "",
         "rank": 0,
         "ranks": [0, 1],
@@ -106,13 +112,104 @@ def test_a_generation_is_committed_when_every_rank_has_finished(tmp_path: Path) 
         head = {"step": 5, "save_id": "a" * 32, "serial": 1}
         prepared = {"kind": "prepared", "serial": 1, "arena": arenas[0], "writer": None}
         ranks[0].say({"kind": "layout", "layout": "l", "text": '{"tensors":{}}'})
-        ranks[0].say(prepared | {"manifest": head, "layout": "l", "durable": False, "last": False})
+        ranks[0].say(prepared | {"manifest": head, "layout": "l", "durable": False})
         ranks[0].say({"kind": "begin", "serial": 1, "everywhere": 0})
         assert (ranks[0].hear() or {})["kind"] == "go"  # it has heard all of that, and waits for the other
         assert not list(tmp_path.glob(f"step-*/{COMMIT}"))
         ranks[1].say(prepared)
         assert (ranks[1].hear() or {})["kind"] == "committed"
         assert [p.parent.name for p in tmp_path.glob(f"step-*/{COMMIT}")] == ["step-00000005-aaaaaaaa"]
+
+
+def test_whoever_is_left_of_an_earlier_start_is_not_listened_to(tmp_path: Path) -> None:
+    with keeping(tmp_path):
+        old = [Rank(tmp_path, rank=rank) for rank in (0, 1)]
+        assert old[0].hear() and old[1].hear()
+        old[0].say({"kind": "begin", "serial": 1, "everywhere": 0})
+        assert (old[0].hear() or {})["kind"] == "go"
+        new = Rank(tmp_path, session="t", incarnation=2, ranks=[0])
+        assert (new.hear() or {})["kind"] == "welcome"
+        for rank in old:
+            assert (rank.hear() or {})["kind"] == "skipped" and rank.hear() is None
+        for changes in ({}, {"session": "another that is older", "incarnation": 1}):
+            assert Rank(tmp_path, **changes).hear() is None
+        new.say({"kind": "begin", "serial": 1, "everywhere": 0})
+        assert (new.hear() or {})["kind"] == "go"  # undisturbed
+        same = Rank(tmp_path, session="u", incarnation=2, ranks=[0])  # a library that does not count its starts
+        assert (same.hear() or {})["kind"] == "welcome"
+        assert Rank(tmp_path, session="t", incarnation=2, ranks=[0]).hear() is None
+
+
+@pytest.mark.parametrize("looks", [True, False], ids=["left to it", "control: used again"])
+def test_who_is_left_of_an_earlier_start_may_write_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: bool
+) -> None:
+    """A rank that its launcher did not kill, in the middle of a copy, has nothing in common with its successor's."""
+    root = tmp_path / "memory"
+    go_on, copying_it = threading.Event(), threading.Event()
+
+    def slowly(part: Any, piece: Piece, target: memoryview) -> None:
+        if piece.tensor.flatten()[0] < 0:
+            copying_it.set()
+            assert go_on.wait(WAIT_S)
+        copy_part(part, piece, target)
+
+    monkeypatch.setattr(copying, "copy_part", slowly)
+    if not looks:
+        monkeypatch.setattr(keeper, "has_living_starts", lambda *_: False)
+    with keeping(root):
+        old = Snapshotter(None, root, run_id="r", incarnation=1)
+        old.snapshot(1, rows_of(0, 1, -5))
+        assert copying_it.wait(WAIT_S)
+        new = Snapshotter(None, root, run_id="r", incarnation=2)
+        new.snapshot(2, rows_of(0, 1, 2))
+        assert (outcome := new.settle()) is not None and outcome.generation
+        go_on.set()
+        assert (outcome := old.settle()) is not None and not outcome.generation
+        if looks:
+            assert_equal(loaded(root)[0], rows_of(0, 1, 2))
+        else:
+            with pytest.raises(DamagedError):
+                loaded(root)
+        old.close()
+        new.close()
+
+
+def test_a_run_that_finished_without_its_keeper_leaves_no_memory(tmp_path: Path) -> None:
+    root = tmp_path / "user" / "memory"
+    with keeping(root):
+        snapshots = Snapshotter(None, root)
+        snapshots._client._starts = False
+        snapshots.snapshot(1, rows_of(0, 1, 1))
+        assert (outcome := snapshots.settle()) is not None and outcome.generation
+    with keeper_lock(root) as lock:
+        assert lock is not None
+    snapshots.close(finished=True)
+    assert not root.parent.exists()
+
+
+def test_it_waits_for_who_reads_and_not_long_where_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "EMPTY_S", 0.5)
+    root = tmp_path / "memory"
+    with keeping(root) as empty:
+        wait_for(lambda: not root.exists())
+        assert not empty.stopped
+    root = tmp_path / "another"
+    with keeping(root, 0.3):
+        snapshots = Snapshotter(None, root, keep_s=0.3)
+        snapshots.snapshot(1, rows_of(0, 1, 1))
+        outcome = snapshots.settle()
+        assert outcome is not None
+        hold = Hold(MappedStorage(root), outcome.generation, "read")
+        snapshots.close()
+        began = time.monotonic()
+        while time.monotonic() - began < 1.5:  # the keeper looks every second
+            assert (root / outcome.generation / COMMIT).exists()
+            time.sleep(0.05)
+        hold.release()
+        wait_for(lambda: not root.exists())
 
 
 def test_files_of_another_size_than_was_told_are_not_committed(tmp_path: Path) -> None:
@@ -128,7 +225,7 @@ def test_files_of_another_size_than_was_told_are_not_committed(tmp_path: Path) -
         head = {"step": 5, "save_id": "a" * 32, "serial": 1}
         rank.say(
             {"kind": "prepared", "serial": 1, "arena": arena.name, "writer": writer}
-            | {"manifest": head, "layout": "l", "durable": False, "last": False}
+            | {"manifest": head, "layout": "l", "durable": False}
         )
         told = rank.hear() or {}
         assert told["kind"] == "skipped" and "has 5 bytes, and 6 were written" in str(told["why"])
@@ -221,20 +318,6 @@ def test_the_process_outlives_who_started_it_ignores_signals_and_is_alone(tmp_pa
     wait_for(lambda: not root.exists())
     assert time.monotonic() - began > 0.5
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
-
-
-def test_what_was_forgotten_is_cleared_and_nothing_else(tmp_path: Path) -> None:
-    for name in ("old", "kept", "new", "mine", "no run"):
-        (tmp_path / name / "arena-0").mkdir(parents=True)
-        if name != "no run":
-            (tmp_path / name / LOCK).touch()
-    for name in ("old", "kept", "mine", "no run"):
-        for path in (tmp_path / name).rglob("*"):
-            os.utime(path, (1, 1))
-    with open(tmp_path / "kept" / LOCK) as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        assert clear_forgotten(tmp_path / "mine", 60) == ["old"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "mine", "new", "no run"]
 
 
 def test_no_room_for_a_manifest_costs_that_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

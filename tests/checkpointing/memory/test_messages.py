@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpointing.errors import CheckpointError
 from checkpointing.memory import messages
-from checkpointing.memory.messages import Lines, ProtocolError, connect, encode, is_same_user, listen, make_directory
+from checkpointing.memory.directory import make_directory
+from checkpointing.memory.messages import Lines, ProtocolError, connect, encode, is_same_user, listen
 
 plain = st.none() | st.booleans() | st.integers() | st.text()
 values = st.recursive(plain, lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=5)
@@ -47,16 +46,6 @@ def test_a_line_without_an_end_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ProtocolError, match="over 100 bytes"):
         for _ in range(20):
             list(lines.feed(b"x" * 10))
-
-
-def test_the_directory_is_this_users_alone(tmp_path: Path) -> None:
-    root = tmp_path / "a" / "run"
-    secret = make_directory(root)
-    assert len(secret) == 32 and make_directory(root) == secret  # the first one stays
-    assert (root.stat().st_mode & 0o777, (root / "keeper.secret").stat().st_mode & 0o777) == (0o700, 0o600)
-    os.chmod(root, 0o755)
-    with pytest.raises(CheckpointError, match="not this user's alone"):
-        make_directory(root)
 
 
 def test_a_socket_under_a_long_path(tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ def test_the_limits_of_all_cgroups_above_count(tmp_path: Path, monkeypatch: pyte
     read, told = Path.read_text, f"9:pids:/x\n{line}\n"
     monkeypatch.setattr(Path, "read_text", lambda p, *a: told if str(p) == "/proc/self/cgroup" else read(p, *a))
     assert find_room(tmp_path, cgroups=tmp_path) == Room(4000, f"the memory limit of {base / 'jobs'}")
+    prefix = "total_" if version == 1 else ""  # of this group and those below
+    (base / "jobs" / "memory.stat").write_text(f"anon 7\ninactive_file 0\n{prefix}inactive_file 300\n")
+    assert find_room(tmp_path, cgroups=tmp_path).nbytes == 4300  # the page cache gives way
 
 
 def test_what_is_pinned_has_a_limit_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from benchmarks.processes import wait_for
 from checkpointing import DamagedError, LayoutError, Piece, describe, load
 from checkpointing.generations import candidates
 from checkpointing.lease import Hold
-from checkpointing.memory import Snapshotter, snapshotter
+from checkpointing.memory import Snapshotter, copying
 from checkpointing.memory.flush import DirectStorage
 from checkpointing.memory.image import copy_part
 from checkpointing.memory.keeper import Keeper
@@ -83,7 +83,7 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.reached = threading.Event(), threading.Event()
-        monkeypatch.setattr(snapshotter, "copy_part", self._copy)
+        monkeypatch.setattr(copying, "copy_part", self._copy)
 
     def _copy(self, *arguments: Any) -> None:
         self.reached.set()
@@ -119,13 +119,21 @@ def test_what_is_written_after_the_fence_is_not_in_the_snapshot(
                 assert_equal(found, rows_of(0, 1, 5))
 
 
-@pytest.mark.parametrize("write", ["in place", "through .data", "a fused optimizer", "nothing"])
+@pytest.mark.parametrize("write", ["in place", "through .data", "a fused optimizer", "while it is copied", "nothing"])
 def test_writes_outside_the_fence_are_found(memory: Path, monkeypatch: pytest.MonkeyPatch, write: str) -> None:
+    """And what they spoilt is not committed."""
     model = torch.nn.Linear(40, 30)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model(torch.ones(1, 40)).sum().backward()
     optimizer.step()
     gate = Gate(monkeypatch)
+    if write == "while it is copied":  # right after a part was, and before the whole is
+
+        def copy_and_write(part: Any, piece: Piece, target: memoryview) -> None:
+            gate._copy(part, piece, target)
+            piece.tensor.data.add_(1)
+
+        monkeypatch.setattr(copying, "copy_part", copy_and_write)
     snapshots = Snapshotter(None, memory, check_fence=True)
     snapshots.snapshot(1, describe(model, optimizer))
     assert gate.reached.wait(WAIT_S)
@@ -143,6 +151,9 @@ def test_writes_outside_the_fence_are_found(memory: Path, monkeypatch: pytest.Mo
     else:
         with pytest.raises(DamagedError, match="something changes parameters or optimizer state outside"):
             snapshots.fence()
+    outcome = snapshots.settle()
+    assert outcome is not None and bool(outcome.generation) == (write == "nothing")
+    assert bool(candidates(MappedStorage(memory))) == (write == "nothing")
     snapshots.close()
 
 
@@ -240,12 +251,23 @@ def test_a_slow_disk_skips_and_the_last_waits(memory: Path, tmp_path: Path, monk
         snapshots.snapshot(step, rows_of(0, 1, step), durable=True, last=step == 6)
         assert (outcome := snapshots.settle()) is not None and outcome.generation  # memory goes on meanwhile
         assert writing.wait(WAIT_S)
-    assert [d.step for d in snapshots.durables() if "slower" in d.why] == [2, 3, 4, 5]
+    assert [(d.step, "slower" in d.why) for d in snapshots.durables()] == [(n, True) for n in (2, 3, 4, 5)]
     assert not snapshots.wait_durable(0.01)
     go_on.set()
     assert snapshots.wait_durable(WAIT_S)
     assert [(d.step, d.why) for d in snapshots.durables()] == [(1, ""), (6, "")]
     assert [g.step for g in candidates(DirectStorage(tmp_path / "disk"))] == [6, 1]
+    snapshots.close()
+
+
+def test_a_disk_that_is_done_is_not_taken_for_busy(memory: Path, tmp_path: Path) -> None:
+    """Also where it was still writing when the snapshot before was settled."""
+    snapshots = Snapshotter(tmp_path / "disk", memory)
+    for step in (1, 2, 3):
+        snapshots.snapshot(step, rows_of(0, 1, step), durable=True)
+        assert (outcome := snapshots.settle()) is not None and outcome.generation
+        assert snapshots.wait_durable(WAIT_S)
+    assert [(one.step, one.why) for one in snapshots.durables()] == [(1, ""), (2, ""), (3, "")]
     snapshots.close()
 
 

@@ -1,0 +1,188 @@
+"""Copying one snapshot into the arena that the keeper gives for it, in the background, while training goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpointing import format
+from checkpointing.errors import CheckpointError
+from checkpointing.format import Manifest, digest, index_name
+from checkpointing.geometry import Piece
+from checkpointing.memory.arena import Shards
+from checkpointing.memory.client import Client
+from checkpointing.memory.image import Image, copy_part, is_as_copied
+from checkpointing.memory.messages import Message
+from checkpointing.plan import RankPlan
+
+logger = logging.getLogger("checkpointing")
+
+ASK_S = 3.0  # how long training waits for a keeper that gives no arena
+SETTLE_S = 10.0  # how long one may take that nobody waits for, or to commit, before it counts as one that hangs
+
+
+@dataclass
+class Snapshot:
+    """One on its way."""
+
+    serial: int
+    step: int
+    pieces: Sequence[Piece]
+    image: Image
+    manifest: Manifest
+    objects: dict[str, Any]
+    durable: bool
+    everywhere: int
+    checked: bool  # whether what was copied is compared with the state when the fence opens
+    asked: float = field(default_factory=time.monotonic)
+    ready: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)  # when the state is complete on each GPU
+    awaited: bool = False  # training waits at the fence
+    arena: str = ""
+    why: str = ""
+    generation: str = ""
+    told: Message = field(default_factory=dict)
+    target: memoryview | None = None
+    answered: threading.Event = field(default_factory=threading.Event)  # by the keeper, or it is waited for no more
+    copied: threading.Event = field(default_factory=threading.Event)  # nothing of the state is read any more
+    opened: threading.Event = field(
+        default_factory=threading.Event
+    )  # the fence: what is written now is the next step's
+    settled: threading.Event = field(default_factory=threading.Event)  # what became of it is known
+
+    def __post_init__(self) -> None:
+        for device in {piece.tensor.device for piece in self.pieces if piece.tensor.is_cuda}:
+            self.ready[device] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.ready[device].record(torch.cuda.current_stream(device))
+
+    def fail(self, why: str) -> None:
+        """The first reason stays."""
+        self.why = self.why or why
+        self.answered.set()
+        self.settled.set()
+
+    def is_as_copied(self) -> bool:
+        """Whether the state is still what the arena holds."""
+        if self.target is None:
+            return True  # it was not copied
+        target = self.target
+        return all(is_as_copied(part, self.pieces[part.piece], target) for part in self.image.parts)
+
+
+class Copier:
+    """One rank's thread that copies snapshots, one at a time, with helpers."""
+
+    def __init__(self, memory: Path, rank: int, first: bool, shards: Shards, client: Client, threads: int) -> None:
+        self._memory, self._rank, self._first, self._shards, self._client = memory, rank, first, shards, client
+        # A thread's first GPU would be number 0, whichever is this rank's.
+        on = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else (None, ())
+        self._pool = ThreadPoolExecutor(threads, "snapshot-copy", *on)
+        self._worker = ThreadPoolExecutor(1, "snapshot", *on)
+        self._streams = threading.local()
+        self._layout: tuple[RankPlan | None, str, str] = None, "", ""  # its part of the manifest, under its digest
+        self.sent_layout = ""  # what the keeper knows
+
+    def submit(self, snapshot: Snapshot) -> None:
+        self._worker.submit(self._work, snapshot)
+
+    def close(self) -> None:
+        self._worker.shutdown(wait=True)
+        self._pool.shutdown(wait=True)
+
+    def _work(self, snapshot: Snapshot) -> None:
+        try:
+            self._copy(snapshot)
+        except Exception as error:  # training goes on without this snapshot
+            logger.warning("the snapshot of step %d failed: %s: %s", snapshot.step, type(error).__name__, error)
+            why = f"{type(error).__name__}: {error}"
+            self._client.send({"kind": "failed", "serial": snapshot.serial, "why": why})
+            snapshot.fail(why)
+        finally:
+            snapshot.copied.set()
+
+    def _copy(self, snapshot: Snapshot) -> None:
+        if not self._ask(snapshot):
+            return
+        image = snapshot.image
+        target = self._shards.of(snapshot.arena, image.nbytes).bytes
+        image.start(target, snapshot.manifest.save_id)
+
+        def copy(part: Any) -> None:
+            with self._beside(snapshot):
+                copy_part(part, snapshot.pieces[part.piece], target)
+
+        list(self._pool.map(copy, image.parts))
+        with self._beside(snapshot):
+            writer, index = image.finish(target, snapshot.pieces, snapshot.manifest.save_id, snapshot.objects)
+        snapshot.target = target
+        snapshot.copied.set()
+        (self._memory / snapshot.arena / index_name(self._rank)).write_bytes(index)
+        wrote = bool(image.plan.boxes or image.plan.scalars or self._first)
+        prepared: Message = {
+            "kind": "prepared",
+            "serial": snapshot.serial,
+            "arena": snapshot.arena,
+            "writer": asdict(writer) if wrote else None,
+        }
+        messages, layout = [prepared], ""
+        if self._first:
+            layout, text = self._layout_text(image.plan, snapshot.manifest)
+            if layout != self.sent_layout:
+                messages.insert(0, {"kind": "layout", "layout": layout, "text": text})
+            prepared |= {"manifest": _head(snapshot.manifest), "layout": layout, "durable": snapshot.durable}
+        if snapshot.checked:
+            snapshot.opened.wait()  # nothing is committed before it was compared
+            if snapshot.why:
+                raise CheckpointError(snapshot.why)
+        if not self._client.send(*messages):
+            raise CheckpointError("the keeper went away while the state was copied")
+        self.sent_layout = layout
+
+    def _ask(self, snapshot: Snapshot) -> bool:
+        """For an arena; whether there is one."""
+        begin = {"kind": "begin", "serial": snapshot.serial, "everywhere": snapshot.everywhere}
+        if not self._client.send(begin):
+            snapshot.fail("the keeper is away, and is started again")
+            return False
+        while not snapshot.answered.wait(0.02):
+            if time.monotonic() - snapshot.asked > (ASK_S if snapshot.awaited else SETTLE_S):
+                snapshot.fail("the keeper did not answer in time")
+                self._client.send({"kind": "failed", "serial": snapshot.serial, "why": snapshot.why})
+                self._client.hang_up()
+        return not snapshot.why
+
+    @contextmanager
+    def _beside(self, snapshot: Snapshot) -> Iterator[None]:
+        """On streams of this thread's own, which wait for the state and for nothing that training does after it."""
+        with ExitStack() as entered:
+            for device, ready in snapshot.ready.items():
+                if (stream := getattr(self._streams, f"of_{device.index}", None)) is None:
+                    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                    setattr(self._streams, f"of_{device.index}", stream)
+                stream.wait_event(ready)
+                entered.enter_context(torch.cuda.stream(stream))
+            yield
+
+    def _layout_text(self, plan: RankPlan, manifest: Manifest) -> tuple[str, str]:
+        if self._layout[0] is not plan:
+            whole = asdict(manifest)
+            constant = {name: whole[name] for name in ("tensors", "aliases", "external")}
+            text = json.dumps(constant, separators=(",", ":"))
+            self._layout = plan, digest(text.encode()), text
+        return self._layout[1], self._layout[2]
+
+
+def _head(manifest: Manifest) -> dict[str, Any]:
+    """What differs between snapshots of one layout, as the manifest has it."""
+    names = ("step", "save_id", "parent", "run_id", "incarnation", "serial", "created", "world_size", "versions")
+    head = {name: getattr(manifest, name) for name in (*names, "metrics")}
+    return {"format": format.FORMAT, "version": format.VERSION, **head}

@@ -1,0 +1,81 @@
+"""What is to become durable: which generations are on their way to the disk, and what became of them."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from checkpointing.memory.messages import Message
+
+
+@dataclass(slots=True)
+class Durable:
+    """What became of a generation that was to become durable."""
+
+    step: int
+    generation: str = ""
+    seconds: float = 0.0
+    nbytes: int = 0
+    why: str = ""
+
+
+class Durables:
+    """On one rank, as its keeper tells it. For any thread."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, int] = {}  # of those on their way, by serial
+        self._found: list[Durable] = []
+        self._failed: set[int] = set()
+        self._changed = threading.Condition()
+
+    def expect(self, serial: int, step: int) -> None:
+        with self._changed:
+            self._steps[serial] = step
+
+    def forget(self, serial: int) -> bool:
+        """Of one whose snapshot was not even committed; whether it was expected."""
+        with self._changed:
+            known = self._steps.pop(serial, None) is not None
+            self._changed.notify_all()
+            return known
+
+    def fail(self, step: int, why: str) -> None:
+        """One that was not even begun."""
+        with self._changed:
+            self._found.append(Durable(step, why=why))
+
+    def heard(self, message: Message) -> None:
+        with self._changed:
+            if (step := self._steps.pop(message["serial"], None)) is None:
+                return
+            if message["kind"] == "durable":
+                self._found.append(Durable(step, message["generation"], message["seconds"], message["bytes"]))
+            else:
+                self._found.append(Durable(step, why=message["why"]))
+                self._failed.add(message["serial"])
+            self._changed.notify_all()
+
+    def lose(self, why: str) -> None:
+        """All that are on their way, as their keeper is gone."""
+        with self._changed:
+            self._found += [Durable(step, why=why) for step in self._steps.values()]
+            self._failed |= self._steps.keys()
+            self._steps.clear()
+            self._changed.notify_all()
+
+    def state(self) -> tuple[list[int], list[int]]:
+        """Serials that are on their way, and those that failed since the last call."""
+        with self._changed:
+            failed, self._failed = self._failed, set()
+            return sorted(self._steps), sorted(failed)
+
+    def take(self) -> list[Durable]:
+        """What became durable, or failed to, since the last call."""
+        with self._changed:
+            found, self._found = self._found, []
+            return found
+
+    def wait(self, seconds: float) -> bool:
+        """Whether nothing is on its way any more, after at most so long."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._steps, seconds)

@@ -1,0 +1,137 @@
+"""What a node's memory holds: which generation may be written over, and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from checkpointing import DamagedError, save
+from checkpointing.format import ABANDONED, COMMIT, MANIFEST
+from checkpointing.generations import candidates, newest, read_manifest
+from checkpointing.lease import Hold
+from checkpointing.memory import shelf as module
+from checkpointing.memory.mapped import MappedStorage
+from checkpointing.memory.shelf import Shelf
+from tests.checkpointing.memory.test_snapshotter import assert_equal, loaded, rows_of
+
+
+def shelf_of(root: Path, flushed: set[str] | None = None) -> Shelf:
+    shelf = Shelf(root, lambda: flushed or set())
+    shelf.adopt()
+    return shelf
+
+
+def put(root: Path, *steps: int, run_id: str = "r") -> list[str]:
+    return [save(root, step, rows_of(0, 1, step), run_id=run_id) for step in steps]
+
+
+def test_sound_generations_of_the_run_are_kept_and_the_rest_is_room(tmp_path: Path) -> None:
+    names = put(tmp_path, 1, 2, 3, 4, 5)
+    (tmp_path / names[1] / COMMIT).unlink()
+    (tmp_path / names[2] / ABANDONED).touch()
+    (tmp_path / names[3] / "shard-00000.safetensors").write_bytes(b"short")
+    shelf = shelf_of(tmp_path)
+    assert [kept.name for kept in shelf.kept] == [names[4], names[0]]
+    assert shelf.free == [0, 1, 2] and not list(tmp_path.glob(f"arena-*/{MANIFEST}"))
+    shelf.start("r", 3, anew=False)
+    assert [kept.name for kept in shelf.kept] == [names[4]] and len(shelf.free) == 2
+    assert all(list((tmp_path / f"arena-{number}").iterdir()) for number in shelf.free)  # memory that is there already
+    shelf.start("another", 3, anew=False)
+    assert not shelf.kept and len(shelf.free) == 3
+
+
+def test_files_that_somebody_may_still_write_into_are_left_to_him(tmp_path: Path) -> None:
+    put(tmp_path, 1, 2)
+    shelf = shelf_of(tmp_path)
+    shelf.start("r", 3, anew=True)
+    assert shelf.free == [0] and not list((tmp_path / "arena-0").iterdir())
+    assert candidates(MappedStorage(tmp_path))[0].sound
+
+
+def test_what_is_read_or_flushed_stays_as_it_is(tmp_path: Path) -> None:
+    names, flushed = put(tmp_path, 1, 2, 3), set[str]()
+    shelf = shelf_of(tmp_path, flushed)
+    flushed.add(names[0])
+    shelf = Shelf(tmp_path, lambda: flushed)
+    shelf.adopt()
+    hold = Hold(MappedStorage(tmp_path), names[1], "read")
+    assert shelf.take(3, 3, ()) is None
+    hold.release()
+    assert shelf.take(3, 3, ()) is not None
+    assert [kept.name for kept in shelf.kept] == [names[2], names[0]]
+
+
+@pytest.mark.parametrize("looks_again", [True, False], ids=["twice", "control: once"])
+def test_a_reader_that_comes_at_the_worst_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks_again: bool
+) -> None:
+    """Its hold is there after the first look, and it has found COMMIT."""
+    names = put(tmp_path, 1, 2, 3)
+    shelf = shelf_of(tmp_path)
+    looks = []
+
+    def held(storage: object) -> set[str]:
+        looks.append(1)
+        return {names[0]} if len(looks) % 2 == 0 and looks_again else set()
+
+    monkeypatch.setattr(module, "held_generations", held)
+    assert shelf.take(3, 3, ()) is not None
+    assert ((tmp_path / names[0] / COMMIT).exists(), (tmp_path / names[1]).exists()) == (looks_again, not looks_again)
+    if looks_again:
+        read_manifest(MappedStorage(tmp_path), names[0])
+
+
+def test_the_last_one_that_all_nodes_have_is_never_written_over(tmp_path: Path) -> None:
+    """However many newer ones this node commits and another does not."""
+    names = put(tmp_path, 1)
+    shelf = shelf_of(tmp_path)
+    shelf.start("r", 3, anew=False)
+    for step in range(2, 9):
+        arena = shelf.take(0, 3, ())
+        assert arena is not None
+        put_into(shelf, arena, step)
+        assert (tmp_path / names[0] / COMMIT).exists()
+        assert len(shelf.kept) <= 3
+    serial = shelf.kept[0].serial
+    arena = shelf.take(serial, 3, ())  # now all have this one
+    assert arena is not None
+    put_into(shelf, arena, 9)
+    for step in (10, 11, 12):
+        arena = shelf.take(serial, 3, ())
+        assert arena is not None
+        put_into(shelf, arena, step)
+    assert not (tmp_path / names[0]).exists()
+    assert serial in [kept.serial for kept in shelf.kept]
+
+
+def put_into(shelf: Shelf, arena: str, step: int) -> None:
+    """Commit what a save of that step would be."""
+    elsewhere = shelf.root.parent / "elsewhere"
+    (name,) = put(elsewhere, step)
+    manifest = read_manifest(MappedStorage(elsewhere), name)
+    for path in (shelf.root / arena).iterdir():
+        path.unlink()
+    for file in manifest.writers[0].files:
+        (shelf.root / arena / file).write_bytes((elsewhere / name / file).read_bytes())
+    data = (elsewhere / name / MANIFEST).read_bytes()
+    shelf.commit(arena, name, 100 + step, data, manifest.writers[0].files)
+
+
+def test_a_commit_that_fails_leaves_an_arena(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "memory"
+    put(root, 1)
+    shelf = shelf_of(root)
+    arena = shelf.take(0, 3, ())
+    assert arena is not None
+    with pytest.raises(FileNotFoundError):
+        shelf.commit(arena, "step-00000002-00000000", 2, b"", {"shard-00000.safetensors": 5})
+    (root / arena / "shard-00000.safetensors").write_bytes(b"four")
+    with pytest.raises(DamagedError, match="has 4 bytes, and 5 were written"):
+        shelf.commit(arena, "step-00000002-00000000", 2, b"", {"shard-00000.safetensors": 5})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        with pytest.raises(OSError, match="full"):
+            shelf.commit(arena, "step-00000002-00000000", 2, b"{}", {"shard-00000.safetensors": 4})
+    assert shelf.free and (found := newest(MappedStorage(root))) is not None and found.step == 1
+    assert_equal(loaded(root)[0], rows_of(0, 1, 1))
