@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from math import isfinite
 from typing import Any
 
@@ -262,6 +263,12 @@ def _discard(storage: Storage, name: str, rank: int) -> None:
 
 
 def versions() -> dict[str, str]:
+    """Of what wrote a generation."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     found = {}
     for package in ("evershard", "torch", "transformers"):
         try:

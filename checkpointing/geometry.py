@@ -237,6 +237,10 @@ class Piece:
         """
         if len(runs) != len(global_shape) or tuple(sum(n for _, n in held) for held in runs) != tuple(tensor.shape):
             raise LayoutError(f"{name}: ranges {list(runs)} do not add up to a local shape {tuple(tensor.shape)}")
+        if all(
+            len(held) == 1 and held[0][0] + held[0][1] <= size for held, size in zip(runs, global_shape, strict=True)
+        ):
+            return [Piece(name, tensor, tuple(held[0][0] for held in runs), global_shape, mean=mean)]
         pieces = []
         for combination in product(*(_placed(held, size) for held, size in zip(runs, global_shape, strict=True))):
             view = tensor[tuple(slice(at, at + length) for at, _, length in combination)]

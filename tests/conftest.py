@@ -24,6 +24,7 @@ LAST = "tests/test_leftovers.py"
 
 torch.set_num_threads(1)
 _skips: dict[str, str] = {}
+CUT_DOWN: list[str] = []  # what a test left out on this machine, in words
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,6 +45,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("skipped or cut down")
     for nodeid, reason in _skips.items():
         terminalreporter.write_line(f"{nodeid}: {reason}")
+    for line in CUT_DOWN:
+        terminalreporter.write_line(line)
     terminalreporter.write_line(f"{len(_skips)} skipped; deselected soak tests: pytest -m soak")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -47,7 +48,8 @@ def pieces_of(name: str, tensor: torch.Tensor, logical: Shape | Held | None = No
         return [Piece(name, local.detach().new_empty(shape), (0,) * len(shape), shape)]
     if not isinstance(tensor, DTensor):
         return Piece.runs(name, tensor, ranges, shape) if logical else [Piece(name, tensor, (0,) * len(shape), shape)]
-    held = held_intervals(ranges, tuple(tensor.device_mesh.shape), tuple(coordinate), tensor.placements)
+    mesh = tuple(tensor.device_mesh.shape)
+    held = _held(tuple(map(tuple, ranges)), mesh, tuple(coordinate), tensor.placements)
     expected = tuple(sum(length for _, length in runs) for runs in held)
     if tuple(local.shape) != expected:
         raise LayoutError(f"{name}: {tensor.placements} should hold {expected} here, and holds {tuple(local.shape)}")
@@ -79,6 +81,10 @@ def held_intervals(
         else:
             raise LayoutError(f"a tensor placed as {placement} has no single value; reduce it before describing it")
     return held
+
+
+# Of a model's tensors many are alike, and they are described at every step.
+_held = lru_cache(maxsize=4096)(held_intervals)
 
 
 def _chunk(runs: list[Interval], num_chunks: int, at: int) -> list[Interval]:

@@ -27,6 +27,7 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:(?:_orig_mod|_checkpoint_wrapped_module
 Entry = tuple[nn.Module | None, Optimizer | None]
 
 
+@torch.no_grad()  # views of a shard need no place in a graph, and cost half as much without
 def describe(
     model: nn.Module | Mapping[str, Entry],
     optimizer: Optimizer | None = None,

@@ -21,7 +21,7 @@ from checkpointing.format import Manifest, digest, index_name
 from checkpointing.geometry import Piece
 from checkpointing.memory.arena import Shards
 from checkpointing.memory.client import Client
-from checkpointing.memory.image import Image, copy_part, is_as_copied
+from checkpointing.memory.image import Image, Part, copy_part, is_as_copied
 from checkpointing.memory.messages import Message
 from checkpointing.plan import RankPlan
 
@@ -29,6 +29,8 @@ logger = logging.getLogger("checkpointing")
 
 ASK_S = 3.0  # how long training waits for a keeper that gives no arena
 SETTLE_S = 10.0  # how long one may take that nobody waits for, or to commit, before it counts as one that hangs
+# Threads that copy from a GPU: some parts are hashed meanwhile. On the CPU torch uses all of this process's anyway.
+HELPERS = 4
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Snapshot:
     generation: str = ""
     told: Message = field(default_factory=dict)
     target: memoryview | None = None
+    copy_s: float = 0.0
     answered: threading.Event = field(default_factory=threading.Event)  # by the keeper, or it is waited for no more
     copied: threading.Event = field(default_factory=threading.Event)  # nothing of the state is read any more
     opened: threading.Event = field(
@@ -81,11 +84,11 @@ class Snapshot:
 class Copier:
     """One rank's thread that copies snapshots, one at a time, with helpers."""
 
-    def __init__(self, memory: Path, rank: int, first: bool, shards: Shards, client: Client, threads: int) -> None:
+    def __init__(self, memory: Path, rank: int, first: bool, shards: Shards, client: Client) -> None:
         self._memory, self._rank, self._first, self._shards, self._client = memory, rank, first, shards, client
         # A thread's first GPU would be number 0, whichever is this rank's.
         on = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else (None, ())
-        self._pool = ThreadPoolExecutor(threads, "snapshot-copy", *on)
+        self._pool = ThreadPoolExecutor(HELPERS, "snapshot-copy", *on)
         self._worker = ThreadPoolExecutor(1, "snapshot", *on)
         self._streams = threading.local()
         self._layout: tuple[RankPlan | None, str, str] = None, "", ""  # its part of the manifest, under its digest
@@ -112,18 +115,22 @@ class Copier:
     def _copy(self, snapshot: Snapshot) -> None:
         if not self._ask(snapshot):
             return
-        image = snapshot.image
+        began, image = time.perf_counter(), snapshot.image
         target = self._shards.of(snapshot.arena, image.nbytes).bytes
         image.start(target, snapshot.manifest.save_id)
 
-        def copy(part: Any) -> None:
+        def copy(parts: Sequence[Part]) -> None:
             with self._beside(snapshot):
-                copy_part(part, snapshot.pieces[part.piece], target)
+                for part in parts:
+                    copy_part(part, snapshot.pieces[part.piece], target)
 
-        list(self._pool.map(copy, image.parts))
+        if snapshot.ready:
+            list(self._pool.map(copy, [image.parts[number::HELPERS] for number in range(HELPERS)]))
+        else:
+            copy(image.parts)
         with self._beside(snapshot):
             writer, index = image.finish(target, snapshot.pieces, snapshot.manifest.save_id, snapshot.objects)
-        snapshot.target = target
+        snapshot.target, snapshot.copy_s = target, time.perf_counter() - began
         snapshot.copied.set()
         (self._memory / snapshot.arena / index_name(self._rank)).write_bytes(index)
         wrote = bool(image.plan.boxes or image.plan.scalars or self._first)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import lcm
+from math import gcd, lcm
 from typing import Any
 
 import numpy as np
@@ -26,31 +26,42 @@ from checkpointing.format import (
     stored_bytes,
     stored_panels,
 )
-from checkpointing.geometry import Box, Piece, intersect
+from checkpointing.geometry import Piece, intersect
 from checkpointing.plan import RankPlan
-from checkpointing.tensors import multiplied, scalar_hex
+from checkpointing.tensors import multiplied, scalar_hex, tensor_bytes
 
 _NO_ID = "0" * 32  # as long as every save id
-# Copied before it is hashed: it is still in the processor's cache then. Larger parts are shared out among threads.
-CHUNK_BYTES = 512 * 1024
+# Copied before it is hashed: it is still in the processor's cache then.
+CHUNK_BYTES = 2 * 1024 * 1024
+# Rows that are handed about together: few, and on a GPU enough that its copies are long.
+PART_BYTES, GPU_PART_BYTES = 8 * 1024 * 1024, 64 * 1024 * 1024
+_SUM = np.dtype(f"V{SUM}")
 _WORDS: dict[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Rows `first` to `last` of a stored panel: where they come from, and the bytes of the shard file they become.
+class Panel:
+    """Columns of a stored box, which lie together in the file."""
 
-    Parts of one panel end where blocks of checksums do, but for its last.
+    columns: slice
+    start: int  # in the file
+    nbytes: int
+    sums: int  # where its checksums start in the file
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows `first` to `last` of a stored box of so many `rows`: where they come from, and where they go.
+
+    In every panel a part begins where a block of checksums does.
     """
 
     piece: int  # its position among the rank's pieces
-    slices: tuple[slice, ...]  # of the piece's tensor: the panel
-    shape: tuple[int, ...]
-    start: int  # of the panel, in the file
-    nbytes: int  # of the panel
-    sums: int  # where the panel's checksums start in the file
-    begin: int  # bytes begin to end of the panel are this part's
-    end: int
+    slices: tuple[slice, ...]  # of the piece's tensor: the box
+    panels: tuple[Panel, ...]
+    rows: int
+    first: int
+    last: int
 
 
 class Image:
@@ -88,14 +99,21 @@ class Image:
         tensor = self.plan.tensors[stored.name]
         holders = [n for n, piece in enumerate(pieces) if piece.name == stored.name]
         position = next(n for n in holders if intersect(pieces[n].box, stored.box) == stored.box)
-        found = []
-        for panel in stored_panels(stored, tensor):
-            nbytes = panel.box.numel * tensor.itemsize
-            where = panel.box.slices(pieces[position].offset)
-            common = position, where, panel.box.size, self._data + panel.start, nbytes, self._sums + panel.sums
-            step = _step(panel.box, nbytes)
-            found += [Part(*common, begin, min(begin + step, nbytes)) for begin in range(0, nbytes, step)]
-        return found
+        left = stored.box.offset[-1]
+        panels = tuple(
+            Panel(
+                slice(panel.box.offset[-1] - left, panel.box.offset[-1] - left + panel.box.size[-1]),
+                self._data + panel.start,
+                panel.box.numel * tensor.itemsize,
+                self._sums + panel.sums,
+            )
+            for panel in stored_panels(stored, tensor)
+        )
+        if len(panels) == 1:
+            panels = (replace(panels[0], columns=slice(None)),)  # of one dimension it may be rows
+        slices, rows = stored.box.slices(pieces[position].offset), stored.box.size[0]
+        step = _step(panels, rows, GPU_PART_BYTES if pieces[position].tensor.is_cuda else PART_BYTES)
+        return [Part(position, slices, panels, rows, first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
 def _positions(pieces: Sequence[Piece], names: Sequence[str]) -> dict[str, int]:
@@ -105,77 +123,76 @@ def _positions(pieces: Sequence[Piece], names: Sequence[str]) -> dict[str, int]:
     return {name: first[name] for name in names}
 
 
-# A part is this large at the least, so that few are handed about.
-_PART_BYTES = 8 * 1024 * 1024
-
-
-def _step(panel: Box, nbytes: int) -> int:
-    """How many bytes of a panel are one part: whole rows that are whole blocks, or all of it where such are many."""
-    unit = lcm(nbytes // panel.size[0], block_size(nbytes))
-    return nbytes if unit > _PART_BYTES else unit * (_PART_BYTES // unit)
+def _step(panels: Sequence[Panel], rows: int, most: int) -> int:
+    """How many rows of a box are one part: whole blocks in every panel, or all of them where such are many."""
+    lines = [panel.nbytes // rows for panel in panels]
+    blocks = [block_size(panel.nbytes) for panel in panels]
+    unit = lcm(*(block // gcd(block, line) for block, line in zip(blocks, lines, strict=True)))
+    return unit * (most // nbytes) if (nbytes := unit * sum(lines)) <= most else rows
 
 
 def copy_part(part: Part, piece: Piece, target: memoryview) -> None:
-    """Copy one part of the state into the file's memory, and its checksums.
-
-    For any thread: the interpreter is free while bytes are copied and hashed.
-    """
-    source = piece.tensor.detach()[part.slices]
-    block = block_size(part.nbytes)
-    memory = target[part.start : part.start + part.nbytes]
-    if source.device.type != "cpu" or piece.divisor != 1 or source.is_conj() or source.is_neg():
-        _copy_slowly(part, source, piece.divisor, memory)
-        done = checksums(memory[part.begin : part.end], block)
+    """Copy one part of the state into the file's memory, and its checksums."""
+    source = piece.tensor.detach()[part.slices][part.first : part.last]
+    is_plain = piece.divisor == 1 and not (source.is_conj() or source.is_neg())
+    if not is_plain:
+        source = multiplied(source, piece.divisor).resolve_conj().resolve_neg()
+    source = source.view(_WORDS[source.element_size()])
+    if source.is_cuda or len({panel.nbytes for panel in part.panels}) > 1:
+        _copy_panels(part, source, target)
     else:
-        done = _copy_and_hash(part, source, memory, block)
-    at = part.sums + SUM * (part.begin // block)
-    target[at : at + len(done)] = done
+        _copy_at_once(part, source, target)
 
 
-def _copy_and_hash(part: Part, source: torch.Tensor, memory: memoryview, block: int) -> bytes:
-    rows = source.shape[0]
-    row = part.nbytes // rows
-    array = source.view(_WORDS[source.element_size()]).numpy()
-    there = np.frombuffer(memory, array.dtype).reshape(array.shape)
-    first, last = part.begin // row, part.end // row
-    step = max(1, CHUNK_BYTES // row)
-    sums: list[bytes] = []
-    hashed = part.begin
-    for begin in range(first, last, step):
-        end = min(begin + step, last)
-        np.copyto(there[begin:end], array[begin:end])
-        # Whole blocks, while they are in the cache; what is left of one waits for the rest of it.
-        ready = part.end if end == last else end * row // block * block
-        if ready > hashed:
-            sums.append(checksums(memory[hashed:ready], block))
-            hashed = ready
-    return b"".join(sums)
-
-
-def _copy_slowly(part: Part, source: torch.Tensor, divisor: float, memory: memoryview) -> None:
-    """From a GPU, or of what is not stored as it is held."""
-    there = torch.frombuffer(memory[part.begin : part.end], dtype=source.dtype)
-    values = multiplied(_rows(part, source), divisor).resolve_conj().resolve_neg()
-    there.view(values.shape).copy_(values, non_blocking=True)  # the thread's stream alone is waited for
+def _copy_panels(part: Part, source: torch.Tensor, target: memoryview) -> None:
+    """One panel after the other: of different widths, or from a GPU, which writes to one place at a time."""
+    here = [source[..., panel.columns] for panel in part.panels]
+    if source.is_cuda and len(here) > 1:
+        here = [values.contiguous() for values in here]
+    for panel, values in zip(part.panels, here, strict=True):
+        size = panel.nbytes // source.element_size()
+        there = torch.frombuffer(target, dtype=source.dtype, count=size, offset=panel.start)
+        there.view(part.rows, *values.shape[1:])[part.first : part.last].copy_(values, non_blocking=True)
     if source.is_cuda:
-        torch.cuda.current_stream(source.device).synchronize()
+        torch.cuda.current_stream(source.device).synchronize()  # of this thread alone
+    for panel in part.panels:
+        line, block = panel.nbytes // part.rows, block_size(panel.nbytes)
+        sums = checksums(target[panel.start + part.first * line : panel.start + part.last * line], block)
+        at = panel.sums + SUM * (part.first * line // block)
+        target[at : at + len(sums)] = sums
 
 
-def _rows(part: Part, source: torch.Tensor) -> torch.Tensor:
-    row = part.nbytes // source.shape[0]
-    return source[part.begin // row : part.end // row]
+def _copy_at_once(part: Part, source: torch.Tensor, target: memoryview) -> None:
+    """The rows of all panels, a few at a time: what is hashed is still in the processor's cache then."""
+    count, first_panel = len(part.panels), part.panels[0]
+    nbytes = first_panel.nbytes
+    line, block = nbytes // part.rows, block_size(nbytes)
+    size = count * nbytes // source.element_size()
+    here = source.view(*source.shape[:-1], count, -1).movedim(-2, 0) if count > 1 else source[None]
+    there = torch.frombuffer(target, dtype=source.dtype, count=size, offset=first_panel.start)
+    there = there.view(count, part.rows, *here.shape[2:])[:, part.first : part.last]
+    blocks = -(-nbytes // block)
+    sums = np.frombuffer(target, _SUM, count * blocks, first_panel.sums).reshape(count, blocks)
+    begin, step = part.first * line, max(1, CHUNK_BYTES // (count * line))
+    for row in range(part.first, part.last, step):
+        last = min(row + step, part.last)
+        there[:, row - part.first : last - part.first].copy_(here[:, row - part.first : last - part.first])
+        end = nbytes if last == part.rows else last * line // block * block  # what is left waits for its block's rest
+        found = b"".join([checksums(target[panel.start + begin : panel.start + end], block) for panel in part.panels])
+        sums[:, begin // block : -(-end // block)] = np.frombuffer(found, _SUM).reshape(count, -1)
+        begin = end
 
 
 def is_as_copied(part: Part, piece: Piece, target: memoryview) -> bool:
     """Whether a part of the state still has the checksums that were written with it, and its copy has them too."""
-    source = piece.tensor.detach()[part.slices]
-    copy = torch.empty(part.end - part.begin, dtype=torch.uint8)
-    _copy_slowly(
-        replace(part, begin=0, end=len(copy), nbytes=len(copy)), _rows(part, source), piece.divisor, copy.numpy().data
-    )
-    block = block_size(part.nbytes)
-    at = part.sums + SUM * (part.begin // block)
-    found = [
-        checksums(data, block) for data in (copy.numpy().data, target[part.start + part.begin : part.start + part.end])
-    ]
-    return all(sums == target[at : at + len(sums)] for sums in found)
+    source = piece.tensor.detach()[part.slices][part.first : part.last]
+    for panel in part.panels:
+        line, block = panel.nbytes // part.rows, block_size(panel.nbytes)
+        begin, end = part.first * line, part.last * line
+        here = tensor_bytes(multiplied(source[..., panel.columns], piece.divisor).resolve_conj().resolve_neg())
+        at = panel.sums + SUM * (begin // block)
+        for data in (here, target[panel.start + begin : panel.start + end]):
+            sums = checksums(memoryview(data), block)
+            if target[at : at + len(sums)] != sums:
+                return False
+    return True

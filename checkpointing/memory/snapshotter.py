@@ -32,7 +32,6 @@ from checkpointing.memory.mapped import MappedStorage
 from checkpointing.memory.messages import VERSION, Message
 from checkpointing.memory.room import check_room
 from checkpointing.plan import RankPlan
-from checkpointing.reader import num_threads
 from checkpointing.storage import FileStorage
 
 START_S = 60.0  # that a keeper may take to start
@@ -49,6 +48,7 @@ class Outcome:
     memory: int = 0  # bytes that the run takes on this node
     backlog: int = 0  # generations that wait to become durable
     durable: bool = False  # whether it was to become durable
+    copy_s: float = 0.0  # that copying and hashing took on this rank, in the background
 
 
 class Snapshotter:
@@ -72,7 +72,6 @@ class Snapshotter:
         arenas: int = 3,
         keep_s: float = KEEP_S,
         rate: float = 0,
-        threads: int | None = None,
         check_fence: bool = False,
     ) -> None:
         self._team = team = as_team(group)
@@ -115,7 +114,7 @@ class Snapshotter:
         self._client = Client(
             self.memory, greeting, self._heard, starts=self._first, keep_s=keep_s, lost=self._keeper_lost
         )
-        self._copier = Copier(self.memory, team.rank, self._first, self._shards, self._client, threads or num_threads())
+        self._copier = Copier(self.memory, team.rank, self._first, self._shards, self._client)
         try:
             team.together(self._wait_for_keeper)
         except BaseException:
@@ -269,7 +268,7 @@ class Snapshotter:
         self._everywhere, self._parent = snapshot.serial, snapshot.manifest.save_id
         memory, backlog = snapshot.told.get("memory", 0), snapshot.told.get("backlog", 0)
         return Outcome(
-            snapshot.step, snapshot.generation, "", snapshot.asked, memory, backlog, durable=snapshot.durable
+            snapshot.step, snapshot.generation, "", snapshot.asked, memory, backlog, snapshot.durable, snapshot.copy_s
         )
 
     def _weigh(self, states: Sequence[Sequence[Sequence[int]]], failed: Set[int] = frozenset()) -> None:

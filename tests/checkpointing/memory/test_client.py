@@ -4,40 +4,74 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.processes import wait_for
+from checkpointing.generations import candidates, scan
 from checkpointing.memory import Snapshotter, copying, snapshotter
+from checkpointing.memory.image import copy_part
+from checkpointing.retention import clear_leftovers
+from checkpointing.storage import FileStorage
 from tests.checkpointing.memory.keepers import WAIT_S
 from tests.checkpointing.memory.test_snapshotter import assert_equal, loaded, rows_of
 
 
-def test_a_killed_keeper_is_replaced_and_training_goes_on(tmp_path: Path) -> None:
-    root = tmp_path / "memory"
-    snapshots = Snapshotter(None, root)
-    pids: list[int] = []
+@pytest.mark.parametrize("when", ["idle", "mid-copy", "mid-flush"])
+def test_a_killed_keeper_is_replaced_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    root, disk = tmp_path / "memory", FileStorage(tmp_path / "disk")
+    go_on = threading.Event()
+    go_on.set()
 
-    def take(step: int) -> bool:
-        snapshots.snapshot(step, rows_of(0, 1, step))
+    def copies(*arguments: Any) -> None:
+        assert go_on.wait(WAIT_S)
+        copy_part(*arguments)
+
+    monkeypatch.setattr(copying, "copy_part", copies)
+    snapshots = Snapshotter(disk.root, root, rate=20_000 if when == "mid-flush" else 0)
+
+    def settle() -> bool:
         outcome = snapshots.settle()
         assert outcome is not None
         return bool(outcome.generation)
 
-    assert take(1)
-    pids.append(snapshots.keeper_pid)
-    os.kill(pids[0], signal.SIGKILL)
-    wait_for(lambda: not snapshots._client.connected.is_set())
-    assert not take(2)  # told, and not waited for
-    found, _ = loaded(root)
-    assert_equal(found, rows_of(0, 1, 1))
+    snapshots.snapshot(1, rows_of(0, 1, 1), durable=when != "mid-flush")
+    assert settle() and snapshots.wait_durable(WAIT_S)
+    pid = snapshots.keeper_pid
+    if when == "mid-flush":  # it takes seconds, and is begun when its directory is there
+        snapshots.snapshot(2, rows_of(0, 1, 2), durable=True)
+        assert settle()
+        wait_for(lambda: any(not g.committed for g in scan(disk)))
+        os.kill(pid, signal.SIGKILL)
+        assert snapshots.wait_durable(WAIT_S)
+        assert [(one.step, "went away" in one.why) for one in snapshots.durables()] == [(2, True)]
+        assert not [g for g in scan(disk) if g.committed]
+    else:
+        if when == "mid-copy":
+            go_on.clear()
+            snapshots.snapshot(2, rows_of(0, 1, 2))
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not snapshots._client.connected.is_set())
+        go_on.set()
+        if when == "idle":
+            snapshots.snapshot(2, rows_of(0, 1, 2))
+        assert not settle()  # told, and not waited for
+    newest = 2 if when == "mid-flush" else 1
+    assert_equal(loaded(root)[0], rows_of(0, 1, newest))
     wait_for(snapshots._client.connected.is_set, 60)
-    assert take(3)
-    assert snapshots.keeper_pid != pids[0]
-    found, _ = loaded(root)
-    assert_equal(found, rows_of(0, 1, 3))
+    assert snapshots.keeper_pid != pid
+    snapshots.snapshot(3, rows_of(0, 1, 3), durable=True)
+    assert settle() and snapshots.wait_durable(WAIT_S)
+    assert_equal(loaded(root)[0], rows_of(0, 1, 3))
+    assert [g.step for g in candidates(disk)] == ([3] if when == "mid-flush" else [3, 1])
+    assert clear_leftovers(disk) == [] or when == "mid-flush"
+    assert all(g.committed for g in scan(disk))
     pid = snapshots.keeper_pid
     snapshots.close(finished=True)
     wait_for(lambda: not root.exists() and not Path(f"/proc/{pid}").exists(), WAIT_S)

@@ -90,14 +90,14 @@ def take(memory: Path, later: bool) -> tuple[list[Piece], list[Piece]]:
     with Snapshotter(None, memory) as snapshots:
         for value in (1, 2):  # the second time nothing is allocated
             pieces = gpu_pieces(value)
-            expected = [piece.tensor.cpu().clone() for piece in pieces]
+            expected = [piece.tensor.clone() for piece in pieces]
             for piece in pieces:
                 piece.tensor.zero_()
             torch.cuda.synchronize()
             if later:
                 torch.cuda._sleep(400_000_000)
             for piece, tensor in zip(pieces, expected, strict=True):
-                piece.tensor.copy_(tensor.cuda(non_blocking=True))
+                piece.tensor.copy_(tensor)
             snapshots.snapshot(value, pieces)
             with snapshots.mutating():
                 for piece in pieces:
@@ -106,7 +106,7 @@ def take(memory: Path, later: bool) -> tuple[list[Piece], list[Piece]]:
         assert all(shard.tensor.is_pinned() for shard in snapshots._shards._mapped.values())
         found = gpu_pieces(5)
         load(MappedStorage(memory), found)
-        return found, [Piece(p.name, t.cuda(), p.offset, p.global_shape) for p, t in zip(pieces, expected, strict=True)]
+        return found, [Piece(p.name, t, p.offset, p.global_shape) for p, t in zip(pieces, expected, strict=True)]
 
 
 def holds_what_was_computed() -> None:
