@@ -102,10 +102,19 @@ class Ours:
         self.snapshots = Snapshotter(disk, memory)
         self.snapshots.prepare(training.pieces())
         self.number = 0
+        self.described_s = 0.0
 
     def submit(self, durable: bool = False) -> None:
         self.number += 1
-        self.snapshots.snapshot(self.number, self.training.pieces(), {"step": self.number}, durable=durable)
+        began = time.perf_counter()
+        pieces = self.training.pieces()
+        self.described_s = time.perf_counter() - began
+        self.snapshots.snapshot(self.number, pieces, {"step": self.number}, durable=durable)
+
+    @property
+    def blocked_s(self) -> float:
+        """That training waited for the last snapshot: describing it, submitting it, and at the fence."""
+        return self.described_s + self.snapshots.blocked_s
 
     def over(self) -> None:
         outcome = self.snapshots.settle()
@@ -115,8 +124,8 @@ class Ours:
 class Dcp:
     """`async_save` into a directory, with buffers that are kept from one save to the next."""
 
-    def __init__(self, training: Training, directory: Path) -> None:
-        self.training, self.directory = training, directory
+    def __init__(self, training: Training, directory: Path, wanted: bool) -> None:
+        self.training, self.directory, self.wanted = training, directory, wanted
         gpu = training.inputs.is_cuda  # without one it stages in the calling thread, and refuses the other options
         self.stager = DefaultStager(StagingOptions(gpu, False, gpu, gpu))
         self.group = dist.new_group()  # its collectives run in the background, beside those of training
@@ -153,7 +162,7 @@ def work(rank: int, port: int, options: argparse.Namespace, top: str) -> None:
     training = Training(options.megabytes, options.tokens, options.device)
     shared = Path("/dev/shm", f"evershard-benchmark-{port}")
     ours = Ours(training, shared, directory / "ours")
-    dcp = Dcp(training, shared.with_name(shared.name + "-dcp"))
+    dcp = Dcp(training, shared.with_name(shared.name + "-dcp"), not options.alone)
     figures: Figures = defaultdict(list)
     try:
         take_turns(training, ours, dcp, options.pairs, figures)
@@ -229,19 +238,20 @@ def take_turns(training: Training, ours: Ours, dcp: Dcp, pairs: int, figures: Fi
     kinds: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
         "none": (training.step, nothing),
         "ours": (ours_step, ours.over),
-        "dcp": (dcp_step, dcp.over),
     }
+    if dcp.wanted:
+        kinds["dcp"] = dcp_step, dcp.over
     for number in range(pairs + 1):
         names = list(kinds)
-        for name in names[number % 3 :] + names[: number % 3]:
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             step, over = kinds[name]
             dist.barrier()
-            ours.snapshots.blocked_s = 0.0
+            ours.snapshots.blocked_s = ours.described_s = 0.0
             cpu, began = cpu_seconds(keeper), time.perf_counter()
             step()
             figures[f"{name} step"].append(slowest(time.perf_counter() - began))
             if name == "ours":
-                figures["ours blocked"].append(slowest(ours.snapshots.blocked_s))
+                figures["ours blocked"].append(slowest(ours.blocked_s))
             over()
             dist.barrier()
             figures[f"{name} cpu"].append(all_together(cpu_seconds(keeper) - cpu))
@@ -291,7 +301,7 @@ def durable_in_turns(training: Training, ours: Ours, dcp: Dcp, directory: Path, 
     """Steps in a row while generations become durable one after the other, as fast as they do."""
     state = all_together(float(sum(piece.tensor.nbytes for piece in training.pieces())))
     for number in range(blocks + 1):
-        for name in ("none", "ours", "dcp"):
+        for name in ("none", "ours", "dcp") if dcp.wanted else ("none", "ours"):
             done, began = 0, time.perf_counter()
             for _ in range(BLOCK):
                 if name == "ours":
@@ -396,8 +406,9 @@ def restore_rates(training: Training, ours: Ours, directory: Path, figures: Figu
 def assert_equal_ends(training: Training, ours: Ours, dcp: Dcp) -> None:
     """What both sides hold at the end is the state, bit for bit."""
     ours.submit()
-    dcp.submit()
-    dcp.over()
+    if dcp.wanted:
+        dcp.submit()
+        dcp.over()
     ours.over()
     expected = [piece.tensor.clone() for piece in training.pieces()]
 
@@ -413,6 +424,8 @@ def assert_equal_ends(training: Training, ours: Ours, dcp: Dcp) -> None:
     clear()
     load(MappedStorage(ours.snapshots.memory), training.pieces())
     check("ours")
+    if not dcp.wanted:
+        return
     clear()
     dcp_load(training.tensors(), storage_reader=FileSystemReader(dcp.directory))
     check("dcp")
@@ -433,23 +446,13 @@ def rows_of(figures: Figures, *, full: bool) -> list[Row]:
     def at_99(values: list[float]) -> list[float]:
         return [sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]] * 2
 
-    blocked, stage = figures["ours blocked"], figures["dcp blocked"]
+    blocked, stage = figures["ours blocked"], figures.get("dcp blocked", [])
     paired = [a - b for a, b in zip(figures["ours step"], figures["none step"], strict=True)]
 
     def invert(values: list[float]) -> list[float]:
         return [1 / value for value in values]
 
-    snapshots = [a - b for a, b in zip(figures["ours cpu"], figures["none cpu"], strict=True)]
-    peers = [a - b for a, b in zip(figures["dcp cpu"], figures["none cpu"], strict=True)]
-    cpu = [statistics.median(snapshots)] * 2, [statistics.median(peers)] * 2
-    print(
-        f"step without a snapshot {statistics.median(figures['none step']):.2f} s; with one the wall clock differs by "
-        f"{statistics.median(paired):.3f} s (median of pairs); CPU {cpu[0][0]:.2f} s a snapshot, DCP {cpu[1][0]:.2f} s",
-        file=sys.stderr,
-    )
-    return [
-        row("blocked by a snapshot, median", "s", blocked, stage, "DCP async_save, cached stager", 0.05),
-        row("blocked by a snapshot, p99", "s", at_99(blocked), [statistics.median(stage)] * 2, "DCP's median", 0.2),
+    rows = [
         row("step with a snapshot", "s", figures["ours step"], figures["none step"], "without", 1.05),
         row(
             "step while generations become durable",
@@ -458,22 +461,6 @@ def rows_of(figures: Figures, *, full: bool) -> list[Row]:
             figures["none durable step"],
             "without",
             1.15,
-        ),
-        row(
-            "the same under DCP",
-            "s",
-            figures["dcp durable step"],
-            figures["none durable step"],
-            "without",
-            float("inf"),
-        ),
-        more(
-            "made durable meanwhile",
-            "B/s",
-            figures["ours durable rate"],
-            figures["dcp durable rate"],
-            "DCP async_save",
-            1.0,
         ),
         more(
             "copy into a warm arena",
@@ -500,7 +487,45 @@ def rows_of(figures: Figures, *, full: bool) -> list[Row]:
             "plain copy",
             0.4,
         ),
-        row("CPU seconds of a snapshot", "s", *cpu, "DCP async_save", 1.3),
+    ]
+    snapshots = [a - b for a, b in zip(figures["ours cpu"], figures["none cpu"], strict=True)]
+    print(
+        f"step without a snapshot {statistics.median(figures['none step']):.3f} s; with one the wall clock differs by "
+        f"{statistics.median(paired):.4f} s (median of pairs), and training says it was blocked for "
+        f"{statistics.median(blocked):.4f} s; CPU {statistics.median(snapshots):.2f} s a snapshot",
+        file=sys.stderr,
+    )
+    if not stage:
+        return rows
+    peers = [a - b for a, b in zip(figures["dcp cpu"], figures["none cpu"], strict=True)]
+    return [
+        row("blocked by a snapshot, median", "s", blocked, stage, "DCP async_save, cached stager", 0.05),
+        row("blocked by a snapshot, p99", "s", at_99(blocked), [statistics.median(stage)] * 2, "DCP's median", 0.2),
+        *rows,
+        row(
+            "the same under DCP",
+            "s",
+            figures["dcp durable step"],
+            figures["none durable step"],
+            "without",
+            float("inf"),
+        ),
+        more(
+            "made durable meanwhile",
+            "B/s",
+            figures["ours durable rate"],
+            figures["dcp durable rate"],
+            "DCP async_save",
+            1.0,
+        ),
+        row(
+            "CPU seconds of a snapshot",
+            "s",
+            [statistics.median(snapshots)] * 2,
+            [statistics.median(peers)] * 2,
+            "DCP async_save",
+            1.3,
+        ),
     ]
 
 
@@ -512,6 +537,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--ranks", type=int, default=RANKS, help="processes, on GPUs one each")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a rank and step")
+    parser.add_argument("--alone", action="store_true", help="without DCP, as where its stager fails")
     parser.add_argument("--figures", type=Path, help="write every measurement to this file too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as top:

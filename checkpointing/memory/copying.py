@@ -30,7 +30,7 @@ logger = logging.getLogger("checkpointing")
 ASK_S = 3.0  # how long training waits for a keeper that gives no arena
 SETTLE_S = 10.0  # how long one may take that nobody waits for, or to commit, before it counts as one that hangs
 # Threads that copy from a GPU: some parts are hashed meanwhile. On the CPU torch uses all of this process's anyway.
-HELPERS = 4
+HELPERS = 2
 
 
 @dataclass

@@ -138,14 +138,14 @@ def copy_part(part: Part, piece: Piece, target: memoryview) -> None:
     if not is_plain:
         source = multiplied(source, piece.divisor).resolve_conj().resolve_neg()
     source = source.view(_WORDS[source.element_size()])
-    if source.is_cuda or len({panel.nbytes for panel in part.panels}) > 1:
+    if len({panel.nbytes for panel in part.panels}) > 1:
         _copy_panels(part, source, target)
     else:
         _copy_at_once(part, source, target)
 
 
 def _copy_panels(part: Part, source: torch.Tensor, target: memoryview) -> None:
-    """One panel after the other: of different widths, or from a GPU, which writes to one place at a time."""
+    """One panel after the other: they are of different widths."""
     here = [source[..., panel.columns] for panel in part.panels]
     if source.is_cuda and len(here) > 1:
         here = [values.contiguous() for values in here]
@@ -153,8 +153,7 @@ def _copy_panels(part: Part, source: torch.Tensor, target: memoryview) -> None:
         size = panel.nbytes // source.element_size()
         there = torch.frombuffer(target, dtype=source.dtype, count=size, offset=panel.start)
         there.view(part.rows, *values.shape[1:])[part.first : part.last].copy_(values, non_blocking=True)
-    if source.is_cuda:
-        torch.cuda.current_stream(source.device).synchronize()  # of this thread alone
+    _wait_for(source)
     for panel in part.panels:
         line, block = panel.nbytes // part.rows, block_size(panel.nbytes)
         sums = checksums(target[panel.start + part.first * line : panel.start + part.last * line], block)
@@ -163,7 +162,10 @@ def _copy_panels(part: Part, source: torch.Tensor, target: memoryview) -> None:
 
 
 def _copy_at_once(part: Part, source: torch.Tensor, target: memoryview) -> None:
-    """The rows of all panels, a few at a time: what is hashed is still in the processor's cache then."""
+    """The rows of all panels, a few at a time: what is hashed is still in the processor's cache then.
+
+    From a GPU all of them, which puts them in their order itself.
+    """
     count, first_panel = len(part.panels), part.panels[0]
     nbytes = first_panel.nbytes
     line, block = nbytes // part.rows, block_size(nbytes)
@@ -174,13 +176,25 @@ def _copy_at_once(part: Part, source: torch.Tensor, target: memoryview) -> None:
     blocks = -(-nbytes // block)
     sums = np.frombuffer(target, _SUM, count * blocks, first_panel.sums).reshape(count, blocks)
     begin, step = part.first * line, max(1, CHUNK_BYTES // (count * line))
+    if source.is_cuda:
+        ordered, step = here.contiguous(), part.last - part.first
+        for to, values in [(there, ordered)] if step == part.rows else zip(there, ordered, strict=True):
+            to.copy_(values, non_blocking=True)  # each to one place
+        _wait_for(source)
     for row in range(part.first, part.last, step):
         last = min(row + step, part.last)
-        there[:, row - part.first : last - part.first].copy_(here[:, row - part.first : last - part.first])
+        if not source.is_cuda:
+            there[:, row - part.first : last - part.first].copy_(here[:, row - part.first : last - part.first])
         end = nbytes if last == part.rows else last * line // block * block  # what is left waits for its block's rest
         found = b"".join([checksums(target[panel.start + begin : panel.start + end], block) for panel in part.panels])
         sums[:, begin // block : -(-end // block)] = np.frombuffer(found, _SUM).reshape(count, -1)
         begin = end
+
+
+def _wait_for(source: torch.Tensor) -> None:
+    """Until what this thread copies from a GPU is there; nothing else is waited for."""
+    if source.is_cuda:
+        torch.cuda.current_stream(source.device).synchronize()
 
 
 def is_as_copied(part: Part, piece: Piece, target: memoryview) -> bool:
