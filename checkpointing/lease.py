@@ -249,13 +249,20 @@ def _beat_name(number: int) -> str:
     return f"lease-{number:06d}.beat"
 
 
+def this_machine() -> tuple[str, str]:
+    """Host and boot: names alone are not always given once."""
+    try:
+        return socket.gethostname(), Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname(), "unknown"
+
+
 def _machine() -> tuple[str, str, str]:
     """Where a pid names one process: host, boot and pid namespace."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return socket.gethostname(), boot, os.readlink("/proc/self/ns/pid")
+        return *this_machine(), os.readlink("/proc/self/ns/pid")
     except OSError:
-        return socket.gethostname(), "unknown", ""
+        return *this_machine(), ""
 
 
 def _start_time(pid: int) -> str:

@@ -74,7 +74,7 @@ def load(
 
             number, name = team.together(lambda: choose() if team.rank == 0 else None)[0]
             storage = storages[number]
-            if isinstance(storage, MappedStorage) and team.rank:  # each node has its own, with a keeper of its own
+            if team.rank and isinstance(storage, MappedStorage) and storage.root.is_dir():  # each node has its own
                 held.enter_context(hold(storage, name))
             try:
                 objects = _load_one(team, storage, name, wanted, memory_budget)

@@ -210,11 +210,13 @@ def _fill(part: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
 def turn_away_from(tiers: Sequence[FileStorage], start: Start, loaded_step: int) -> list[str]:
     """Mark the run's own generations that are newer than where it goes on, so that they are never chosen again.
 
-    Memory before the disk, on every node its own: a flush that is under way looks for the mark in memory. Not those
-    that cannot be read: whose they are is not known. Returns the names.
+    Memory before the disk, on every node its own: a flush that is under way looks for the mark in memory. What has not
+    been committed is marked as well: a keeper that this node knows nothing of may be about to. Not those that cannot be
+    read: whose they are is not known. Returns the names of those that were committed.
     """
     names = []
     for tier in tiers:
+        abandon(tier, [g for g in scan(tier) if not g.committed and (not start.own or g.step > loaded_step)])
         newer = [g for g in candidates(tier) if g.manifest and (not start.own or g.step > loaded_step)]
         abandon(tier, newer)
         names += [g.name for g in newer if g.name not in names]

@@ -12,6 +12,7 @@ import sys
 import uuid
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from checkpointing.collective import Team
 from checkpointing.lease import Lease
 from checkpointing.memory import Snapshotter
 from checkpointing.memory.client import ensure_keeper
+from checkpointing.memory.directory import why_not_private
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage
 from trainer.config import Compute, Config
@@ -48,7 +50,6 @@ from trainer.resume import (
     decide,
     make_memory_directory,
     memory_directory,
-    own_memory,
     turn_away_from,
 )
 from trainer.rundir import bring_back, hold_run_directory
@@ -137,12 +138,12 @@ def say_plan(config: Config, lines: list[tuple[str, str]]) -> None:
 def train_together(job: Job, start: Start, lease: Lease | None) -> None:
     """What happens while the processes are joined. Nothing of it outlives the process group."""
     start = agree(job, start)
-    prepare_memory(job)
+    memory = prepare_memory(job)
     engine = make_engine(job.config, build(job.config), job.topology, job.world, job.device)
-    state, tier = restore(engine, start)
+    state, tier = restore(engine, start, memory)
     if state and state["step"] != start.step:  # an older generation than the one that was checked
         check_state(job.config, state, job.corpus.train.fingerprint, job.shapes)
-    train_and_finish(job, start, engine, state, tier, lease)
+    train_and_finish(job, start, memory, engine, state, tier, lease)
     show_sample(job, engine)
 
 
@@ -164,20 +165,26 @@ def agree(job: Job, start: Start) -> Start:
     return Start(**team.together(lambda: asdict(start))[0])
 
 
-def restore(engine: TrainingEngine, start: Start) -> tuple[dict[str, Any], str]:
+def restore(engine: TrainingEngine, start: Start, memory: Path | None) -> tuple[dict[str, Any], str]:
     """Fill the engine from where the run starts; the trainer's state there, empty from scratch, and its tier."""
     if not start.directories:
         return {}, ""
     found: list[str] = []
-    tiers = [MappedStorage(one) if one == start.memory else FileStorage(one) for one in start.directories]
+    directories = start.directories
+    whys = Team().together(lambda: why_not_private(memory) if memory is not None and memory.is_dir() else "")
+    if why := next((why for why in whys if why), ""):  # rank 0's own was looked at before it was read
+        logger.warning("passing over what is in memory: %s", why)
+        directories = [one for one in directories if one != start.memory]
+        if not directories:
+            raise Refused(f"The run could go on from memory alone, and {why}. Type resume=none to start over.")
+    tiers = [MappedStorage(one) if one == start.memory else FileStorage(one) for one in directories]
     try:
         objects = load(
             tiers, engine.pieces(), generation=start.generation, chosen=lambda tier, _: found.append(str(tier))
         )
     except (MismatchError, DamagedError) as error:
         raise Refused(
-            f"The run cannot go on from {' and '.join(start.directories)}: {error} Give another checkpoint, or "
-            "resume=none."
+            f"The run cannot go on from {' and '.join(directories)}: {error} Give another checkpoint, or resume=none."
         ) from error
     engine.publish()
     state = objects["trainer"]
@@ -186,7 +193,13 @@ def restore(engine: TrainingEngine, start: Start) -> tuple[dict[str, Any], str]:
 
 
 def train_and_finish(
-    job: Job, start: Start, engine: TrainingEngine, state: dict[str, Any], tier: str, lease: Lease | None
+    job: Job,
+    start: Start,
+    memory: Path | None,
+    engine: TrainingEngine,
+    state: dict[str, Any],
+    tier: str,
+    lease: Lease | None,
 ) -> None:
     """Bring the run directory to where training starts, and train to the end."""
     config, world = job.config, job.world
@@ -194,7 +207,7 @@ def train_and_finish(
     # A branch of another run is a run of its own.
     known = state.get("run_id") if start.own else None
     run_id = Team().together(lambda: known or uuid.uuid4().hex[:8])[0]
-    for line in Team().together(lambda: come_back(config, start, done.step, world))[0]:
+    for line in come_back(config, start, done.step, world, memory):
         if world.rank == 0:
             print(f"  {'start':10} {line}", flush=True)
     tracker = RunTracker(config, run_id, world.rank)
@@ -203,7 +216,7 @@ def train_and_finish(
         opened.callback(lambda: tracker.close(status))
         try:
             begin(tracker, state, start.incarnation, world.size, run_id, tier)
-            snapshots = take_snapshots(config, engine, run_id, start.incarnation)
+            snapshots = take_snapshots(config, engine, run_id, start.incarnation, memory)
             if snapshots is not None:
                 opened.callback(lambda: snapshots.close(finished=status == 0))
             saver = Saver(
@@ -237,30 +250,43 @@ def train_and_finish(
             raise
 
 
-def come_back(config: Config, start: Start, step: int, world: World) -> list[str]:
-    """Undo what lies after `step`: rank 0 in the run directory, and one process of every node in its memory."""
-    if world.rank == 0:
-        return bring_back(config, start, step)
-    if world.local_rank == 0 and (memory := own_memory(config)) is not None:
-        turn_away_from([memory], start, step)
-    return []
+def come_back(config: Config, start: Start, step: int, world: World, memory: Path | None) -> list[str]:
+    """Undo what lies after `step`: in the memory of every node, and then in the run directory. Collective."""
+
+    def forget() -> None:
+        if world.local_rank == 0 and memory is not None and memory.is_dir() and not why_not_private(memory):
+            turn_away_from([MappedStorage(memory)], start, step)
+
+    Team().together(forget)
+    lines: list[str] = Team().together(lambda: bring_back(config, start, step) if world.rank == 0 else [])[0]
+    return lines
 
 
-def prepare_memory(job: Job) -> None:
-    """Start the keeper where snapshots are wanted: it starts while the engine is made. Collective."""
-    options, world = job.config.checkpoint.memory, job.world
-    if options.every:
-        Team().together(lambda: str(make_memory_directory(job.config)) if world.rank == 0 else "")
-        memory = memory_directory(job.config)
-        if world.local_rank == 0 and memory is not None:
-            with contextlib.suppress(CheckpointError, OSError):  # said when snapshots are to be taken
-                ensure_keeper(memory, options.keep_s)
+def prepare_memory(job: Job) -> Path | None:
+    """The run's directory in memory, the same on all nodes, if it has one or wants snapshots. Collective.
+
+    Where snapshots are wanted its keeper starts now, while the engine is made.
+    """
+    config, world = job.config, job.world
+    every = config.checkpoint.memory.every
+
+    def find() -> str:
+        found = make_memory_directory(config) if every else memory_directory(config)
+        return "" if found is None else str(found)
+
+    told = Team().together(lambda: find() if world.rank == 0 else "")[0]
+    memory = Path(told) if told else None
+    if every and memory is not None and world.local_rank == 0:
+        with contextlib.suppress(CheckpointError, OSError):  # said when snapshots are to be taken
+            ensure_keeper(memory, config.checkpoint.memory.keep_s)
+    return memory
 
 
-def take_snapshots(config: Config, engine: TrainingEngine, run_id: str, incarnation: int) -> Snapshotter | None:
+def take_snapshots(
+    config: Config, engine: TrainingEngine, run_id: str, incarnation: int, memory: Path | None
+) -> Snapshotter | None:
     """What takes the run's snapshots in memory, ready for the first; None where none are wanted. Collective."""
     options = config.checkpoint.memory
-    memory = memory_directory(config)
     if options.every == 0 or memory is None:
         return None
     snapshots: Snapshotter | None = None

@@ -146,6 +146,7 @@ class Saver:
             ) from error
         seconds = time.perf_counter() - began
         self._blocked_s += seconds
+        self.durable_step, self._owed = step, False
         self._emit_commit(step, generation, seconds)
 
     def _make_sure(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -74,9 +75,19 @@ class Shards:
         except FileNotFoundError:
             known = None
         if known is None or known.nbytes != nbytes:
+            self._forget()
             known = MappedShard(path, self._rank, nbytes, pinned=self.pinned)
             self._mapped[known.identity] = known
         return known
+
+    def _forget(self) -> None:
+        """Let go of files that are in no directory any more: while they are mapped they take memory."""
+        there = set()
+        for file in self._root.glob(f"*/{shard_name(self._rank)}"):
+            with suppress(FileNotFoundError):
+                there.add(file.stat().st_ino)
+        for identity in self._mapped.keys() - there:
+            self._mapped.pop(identity).close()
 
     def names(self, count: int) -> list[str]:
         """Arenas that can be filled, where there are `count` directories of arenas and generations in all."""

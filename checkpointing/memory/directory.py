@@ -17,6 +17,7 @@ from checkpointing.errors import CheckpointError
 
 SECRET, LOCK, LOG = "keeper.secret", "keeper.lock", "keeper.log"
 FINISHED = "finished"  # the run needs no memory any more
+_GONE = ".gone-"  # what is being deleted
 _START = "start-"  # a lock file of every start of the trainer; its ranks hold it while they live
 
 
@@ -81,7 +82,7 @@ def write_keep_s(root: Path, seconds: float) -> None:
 
 def remove(root: Path) -> None:
     """Delete a run's directory. Renamed first, so that a trainer that comes back at this moment makes a new one."""
-    aside = root.parent / f".gone-{secrets.token_hex(8)}"
+    aside = root.parent / f"{_GONE}{secrets.token_hex(8)}"
     with suppress(FileNotFoundError):
         root.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
@@ -98,7 +99,11 @@ def clear_forgotten(directory: Path, own: str = "") -> list[str]:
     for path in directory.iterdir():
         if path.name != own and path.is_dir() and not path.is_symlink():
             with suppress(OSError, ValueError):
-                if path.stat().st_uid == os.getuid() and (path / LOCK).exists() and _clear(path):
+                if path.stat().st_uid != os.getuid():
+                    continue
+                if path.name.startswith(_GONE):  # by one that was killed in the middle
+                    shutil.rmtree(path)
+                elif (path / LOCK).exists() and _clear(path):
                     gone.append(path.name)
     return gone
 
@@ -125,8 +130,8 @@ def join_start(root: Path, session: str) -> IO[bytes]:
     return held
 
 
-def has_living_starts(root: Path, session: str) -> bool:
-    """Whether ranks of another start than this one live; forgets starts of which none does."""
+def has_living_starts(root: Path, session: str = "") -> bool:
+    """Whether ranks of a start live, of another one than `session`; forgets starts of which none does."""
     living = False
     for path in root.glob(f"{_START}*"):
         if path.name != f"{_START}{session}":

@@ -118,7 +118,7 @@ def flush(
     written = 0
     with Hold(durable, name, "write"):
         try:
-            _check_wanted(memory, name)
+            _check_wanted(memory, durable, name)
             for writer in manifest.writers:
                 for file, nbytes in writer.files.items():
                     (data,) = memory.read_ranges(f"{name}/{file}", [(0, nbytes)])
@@ -136,7 +136,7 @@ def flush(
                 if nodes.count > 1:
                     _tell(durable, manifest, nodes)
                     manifest = _gather(durable, manifest, nodes, wait_s, check)
-                _check_wanted(memory, name)
+                _check_wanted(memory, durable, name)
                 _commit(durable, manifest)
             except BaseException:
                 _discard(durable, manifest, [file.rpartition("/")[2] for file in _listed(durable, manifest)])
@@ -152,8 +152,9 @@ def _is_unwanted(memory: MappedStorage, name: str) -> bool:
     return f"{name}/{ABANDONED}" in memory.list(f"{name}/")
 
 
-def _check_wanted(memory: MappedStorage, name: str) -> None:
-    if _is_unwanted(memory, name):
+def _check_wanted(memory: MappedStorage, durable: Storage, name: str) -> None:
+    """On the disk it is marked too, by a run that came back where this memory is not."""
+    if _is_unwanted(memory, name) or f"{name}/{ABANDONED}" in durable.list(f"{name}/"):
         raise CheckpointError(f"the run has turned away from {name}")
 
 

@@ -39,7 +39,7 @@ from checkpointing.memory.shelf import Shelf
 
 logger = logging.getLogger("keeper")
 
-EMPTY_S = 30.0  # how long it waits for a trainer where there is nothing to keep
+EMPTY_S = 120.0  # how long it waits for a trainer where there is nothing to keep
 
 
 @dataclass
@@ -105,10 +105,12 @@ class Keeper:
     def __init__(self, root: Path, keep_s: float = KEEP_S) -> None:
         self.root, self.keep_s = root, keep_s
         self.secret = make_directory(root)
+        self._inode = root.stat().st_ino
         self.session: Session | None = None
         self.past: set[str] = set()  # names of sessions that another one followed
         self.connections: dict[socket.socket, Connection] = {}
         self.filling: Filling | None = None
+        self.refused = 0  # the last serial that will not be committed: whoever asks for it later hears that too
         self.layouts: dict[str, str] = {}
         self.last_seen = time.monotonic()
         self.stopped = False
@@ -140,15 +142,15 @@ class Keeper:
     def _hello(self, connection: Connection, message: Message) -> None:
         if message["version"] != VERSION or not secrets.compare_digest(str(message["secret"]), self.secret):
             raise ProtocolError("another version, or not of this run")
-        told, current = Session.of(message), self.session
+        told, current, everywhere = Session.of(message), self.session, int(message["everywhere"])
         if current is None or current.name != told.name:
             if told.name in self.past or (current is not None and told.incarnation < current.incarnation):
                 raise ProtocolError("it is left over from a start that another one followed")
-            self._start(told)
+            self._start(told, everywhere)
         connection.rank = int(message["rank"])
         connection.send({"kind": "welcome", "version": VERSION, "pid": os.getpid()})
 
-    def _start(self, session: Session) -> None:
+    def _start(self, session: Session, everywhere: int) -> None:
         """The trainer was started again: whoever is left of earlier starts is not listened to any more."""
         self._drop("the trainer was started again")
         for connection in self.connections.values():
@@ -159,10 +161,11 @@ class Keeper:
             self.past.add(last.name)
             if (last.run_id, last.nodes) != (session.run_id, session.nodes):
                 self.flusher.cancel()  # of another run, or together with nodes that may not be there
-        self.session, self.keep_s = session, session.keep_s
+        self.session, self.keep_s, self.refused = session, session.keep_s, 0
         write_keep_s(self.root, session.keep_s)
         (self.root / FINISHED).unlink(missing_ok=True)
-        self.shelf.start(session.run_id, session.arenas, anew=has_living_starts(self.root, session.name))
+        left_over = has_living_starts(self.root, session.name)
+        self.shelf.start(session.run_id, session.arenas, everywhere, anew=left_over)
 
     def _layout(self, connection: Connection, message: Message) -> None:
         self.layouts = {message["layout"]: message["text"]}
@@ -172,14 +175,26 @@ class Keeper:
         assert self.session is not None
         if self.filling is None or self.filling.serial != serial:
             self._drop("not all ranks finished it before the next one")
-            files = {shard_name(rank) for rank in self.session.ranks}
-            arena = self.shelf.take(message["everywhere"], self.session.arenas, files)
-            if arena is None:
-                why = "every arena is in use: older snapshots are still being flushed or read"
+            if why := self._make_ready(serial, message["everywhere"]):
+                self.refused = max(self.refused, serial)
                 connection.send({"kind": "skipped", "serial": serial, "why": why})
                 return
-            self.filling = Filling(serial, arena, set(self.session.ranks))
+        assert self.filling is not None
         connection.send({"kind": "go", "serial": serial, "arena": self.filling.arena})
+
+    def _make_ready(self, serial: int, everywhere: int) -> str:
+        """Take an arena for a snapshot; why there is none, if so. All ranks hear the same, so that none waits alone."""
+        assert self.session is not None
+        if serial <= self.refused:
+            return "another rank of this node was not ready for it"
+        here = {connection.rank for connection in self.connections.values()}
+        if away := sorted(set(self.session.ranks) - here):
+            return f"rank {away[0]} has not found the keeper yet"
+        arena = self.shelf.take(everywhere, self.session.arenas, {shard_name(rank) for rank in self.session.ranks})
+        if arena is None:
+            return "every arena is in use: older snapshots are still being flushed or read"
+        self.filling = Filling(serial, arena, set(self.session.ranks))
+        return ""
 
     def _prepared(self, connection: Connection, message: Message) -> None:
         filling = self.filling
@@ -214,6 +229,7 @@ class Keeper:
         """Forget the snapshot that is being filled."""
         if self.filling is not None:
             self._tell({"kind": "skipped", "serial": self.filling.serial, "why": why})
+            self.refused = max(self.refused, self.filling.serial)
             self.filling = None
 
     def _tell(self, message: Message) -> None:
@@ -272,10 +288,20 @@ class Keeper:
         self.flusher.stop()
         for end in self._wake:
             os.close(end)
-        if not self.stopped:
+        if not self.stopped and self._is_there:
             remove(self.root)
 
+    @property
+    def _is_there(self) -> bool:
+        """Whether the directory is still the one that this keeper started in."""
+        try:
+            return self.root.stat().st_ino == self._inode
+        except OSError:
+            return False
+
     def _over(self) -> bool:
+        if not self._is_there:
+            return True  # somebody deleted it: nothing of the run is left to keep
         if self.connections:
             self.last_seen = time.monotonic()
             return False
@@ -283,7 +309,7 @@ class Keeper:
             return True
         if time.monotonic() - self.last_seen < (self.keep_s if self.shelf.kept else min(self.keep_s, EMPTY_S)):
             return False
-        if self.shelf.held:  # a trainer that is coming back reads it, and has not said hello yet
+        if self.shelf.held or has_living_starts(self.root):  # a trainer that has not said hello yet
             self.last_seen = time.monotonic()
             return False
         return True
@@ -302,6 +328,8 @@ class Keeper:
             selector.unregister(connection.socket)
             del self.connections[connection.socket]
             connection.socket.close()
+            if self.filling is not None and connection.rank in self.filling.waiting:
+                self._drop(f"rank {connection.rank} hung up")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -39,7 +39,9 @@ def connect(root: Path) -> socket.socket:
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _short(root) as short:
+            client.settimeout(5.0)  # many may wait for one that hangs
             client.connect(short)
+            client.settimeout(None)
     except OSError:
         client.close()
         raise

@@ -49,16 +49,18 @@ class Shelf:
                 self.kept.append(Kept(generation.name, manifest.serial))
             else:
                 self._release(generation.name)
-        # What the run goes on from is the newest on every node: the others were abandoned.
+        # What a run goes on from is the newest on every node: newer ones were abandoned.
         self._common = self.kept[0].serial if self.kept else 0
 
-    def start(self, run_id: str, arenas: int, *, anew: bool) -> None:
-        """Make ready for another start of the trainer: the newest generation stays, the others are room.
+    def start(self, run_id: str, arenas: int, everywhere: int, *, anew: bool) -> None:
+        """Make ready for another start of the trainer: the two newest generations stay, the others are room.
 
-        With `anew` a process may still write into the files of arenas: they are left to it.
+        `everywhere` is the last serial that this start has committed on all nodes, or 0; with that the newest counts as
+        such. With `anew` a process may still write into the files of arenas: they are left to it.
         """
         self.adopt(run_id)
-        for kept in self.kept[1:]:
+        self._common = everywhere or self._common
+        for kept in self.kept[2:]:
             self._release(kept.name)
         while (free := self.free) and len(self._directories) > arenas:
             shutil.rmtree(self.root / arena_name(free[-1]))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 import time
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from checkpointing.commit import agree_to_save, begin_save, check_save, versions
 from checkpointing.errors import CheckpointError, DamagedError, LayoutError
 from checkpointing.format import Manifest, digest
 from checkpointing.geometry import External, Piece
+from checkpointing.lease import this_machine
 from checkpointing.memory.arena import Shards
 from checkpointing.memory.client import Client
 from checkpointing.memory.copying import SETTLE_S, Copier, Snapshot
@@ -81,7 +81,7 @@ class Snapshotter:
         self.check_fence = check_fence
         self.keeper_pid = 0
         self.blocked_s = 0.0  # that training waited for snapshots, in all
-        places = [tuple(place) for place in team.together(lambda: [socket.gethostname(), str(self.memory)])]
+        places = [tuple(place) for place in team.together(lambda: [*this_machine(), str(self.memory)])]
         nodes = sorted(set(places), key=places.index)
         node = nodes.index(places[team.rank])
         self._local = [rank for rank, place in enumerate(places) if place == places[team.rank]]
@@ -95,7 +95,9 @@ class Snapshotter:
         self._image: Image | None = None
         self._current: Snapshot | None = None
         self._durables = Durables()
-        self._alive = join_start(self.memory, session)
+        alive: list[IO[bytes]] = []
+        team.together(lambda: alive.append(join_start(self.memory, session)))
+        self._alive = alive[0]
         self._shards = Shards(self.memory, team.rank)
         greeting = {
             "kind": "hello",
@@ -110,7 +112,9 @@ class Snapshotter:
             "keep_s": keep_s,
             "durable": None if self._directory is None else str(self._directory),
             "rate": rate,
+            "everywhere": 0,
         }
+        self._greeting, self._unsent = greeting, set[int]()
         self._client = Client(
             self.memory, greeting, self._heard, starts=self._first, keep_s=keep_s, lost=self._keeper_lost
         )
@@ -170,6 +174,8 @@ class Snapshotter:
 
         def check() -> None:
             check_save(step, self._run_id, self._start["incarnation"], objects, metrics)
+            if durable and self._directory is None:
+                raise LayoutError("durable=True, and this Snapshotter was made without a directory to write to")
 
         plan, mine = agree_to_save(self._team, pieces, check, [f"step {step}", f"durable={durable}", f"last={last}"])
         if self._image is None or self._image.plan is not plan:
@@ -266,6 +272,7 @@ class Snapshotter:
             self._durables.forget(snapshot.serial)
             return Outcome(snapshot.step, why=why, durable=snapshot.durable)
         self._everywhere, self._parent = snapshot.serial, snapshot.manifest.save_id
+        self._greeting["everywhere"] = snapshot.serial  # for a keeper that is started anew
         memory, backlog = snapshot.told.get("memory", 0), snapshot.told.get("backlog", 0)
         return Outcome(
             snapshot.step, snapshot.generation, "", snapshot.asked, memory, backlog, snapshot.durable, snapshot.copy_s
@@ -277,15 +284,27 @@ class Snapshotter:
         self._busy = any(set(serials) - failed for serials, _ in states)
         if self._first:
             for serial in failed:  # elsewhere: this node may have committed it, and waits for the others in vain
-                self._client.send({"kind": "cancel", "serial": serial})
+                if not self._client.send({"kind": "cancel", "serial": serial}):
+                    self._unsent.add(serial)
 
     def durables(self) -> list[Durable]:
         """What became durable on this node, or failed to, since the last call."""
         return self._durables.take()
 
     def wait_durable(self, seconds: float) -> bool:
-        """Wait until everything that was to become durable is, or has failed; whether it came to that."""
-        return self._durables.wait(seconds)
+        """Wait until all that was to become durable is, or has failed, on all nodes; whether it came to that.
+
+        Collective. What fails on one node is given up on the others; ranks look at each other every second.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            self._durables.wait(max(0.0, min(1.0, deadline - time.monotonic())))
+            told = self._team.together(lambda: [self._durables.state(), time.monotonic() >= deadline])
+            self._weigh([state for state, _ in told])
+            if not any(serials for (serials, _), _ in told):
+                return True
+            if any(late for _, late in told):
+                return False
 
     def close(self, *, finished: bool = False) -> None:
         """Let go of the arenas. With `finished` the run needs no memory any more: the keeper frees it and ends."""
@@ -310,9 +329,13 @@ class Snapshotter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.settle()
-        self.close(finished=kind is None)
+        finished = False
+        try:
+            if kind is None:
+                self.settle()
+                finished = True
+        finally:
+            self.close(finished=finished)
 
     def _lay_out(self, plan: RankPlan, pieces: Sequence[Piece]) -> None:
         """Lay out this rank's file, and see that the arenas fit, before anything is copied. Collective."""
@@ -332,7 +355,10 @@ class Snapshotter:
         def check() -> None:
             if not self._first:
                 return
-            there = sum(f.stat().st_blocks * 512 for f in self.memory.rglob("shard-*"))
+            try:
+                there = sum(f.stat().st_blocks * 512 for f in self.memory.rglob("shard-*"))
+            except OSError as error:
+                raise LayoutError(f"{self.memory} cannot be read: {error}") from error
             more = self._arenas * needed - min(there, self._arenas * needed)
             check_room(
                 self.memory,
@@ -344,7 +370,12 @@ class Snapshotter:
 
         self._team.together(check)
         self._shards.close()
-        names = self._team.together(lambda: self._shards.names(self._arenas) if self._first else [])
+
+        def list_arenas() -> list[str]:
+            try:
+                return self._shards.names(self._arenas) if self._first else []
+            except OSError as error:
+                raise LayoutError(f"{self.memory} cannot be read: {error}") from error
 
         def allocate() -> None:
             try:
@@ -353,6 +384,7 @@ class Snapshotter:
             except OSError as error:  # as ours: the others must take it for the same thing as this rank does
                 raise LayoutError(f"snapshots do not fit into {self.memory}: {error}") from error
 
+        names = self._team.together(list_arenas)
         self._team.together(allocate)
         self._image = image
 
@@ -362,6 +394,9 @@ class Snapshotter:
         kind, serial = message["kind"], message.get("serial", -1)
         if kind == "welcome":
             self.keeper_pid = message["pid"]
+            for unsent in list(self._unsent):
+                if self._client.send({"kind": "cancel", "serial": unsent}):
+                    self._unsent.discard(unsent)
         elif kind in ("durable", "undurable"):
             self._durables.heard(message)
         elif (snapshot := self._current) is not None and snapshot.serial == serial:
@@ -369,6 +404,7 @@ class Snapshotter:
                 snapshot.arena = message["arena"]
                 snapshot.answered.set()
             elif kind == "skipped":
+                self._copier.sent_layout = ""  # it may be one that does not know it
                 snapshot.fail(message["why"])
             elif kind == "committed":
                 snapshot.generation, snapshot.told = message["generation"], message

@@ -101,8 +101,8 @@ def test_the_comparison_fails_when_something_is_lost(
     interrupt(tmp_path / "b", monkeypatch, 7)
     original = run_module.restore
 
-    def restore(engine: object, start: object) -> dict:
-        state = original(engine, start)  # type: ignore[arg-type]
+    def restore(engine: object, *rest: object) -> dict:
+        state = original(engine, *rest)  # type: ignore[arg-type]
         for piece in engine.pieces():  # type: ignore[attr-defined]
             if broken == "moments" and "/exp_avg" in piece.name:
                 piece.tensor.zero_()

@@ -18,7 +18,7 @@ WAIT_S = 30.0
 def keeping(root: Path, keep_s: float = 3600) -> Iterator[Keeper]:
     """It goes on until the run has finished, or the test ends."""
     keeper = Keeper(root, keep_s)
-    thread = threading.Thread(target=keeper.serve, daemon=True)
+    thread = threading.Thread(target=keeper.serve, name=f"keeper of {root}", daemon=True)
     thread.start()
     wait_for(lambda: answers(root))
     try:

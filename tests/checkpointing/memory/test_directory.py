@@ -70,6 +70,7 @@ def test_what_was_forgotten_is_cleared_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "over" / FINISHED).touch()
     (tmp_path / "bad" / LOCK).write_text("nonsense")
     (tmp_path / "link").symlink_to(tmp_path / "old")
+    (tmp_path / ".gone-5" / "arena-0").mkdir(parents=True)  # its keeper was killed while it deleted it
     for name in ("old", "long", "kept", "mine", "bad", "no run"):
         for path in (tmp_path / name).rglob("*"):
             os.utime(path, (1, 1))

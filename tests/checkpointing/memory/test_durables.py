@@ -7,7 +7,7 @@ import threading
 from checkpointing.memory.durables import Durable, Durables
 
 
-def test_what_became_of_each(tmp_path: object) -> None:
+def test_what_became_of_each() -> None:
     durables = Durables()
     for serial in (1, 2, 3, 4):
         durables.expect(serial, 10 * serial)

@@ -28,6 +28,7 @@ from checkpointing.memory.mapped import MappedStorage
 from checkpointing.memory.messages import VERSION, Lines, connect, encode
 from tests.checkpointing.memory.keepers import WAIT_S, answers, keeping
 from tests.checkpointing.memory.test_snapshotter import assert_equal, loaded, rows_of
+from tests.threads import ThreadTeam, all_of, on_ranks
 
 
 def hello(root: Path, **changes: object) -> dict[str, object]:
@@ -45,6 +46,7 @@ def hello(root: Path, **changes: object) -> dict[str, object]:
         "keep_s": 60,
         "durable": None,
         "rate": 0,
+        "everywhere": 0,
     } | changes
 
 
@@ -84,7 +86,7 @@ def test_whoever_does_not_know_the_secret_is_hung_up_on(tmp_path: Path, first: d
         stranger = Rank(tmp_path, **first)
         assert stranger.hear() is None
         good.say({"kind": "begin", "serial": 1, "everywhere": 0})  # and goes on with the others
-        assert (good.hear() or {})["kind"] in ("go", "skipped")
+        assert (good.hear() or {})["kind"] == "skipped"  # as rank 1 is not there
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_whoever_does_not_know_the_secret_is_hung_up_on(tmp_path: Path, first: d
 )
 def test_nonsense_ends_one_connection_and_no_more(tmp_path: Path, data: bytes) -> None:
     with keeping(tmp_path):
-        good, bad = Rank(tmp_path), Rank(tmp_path, rank=1)
+        good, bad = Rank(tmp_path, ranks=[0]), Rank(tmp_path, rank=1, ranks=[0])
         assert good.hear() and bad.hear()
         bad.socket.sendall(data)
         assert bad.hear() is None
@@ -106,6 +108,7 @@ def test_a_generation_is_committed_when_every_rank_has_finished(tmp_path: Path) 
         arenas = []
         for rank in ranks:
             assert (rank.hear() or {})["kind"] == "welcome"
+        for rank in ranks:
             rank.say({"kind": "begin", "serial": 1, "everywhere": 0})
             arenas.append((rank.hear() or {})["arena"])
         assert arenas[0] == arenas[1]
@@ -119,6 +122,57 @@ def test_a_generation_is_committed_when_every_rank_has_finished(tmp_path: Path) 
         ranks[1].say(prepared)
         assert (ranks[1].hear() or {})["kind"] == "committed"
         assert [p.parent.name for p in tmp_path.glob(f"step-*/{COMMIT}")] == ["step-00000005-aaaaaaaa"]
+
+
+def test_ranks_of_a_node_get_a_snapshot_together_or_not_at_all(tmp_path: Path) -> None:
+    """One that is refused, or dies, must not leave the others waiting for it."""
+    with keeping(tmp_path):
+        first = Rank(tmp_path, rank=0)
+        assert first.hear()
+
+        def ask(rank: Rank, serial: int) -> tuple[object, object]:
+            rank.say({"kind": "begin", "serial": serial, "everywhere": 0})
+            told = rank.hear() or {}
+            return told["kind"], told.get("why", "")
+
+        assert ask(first, 1) == ("skipped", "rank 1 has not found the keeper yet")
+        second = Rank(tmp_path, rank=1)
+        assert second.hear()
+        assert ask(second, 1) == ("skipped", "another rank of this node was not ready for it")
+        assert [ask(rank, 2)[0] for rank in (first, second)] == ["go", "go"]
+        first.say({"kind": "failed", "serial": 2, "why": "a test"})
+        assert [(rank.hear() or {})["why"] for rank in (first, second)] == ["rank 0: a test"] * 2
+        assert ask(second, 2)[0] == "skipped"  # a late one
+        assert ask(first, 3)[0] == "go"
+        second.socket.shutdown(socket.SHUT_RDWR)
+        assert (first.hear() or {})["why"] == "rank 1 hung up"
+
+
+def test_two_ranks_go_on_with_the_next_keeper(tmp_path: Path) -> None:
+    """Whichever finds it first: neither waits for the other, and soon both have snapshots again."""
+    root = tmp_path / "memory"
+    waits: list[float] = []
+
+    def train(team: ThreadTeam) -> None:
+        snapshots = Snapshotter(None, root, team)
+        good = step = 0
+        while good < 5:
+            step += 1
+            assert step < 500
+            snapshots.snapshot(step, rows_of(team.rank, 2, step))
+            began = time.monotonic()
+            outcome = snapshots.settle()
+            waits.append(time.monotonic() - began)
+            assert outcome is not None
+            good += bool(outcome.generation)
+            if step == 3 and team.rank == snapshots._local[0]:
+                os.kill(snapshots.keeper_pid, signal.SIGKILL)
+            team.together(lambda: time.sleep(0.05))
+        snapshots.close(finished=True)
+
+    all_of(on_ranks(2, train))
+    assert max(waits) < 5
+    wait_for(lambda: not root.exists())
 
 
 def test_whoever_is_left_of_an_earlier_start_is_not_listened_to(tmp_path: Path) -> None:
@@ -210,6 +264,18 @@ def test_it_waits_for_who_reads_and_not_long_where_nothing_is_kept(
             time.sleep(0.05)
         hold.release()
         wait_for(lambda: not root.exists())
+
+
+def test_whose_directory_was_deleted_ends_and_leaves_its_successor_alone(tmp_path: Path) -> None:
+    root = tmp_path / "memory"
+    with keeping(root) as first:
+        shutil.rmtree(root)
+        make_directory(root)
+        wait_for(lambda: not any(thread.name == f"keeper of {root}" for thread in threading.enumerate()))
+        assert read_secret(root) != first.secret
+        with keeping(root):
+            snapshots_of(root, range(1, 2))
+            assert_equal(loaded(root)[0], rows_of(0, 1, 1))
 
 
 def test_files_of_another_size_than_was_told_are_not_committed(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.processes import wait_for
 from checkpointing import load
 from checkpointing.format import ABANDONED
-from checkpointing.generations import abandon, candidates, scan
+from checkpointing.generations import candidates, scan
 from checkpointing.memory import Durable, Outcome, Snapshotter
 from checkpointing.memory.flush import DirectStorage
 from checkpointing.memory.mapped import MappedStorage
@@ -21,6 +21,7 @@ from checkpointing.storage import FileStorage
 from tests.checkpointing.memory.keepers import WAIT_S, keeping
 from tests.checkpointing.memory.test_snapshotter import assert_equal, rows_of
 from tests.threads import ThreadTeam, all_of, on_ranks
+from trainer.resume import Start, turn_away_from
 
 
 @pytest.fixture
@@ -126,23 +127,25 @@ def test_a_generation_that_one_node_lacks_does_not_count(tmp_path: Path, nodes: 
     all_of(on_ranks(2, train))
 
 
-@pytest.mark.parametrize("when", ["before the commit", "after the commit"])
+@pytest.mark.parametrize("when", ["before the commit", "after the commit", "elsewhere"])
 def test_what_the_run_turns_away_from_is_not_durable_unmarked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """A trainer comes back while the keeper still writes what it does not go on from."""
+    """A trainer comes back while the keeper still writes what it does not go on from, on this machine or another."""
     root, disk = tmp_path / "memory", FileStorage(tmp_path / "disk")
 
     def turn_away() -> None:
-        for tier in (MappedStorage(root), disk):
-            abandon(tier, candidates(tier))
+        turn_away_from([disk] if when == "elsewhere" else [MappedStorage(root), disk], Start(own=True), 0)
 
     with keeping(root):
-        slow = Slow(monkeypatch, "shard-00000")
+        slow = Slow(monkeypatch, "index-00000" if when == "elsewhere" else "shard-00000")
         snapshots = Snapshotter(tmp_path / "disk", root, run_id="r")
         snapshots.snapshot(1, rows_of(0, 1, 1), durable=True)
         assert (outcome := snapshots.settle()) is not None and outcome.generation
         if when == "before the commit":
+            turn_away()
+        elif when == "elsewhere":
+            wait_for(lambda: bool(list(disk.root.glob("step-*"))))
             turn_away()
         else:
             create = DirectStorage.create_if_absent

@@ -34,17 +34,17 @@ def test_sound_generations_of_the_run_are_kept_and_the_rest_is_room(tmp_path: Pa
     shelf = shelf_of(tmp_path)
     assert [kept.name for kept in shelf.kept] == [names[4], names[0]]
     assert shelf.free == [0, 1, 2] and not list(tmp_path.glob(f"arena-*/{MANIFEST}"))
-    shelf.start("r", 3, anew=False)
-    assert [kept.name for kept in shelf.kept] == [names[4]] and len(shelf.free) == 2
-    assert all(list((tmp_path / f"arena-{number}").iterdir()) for number in shelf.free)  # memory that is there already
-    shelf.start("another", 3, anew=False)
+    shelf.start("r", 3, 0, anew=False)
+    assert [kept.name for kept in shelf.kept] == [names[4], names[0]] and len(shelf.free) == 1
+    assert list((tmp_path / f"arena-{shelf.free[0]}").iterdir())  # memory that is there already
+    shelf.start("another", 3, 0, anew=False)
     assert not shelf.kept and len(shelf.free) == 3
 
 
 def test_files_that_somebody_may_still_write_into_are_left_to_him(tmp_path: Path) -> None:
-    put(tmp_path, 1, 2)
+    put(tmp_path, 1, 2, 3)
     shelf = shelf_of(tmp_path)
-    shelf.start("r", 3, anew=True)
+    shelf.start("r", 3, 0, anew=True)
     assert shelf.free == [0] and not list((tmp_path / "arena-0").iterdir())
     assert candidates(MappedStorage(tmp_path))[0].sound
 
@@ -86,7 +86,7 @@ def test_the_last_one_that_all_nodes_have_is_never_written_over(tmp_path: Path) 
     """However many newer ones this node commits and another does not."""
     names = put(tmp_path, 1)
     shelf = shelf_of(tmp_path)
-    shelf.start("r", 3, anew=False)
+    shelf.start("r", 3, 0, anew=False)
     for step in range(2, 9):
         arena = shelf.take(0, 3, ())
         assert arena is not None
@@ -103,6 +103,20 @@ def test_the_last_one_that_all_nodes_have_is_never_written_over(tmp_path: Path) 
         put_into(shelf, arena, step)
     assert not (tmp_path / names[0]).exists()
     assert serial in [kept.serial for kept in shelf.kept]
+
+
+def test_a_keeper_that_is_started_anew_keeps_what_all_nodes_have(tmp_path: Path) -> None:
+    """Though this node has a newer one, which another lacks."""
+    root = tmp_path / "memory"
+    names = put(root, 1, 2)
+    serials = [read_manifest(MappedStorage(root), name).serial for name in names]
+    shelf = shelf_of(root)
+    shelf.start("r", 3, serials[0], anew=False)
+    for step in (3, 4, 5):
+        arena = shelf.take(serials[0], 3, ())
+        assert arena is not None
+        put_into(shelf, arena, step)
+        assert (root / names[0] / COMMIT).exists()
 
 
 def put_into(shelf: Shelf, arena: str, step: int) -> None:

@@ -311,6 +311,13 @@ def test_without_a_free_arena_the_snapshot_is_left_out_and_said_so(memory: Path)
     snapshots.close()
 
 
+def test_durable_needs_a_directory(memory: Path) -> None:
+    snapshots = Snapshotter(None, memory)
+    with pytest.raises(LayoutError, match="made without a directory"):
+        snapshots.snapshot(1, rows_of(0, 1, 1), durable=True)
+    snapshots.close()
+
+
 def test_no_room_is_refused_with_the_arithmetic(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from checkpointing.memory import room
 
