@@ -57,7 +57,7 @@ def why_not_private(root: Path) -> str:
     if status.st_uid != os.getuid() or status.st_mode & 0o077:
         return f"{root} is not this user's alone (owner {status.st_uid}, mode {status.st_mode & 0o777:o})"
     if above.st_uid not in (os.getuid(), 0) or (above.st_mode & 0o022 and not above.st_mode & stat.S_ISVTX):
-        return f"{root.parent} is not this user's (owner {above.st_uid}, mode {above.st_mode & 0o777:o})"
+        return f"others may write into {root.parent} (owner {above.st_uid}, mode {above.st_mode & 0o777:o})"
     return ""
 
 
