@@ -13,5 +13,5 @@ def test_a_short_run_prints_one_object_that_is_not_judged() -> None:
     done = trainer("--json", "--megabytes", "100", "--pairs", "2", module="benchmarks.memory")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
-    assert len(rows) == 11 and all(row["ok"] is None and row["ratio"] > 0 for row in rows)
+    assert len(rows) == 12 and all(row["ok"] is None and row["ratio"] > 0 for row in rows)
     wait_for(lambda: not any(name.startswith("evershard-benchmark") for name in os.listdir("/dev/shm")), 30)
