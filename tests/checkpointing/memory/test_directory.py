@@ -37,7 +37,7 @@ def test_nobody_else_can_put_another_one_in_its_place(tmp_path: Path) -> None:
     parent, root = tmp_path / "parent", tmp_path / "parent" / "run"
     make_directory(root)
     os.chmod(parent, 0o777)
-    with pytest.raises(CheckpointError, match="others may write into .*parent"):
+    with pytest.raises(CheckpointError, match=r"others may write into .*parent"):
         make_directory(root)
     os.chmod(parent, 0o1777)  # as /dev/shm
     assert not why_not_private(root)
