@@ -299,7 +299,7 @@ def durable_in_turns(training: Training, ours: Ours, dcp: Dcp, directory: Path, 
     for number in range(blocks + 1):
         for name in ("none", "ours", "dcp") if dcp.wanted else ("none", "ours"):
             done, began = 0, time.perf_counter()
-            for _ in range(BLOCK):
+            for turn in range(BLOCK):
                 if name == "ours":
                     training.fence = ours.snapshots.fence
                     ours.over()
@@ -307,7 +307,7 @@ def durable_in_turns(training: Training, ours: Ours, dcp: Dcp, directory: Path, 
                 elif name == "dcp" and (dcp.future is None or all_done(dcp)):
                     done += dcp.future is not None
                     dcp.over()
-                    dcp.submit(directory / "dcp" / f"{number}-{_}")
+                    dcp.submit(directory / "dcp" / f"{number}-{turn}")
                     training.fence = dcp.fence
                 training.step()
             steps_s = slowest(time.perf_counter() - began)
@@ -428,7 +428,7 @@ def assert_equal_ends(training: Training, ours: Ours, dcp: Dcp) -> None:
 
 
 def rows_of(figures: Figures, *, full: bool) -> list[Row]:
-    def row(name: str, unit: str, ours: list[float], peer: list[float], peer_name: str, bar: float) -> Row:
+    def row(name: str, unit: str, ours: list[float], peer: list[float], peer_name: str, bar: float | None) -> Row:
         return compared(name, unit, ours, peer, peer_name, bar=bar, full=full)
 
     def more(name: str, unit: str, ours: list[float], peer: list[float], peer_name: str, bar: float) -> Row:
@@ -502,7 +502,7 @@ def rows_of(figures: Figures, *, full: bool) -> list[Row]:
             figures["ours blocked, described"],
             stage,
             "DCP async_save, cached stager",
-            float("inf"),
+            None,
         ),
         row("blocked by a snapshot, p99", "s", at_99(blocked), [statistics.median(stage)] * 2, "DCP's median", 0.2),
         *rows,
@@ -512,7 +512,7 @@ def rows_of(figures: Figures, *, full: bool) -> list[Row]:
             figures["dcp durable step"],
             figures["none durable step"],
             "without",
-            float("inf"),
+            None,
         ),
         more(
             "made durable meanwhile",

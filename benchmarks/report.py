@@ -32,7 +32,14 @@ class Row:
 
 
 def compared(
-    name: str, unit: str, ours: Sequence[float], peer: Sequence[float], peer_name: str, *, bar: float, full: bool = True
+    name: str,
+    unit: str,
+    ours: Sequence[float],
+    peer: Sequence[float],
+    peer_name: str,
+    *,
+    bar: float | None,
+    full: bool = True,
 ) -> Row:
     """A row for two interleaved series, of which lower is better; `full` is False for a run cut down.
 
@@ -48,7 +55,7 @@ def compared(
         ratio,
         "lower",
         bar,
-        ratio <= bar if full else None,
+        ratio <= bar if full and bar is not None else None,
         _quartiles(ours),
         _quartiles(peer),
     )
@@ -64,7 +71,7 @@ def finish(benchmark: str, rows: Sequence[Row], *, as_json: bool) -> int:
     """Print the rows; the exit status is 1 if any misses its bar."""
     report: dict[str, Any] = {"benchmark": benchmark, "machine": machine(), "rows": [asdict(row) for row in rows]}
     if as_json:
-        print(json.dumps(report))
+        print(json.dumps(report, allow_nan=False))
     else:
         print(f"{benchmark} on {report['machine']}")
         for row in rows:

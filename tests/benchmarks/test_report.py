@@ -20,6 +20,16 @@ def test_the_ratio_is_of_pairs_and_is_judged(capsys: pytest.CaptureFixture[str])
     assert "NOT REACHED" in capsys.readouterr().out
 
 
+def test_a_figure_without_a_bar_is_told_and_not_judged(capsys: pytest.CaptureFixture[str]) -> None:
+    assert finish("x", [compared("a", "s", [5.0, 5.0], [1.0, 1.0], "peer", bar=None)], as_json=True) == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    (row,) = json.loads(capsys.readouterr().out, parse_constant=refuse)["rows"]
+    assert (row["ratio"], row["bar"], row["ok"]) == (5.0, None, None)
+
+
 def test_absolute_bars_go_both_ways() -> None:
     assert absolute("a", "s", 5, better="lower", bar=6).ok
     assert not absolute("a", "s", 5, better="higher", bar=6).ok

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,15 @@ class Scene:
         config = compose([f"checkpoint.dir={self.directory}", *overrides])
         held = self if lease else None
         return Saver(config, self, self, "r1", 4, "data", "model", held, snapshots)  # type: ignore[arg-type]
+
+
+@contextmanager
+def snapshotting(tmp_path: Path, every: int) -> Iterator[tuple[Scene, Saver, Snapshotter]]:
+    scene = Scene(tmp_path / "durable")
+    with keeping(tmp_path / "memory"):
+        snapshots = Snapshotter(scene.directory, tmp_path / "memory", run_id="r1", incarnation=4)
+        yield scene, scene.saver(f"checkpoint.memory.every={every}", snapshots=snapshots), snapshots
+        snapshots.close()
 
 
 def save(saver: Saver, done: Progress, metrics: dict[str, float] | None = None) -> None:
@@ -120,10 +131,7 @@ def test_a_full_disk_is_one_paragraph_and_leaves_the_previous_generation(
 
 
 def test_with_snapshots_every_step_is_in_memory_and_some_become_durable(tmp_path: Path) -> None:
-    scene = Scene(tmp_path / "durable")
-    with keeping(tmp_path / "memory"):
-        snapshots = Snapshotter(scene.directory, tmp_path / "memory", run_id="r1", incarnation=4)
-        saver = scene.saver("checkpoint.memory.every=2", snapshots=snapshots)
+    with snapshotting(tmp_path, every=2) as (scene, saver, snapshots):
         for step in range(1, 6):
             saver.save(Progress(step), {}, durable=step == 3, last=False)
             assert snapshots.wait_durable(WAIT_S)
@@ -143,14 +151,10 @@ def test_with_snapshots_every_step_is_in_memory_and_some_become_durable(tmp_path
         scene.told = []
         saver.finish(Progress(4), {})
         assert scene.told == []
-        snapshots.close()
 
 
 def test_where_a_snapshot_that_was_to_become_durable_was_left_out_the_next_one_is(tmp_path: Path) -> None:
-    scene = Scene(tmp_path / "durable")
-    with keeping(tmp_path / "memory"):
-        snapshots = Snapshotter(scene.directory, tmp_path / "memory", run_id="r1", incarnation=4)
-        saver = scene.saver("checkpoint.memory.every=1", snapshots=snapshots)
+    with snapshotting(tmp_path, every=1) as (scene, saver, snapshots):
         for step in range(1, 6):
             saver.save(Progress(step), {}, durable=step == 2, last=False)
             if step in (2, 3):
@@ -168,7 +172,6 @@ def test_where_a_snapshot_that_was_to_become_durable_was_left_out_the_next_one_i
             "commit 4 durable",
         ]
         assert [g.step for g in scan(FileStorage(scene.directory))] == [4]
-        snapshots.close()
 
 
 def test_a_disk_that_is_full_does_not_stop_training_but_for_the_last_step(
@@ -178,10 +181,7 @@ def test_a_disk_that_is_full_does_not_stop_training_but_for_the_last_step(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(DirectStorage, "put", full)
-    scene = Scene(tmp_path / "durable")
-    with keeping(tmp_path / "memory"):
-        snapshots = Snapshotter(scene.directory, tmp_path / "memory", run_id="r1", incarnation=4)
-        saver = scene.saver("checkpoint.memory.every=1", snapshots=snapshots)
+    with snapshotting(tmp_path, every=1) as (scene, saver, snapshots):
         for step in (1, 2):
             saver.save(Progress(step), {}, durable=True, last=step == 2)
             assert snapshots.wait_durable(WAIT_S)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from checkpointing import Piece, load
+from checkpointing.collective import Team
 from checkpointing.memory import Snapshotter, copying
 from checkpointing.memory.mapped import MappedStorage
 from tests.checkpointing.memory.keepers import WAIT_S, keeping
@@ -44,6 +45,25 @@ def test_closing_in_the_middle_of_a_checked_snapshot_waits_for_no_fence(tmp_path
         closing.start()
         closing.join(WAIT_S)
         assert not closing.is_alive()
+
+
+def test_the_background_takes_part_in_no_collective(tmp_path: Path) -> None:
+    """On training's process groups one would be matched with another one of training."""
+    callers = set[str]()
+
+    class Watched(Team):
+        def together(self, function: Any) -> Any:
+            callers.add(threading.current_thread().name)
+            return super().together(function)
+
+    with keeping(tmp_path / "memory"):
+        snapshots = Snapshotter(tmp_path / "disk", tmp_path / "memory", Watched())
+        for step in (1, 2, 3):
+            snapshots.snapshot(step, rows_of(0, 1, step), durable=step == 2)
+            assert (outcome := snapshots.settle()) is not None and outcome.generation
+        assert snapshots.wait_durable(WAIT_S)
+        snapshots.close()
+    assert callers == {threading.current_thread().name}
 
 
 def test_one_that_cannot_be_copied_costs_that_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
