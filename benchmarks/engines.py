@@ -36,16 +36,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.peak import Peak
 from benchmarks.report import Row, compared, finish, free_port
+from checkpointing import Piece
 from checkpointing.layouts.zero import describe_zero
 from trainer.compose import compose
 from trainer.data.dataset import Batch, Windows
 from trainer.data.feed import Feed, Share
 from trainer.loop import optimize
+from trainer.methods import build
 from trainer.parallel.deepspeed_engine import DeepSpeedEngine
 from trainer.parallel.engine import TrainingEngine, make_engine
 from trainer.parallel.world import World, process_group
 from trainer.plan import resolve_topology
-from trainer.run import build
 
 SIZE, WARMUP = 2, 6
 TIME_BAR, MEMORY_BAR = 1.05, 1.03
@@ -326,7 +327,7 @@ def held_by(engine: TrainingEngine) -> list[torch.Tensor]:
     """What one of our engines keeps between steps."""
     if isinstance(engine, DeepSpeedEngine):
         return held_by_deepspeed(engine._engine)
-    return [piece.tensor for piece in engine.pieces()]
+    return [piece.tensor for piece in engine.pieces() if isinstance(piece, Piece)]
 
 
 def _state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -41,10 +41,10 @@ from trainer.config import Config
 from trainer.data.dataset import Windows
 from trainer.data.feed import Feed
 from trainer.loop import optimize
+from trainer.methods import build
 from trainer.parallel.engine import TrainingEngine, make_engine
 from trainer.parallel.world import World
 from trainer.plan import resolve_topology
-from trainer.run import build
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "single": (1, []),
@@ -192,7 +192,7 @@ def resume(overrides: list[str], source: Path, again: Path, *, control: bool) ->
         load(source, started.engine.pieces())
         with torch.no_grad():
             for piece in started.engine.pieces():
-                if piece.name.endswith(("/exp_avg", "/exp_avg_sq")):
+                if isinstance(piece, Piece) and piece.name.endswith(("/exp_avg", "/exp_avg_sq")):
                     piece.tensor.zero_()
         started.engine.publish()
         found["control"] = started.train(STEPS + 1, 2 * STEPS)

@@ -35,11 +35,11 @@ from trainer.data.feed import Feed
 from trainer.data.order import samples_of_step
 from trainer.data.sources import load_corpus
 from trainer.loop import check_finite, train_step
+from trainer.methods import build
 from trainer.models import load_tokenizer
 from trainer.parallel.engine import make_engine
 from trainer.parallel.world import World, process_group
 from trainer.plan import resolve_topology
-from trainer.run import build
 from trainer.track.tracker import RunTracker
 
 BAR = 1.03

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from checkpointing.collective import Team, as_team
 from checkpointing.commit import as_storage
 from checkpointing.errors import DamagedError, LayoutError, MismatchError, NotFoundError, VersionError, first_few
+from checkpointing.format import Manifest
 from checkpointing.generations import candidates, read_manifest, scan
 from checkpointing.geometry import External, Piece, parts_of
 from checkpointing.lease import hold
@@ -36,7 +37,7 @@ Directory = str | os.PathLike[str] | Storage
 
 def load(
     directory: Directory | Sequence[Directory],
-    pieces: Sequence[Piece | External],
+    pieces: Sequence[Piece | External] | Callable[[Manifest], Sequence[Piece | External]],
     step: int | None = None,
     group: dist.ProcessGroup | Team | None = None,
     *,
@@ -56,12 +57,14 @@ def load(
     `VersionError` if a newer release wrote what would be chosen. After an error the pieces' tensors must not be used.
     `memory_budget` bounds the bytes on their way from storage. What is being loaded is held: retention leaves it.
     Of several directories, such as memory and a disk, the newest over all of them is taken, and the first of those that
-    hold it. `chosen` is called with the storage and the name of what was loaded.
+    hold it. `chosen` is called with the storage and the name of what was loaded. Where the shapes of pieces follow from
+    what is loaded, `pieces` is a function of its manifest, which may use the group; it is called for each one tried.
     """
     team = as_team(group)
     given: Sequence[Any] = directory if isinstance(directory, list | tuple) else [directory]
     storages = [as_storage(one) for one in given]
-    wanted = _agree(team, pieces, step, generation, only, cast, memory_budget)
+    asked = (step, generation, only, cast, memory_budget)
+    wanted = _agree(team, () if callable(pieces) else pieces, *asked)
     tried: dict[tuple[int, str], str] = {}  # in vain, and why; by the number of the storage
     while True:
         with ExitStack() as held:
@@ -77,6 +80,9 @@ def load(
             if team.rank and isinstance(storage, MappedStorage) and storage.root.is_dir():  # each node has its own
                 held.enter_context(hold(storage, name))
             try:
+                if callable(pieces):
+                    manifest = _read_together(team, storage, name)
+                    wanted = _agree(team, pieces(manifest), *asked)
                 objects = _load_one(team, storage, name, wanted, memory_budget)
             except (DamagedError, NotFoundError) as error:
                 if (step is not None or generation is not None) and len(storages) == 1:
@@ -88,6 +94,13 @@ def load(
             if chosen is not None:
                 chosen(storage, name)
             return objects
+
+
+def _read_together(team: Team, storage: Storage, name: str) -> Manifest:
+    """All ranks read it, or all fail."""
+    found: list[Manifest] = []
+    team.together(lambda: found.append(read_manifest(storage, name)))
+    return found[0]
 
 
 @dataclass(frozen=True, slots=True)

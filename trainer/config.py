@@ -109,7 +109,10 @@ class Jsonl(Data):
 
 @dataclass
 class Method:
-    pass
+    """What of a model trains. The options of the optimizer that a method suggests count where they are not given."""
+
+    lr: float = option("${model.lr}", low=0)
+    weight_decay: float = option(0.1, low=0)
 
 
 @dataclass
@@ -130,13 +133,87 @@ class Lora(Method):
 
 
 @dataclass
+class Selective(Method):
+    """Train some parameters as they are, and freeze the rest (PERP: Zimmer et al. 2023, arXiv:2312.15230)."""
+
+    name: str = "selective"
+    parameters: list[str] = field(default_factory=list)  # patterns found in the names of those that train
+
+
+class Selector(Enum):
+    random = "random"
+    magnitude = "magnitude"  # the largest weights
+    smallest = "smallest"  # the smallest weights
+    low_rank = "low_rank"  # the largest of the weight's best approximation of rank `rank`
+    gradient = "gradient"  # the largest gradients of the first global batch
+    squared_gradient = "squared_gradient"  # the largest sums of squared gradients over its micro-batches
+    delta = "delta"  # what a full phase changed most
+
+
+class Granularity(Enum):
+    element = "element"
+    inputs = "inputs"  # whole columns of the weight: input channels, or the inputs that a head has
+    outputs = "outputs"  # whole rows
+
+
+class Allocator(Enum):
+    uniform = "uniform"  # the same share of every weight
+    whole = "whole"  # the best of all weights together
+    rank = "rank"  # of every weight as much as a low-rank pair of rank `budget_rank` holds
+    by_module = "by_module"  # `densities` by pattern
+    threshold = "threshold"  # all below `threshold`
+
+
+class Reselection(Enum):
+    once = "once"
+    renew = "renew"  # select anew; what is dropped keeps what it learned (LIFT)
+    regrow = "regrow"  # drop the least changed, which go back, and grow others from nothing (SpIEL)
+    narrow = "narrow"  # once, in the middle: go on with those that are still selected (SaRA)
+    rewind = "rewind"  # train all first, select what changed most, rewind, and train that (LT-SFT)
+
+
+class Growth(Enum):
+    gradient = "gradient"  # by gradients accumulated over `window` steps on candidates (SpIEL-AG)
+    sm3 = "sm3"  # by the product of SM3's row and column accumulators (SpIEL-MA)
+
+
+@dataclass
+class Sparse(Method):
+    """Train some entries of the weights of linear layers: a selector, an allocator and a schedule of re-selections."""
+
+    weight_decay: float = option(0.0, low=0)  # of the difference from the base
+    name: str = "sparse"
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    selector: Selector = Selector.random
+    granularity: Granularity = Granularity.element
+    rank: int = option(32, low=1)  # of selector=low_rank
+    allocator: Allocator = Allocator.uniform
+    density: float = option(0.01, low=0, high=1)  # of allocator=uniform and allocator=whole
+    budget_rank: float = option(8, low=0)  # of allocator=rank
+    densities: list[str] = field(default_factory=list)  # pattern:density of allocator=by_module; the first counts
+    threshold: float = option(2e-3, low=0)  # of allocator=threshold, on the absolute weight
+    promote_rank: int = option(
+        0, low=0
+    )  # a weight with enough hits trains a low-rank pair of this rank instead; 0: none
+    promote_alpha: float = option(8.0, low=1)  # enough hits are promote_rank (m + n) / promote_alpha
+    schedule: Reselection = Reselection.once
+    every: int = option(0, low=0)  # steps between re-selections; of `narrow` and `rewind` the step; 0: half the steps
+    growth: Growth = Growth.gradient  # of schedule=regrow
+    rate: float = option(0.2, low=0, high=1)  # share of the entries that `regrow` replaces at first; falls to zero
+    window: int = option(5, low=1)  # steps that gradients of candidates are accumulated for
+    nuclear: float = option(0.0, low=0)  # weight of the nuclear norm of one layer's difference a step (SaRA)
+    l1: float = option(0.0, low=0)  # weight of the mean absolute difference from the base (LT-SFT)
+    bf16_weights: bool = False  # keep frozen weights in bf16; what trains stays fp32
+
+
+@dataclass
 class Optimizer:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
 
-    lr: float = option("${model.lr}", low=0)
+    lr: float = option("${method.lr}", low=0)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = option(1e-8, low=0)
-    weight_decay: float = option(0.1, low=0)  # on matrices only, not on norms and biases
+    weight_decay: float = option("${method.weight_decay}", low=0)  # on matrices only, not on norms and biases
     lr_scale: list[str] = field(default_factory=list)  # pattern:factor, of lr for names that match; the first counts
     clip: float = option(1.0, low=0)  # largest norm of the whole gradient; 0: no clipping
 
@@ -259,7 +336,7 @@ class Config:
 CHOICES: dict[str, dict[str, type]] = {
     "model": {"tiny_llama": TinyLlama, "hf": HuggingFace},
     "data": {"stdlib": Stdlib, "text": Text, "jsonl": Jsonl},
-    "method": {"full": Full, "lora": Lora},
+    "method": {"full": Full, "lora": Lora, "selective": Selective, "sparse": Sparse},
 }
 
 
@@ -415,3 +492,8 @@ def choice_of(config: Config, group: str) -> str:
     """Which choice of a group was composed, such as `lora` for method."""
     chosen = type(getattr(config, group))
     return next(name for name, schema in CHOICES[group].items() if schema is chosen)
+
+
+def method_name(config: Config) -> str:
+    """The published method that was composed, where several have the same options; else the choice."""
+    return str(getattr(config.method, "name", choice_of(config, "method")))

@@ -10,7 +10,7 @@ from math import prod
 
 from torch import nn
 
-from trainer.config import Config, Engine, Parallel, choice_of
+from trainer.config import Config, Engine, Parallel, choice_of, method_name
 from trainer.errors import Refused
 
 
@@ -150,7 +150,7 @@ def describe_run(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     idle = f", {batch.idle} of {batch.rounds * batch.data_size} turns idle" if batch.idle else ""
     parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in asdict(memory).items() if size)
-    method = f"method={choice_of(config, 'method')} trains {trained:,} ({trained / total:.2%})"
+    method = f"method={method_name(config)} trains {trained:,} ({trained / total:.2%})"
     split = f"{batch.num_micro_batches} micro-batches of {batch.micro_batch}, {batch.rounds} rounds a process{idle}"
     tokens = f"up to {batch.global_batch * train.seq_len:,} target tokens a step"
     parallel = config.parallel

@@ -25,8 +25,10 @@ from checkpointing.generations import Generation, abandon, candidates, read_inde
 from checkpointing.memory.directory import why_not_private
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage
-from trainer.config import CHOICES, Config, Jsonl, as_json, choice_of, flatten
+from trainer.config import CHOICES, Config, Jsonl, Sparse, as_json, choice_of, flatten
 from trainer.errors import Refused
+from trainer.methods import build
+from trainer.methods.sparse.attach import grows_by_gradient, sizes_in
 from trainer.models import architecture, draws_randomness
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ FREE = (
     "data.log_ids",
     "model.path",
     "model.lr",
+    "method.lr",
+    "method.weight_decay",
     "train.deterministic",
 )
 
@@ -62,6 +66,7 @@ class Start:
     incarnation: int = 1
     state: dict[str, Any] = field(default_factory=dict)  # the trainer's objects in that generation
     lines: list[str] = field(default_factory=list)  # for the plan
+    sizes: dict[str, int] | None = None  # what a sparse method trains of each layer there; None from scratch
 
 
 def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
@@ -87,7 +92,8 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     storage, generation, manifest, state, passed_over = _newest_readable(found)
     passed_over = notes + passed_over
     changes = check_state(config, state, fingerprint, model)
-    _check_model(f"{storage}/{generation.name}", manifest, model)
+    sizes = sizes_in(manifest) if isinstance(config.method, Sparse) else None
+    _check_model(f"{storage}/{generation.name}", manifest, build(config, "meta", sizes) if sizes else model)
     lines = [
         f"{storage}/{generation.name}: step {generation.step} of {config.train.steps} is done, "
         f"saved by {manifest.world_size} processes"
@@ -104,7 +110,7 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     is_own = any(storage.root.resolve() == tier.root.resolve() for tier in tiers)
     directories = [str(tier) for tier in tiers if any(tier is other for other, _ in found)] or [str(storage)]
     memory = next((str(tier) for tier, _ in found if isinstance(tier, MappedStorage)), None)
-    return Start(generation.step, directories, memory, named, is_own, incarnation, state, lines)
+    return Start(generation.step, directories, memory, named, is_own, incarnation, state, lines, sizes)
 
 
 def own_tiers(config: Config) -> list[FileStorage]:
@@ -174,6 +180,8 @@ def check_state(
     refused = {key: f"{key} (was {was}, is {now})" for key, (was, now) in changes.items() if not key.startswith(FREE)}
     if "train.steps" in refused and config.train.steps > changes["train.steps"][0]:
         del refused["train.steps"]
+    if "parallel.local_batch" in changes and grows_by_gradient(config.method):
+        refused["parallel.local_batch"] = "parallel.local_batch (entries grow by gradients of its first part)"
     if "parallel.local_batch" in changes and draws_randomness(model):  # dropout is drawn a part at a time
         refused["parallel.local_batch"] = "parallel.local_batch (the model has dropout, drawn for each part)"
     if "parallel.pp" in changes and draws_randomness(model) and isinstance(config.data, Jsonl):
@@ -327,8 +335,9 @@ def _check_model(name: str, manifest: Manifest, model: nn.Module) -> None:
     """Refuse a checkpoint of another model before any process group starts."""
     here = {piece.name: piece.global_shape for piece in describe(model)}
     stored = {name: t.shape for name, t in manifest.tensors.items()}
+    stored |= {name: t.shape for name, t in manifest.external.items()}
     stored |= {alias: stored[name] for alias, name in manifest.aliases.items()}
-    there = {name: shape for name, shape in stored.items() if not name.startswith("optim/")}
+    there = {name: shape for name, shape in stored.items() if name.startswith(("model/", "buffer/"))}
     wrong = []
     if missing := sorted(here.keys() - there.keys()):
         wrong.append(f"it lacks {len(missing)} of this model's tensors, such as {missing[0]}")

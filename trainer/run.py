@@ -33,8 +33,8 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import Refused
 from trainer.loop import train
 from trainer.memory import footprint, plan_memory
-from trainer.methods import apply_method
-from trainer.models import architecture, build_model, load_tokenizer
+from trainer.methods import build
+from trainer.models import architecture, load_tokenizer
 from trainer.parallel.auto import Cluster, choose, memory_of
 from trainer.parallel.compiling import check_compiling
 from trainer.parallel.engine import TrainingEngine, as_launched, find_topology, make_engine
@@ -139,7 +139,8 @@ def train_together(job: Job, start: Start, lease: Lease | None) -> None:
     """What happens while the processes are joined. Nothing of it outlives the process group."""
     start = agree(job, start)
     memory = prepare_memory(job)
-    engine = make_engine(job.config, build(job.config), job.topology, job.world, job.device)
+    model = build(job.config, sizes=start.sizes)
+    engine = make_engine(job.config, model, job.topology, job.world, job.device, start.sizes)
     state, tier = restore(engine, start, memory)
     if state and state["step"] != start.step:  # an older generation than the one that was checked
         check_state(job.config, state, job.corpus.train.fingerprint, job.shapes)
@@ -180,7 +181,7 @@ def restore(engine: TrainingEngine, start: Start, memory: Path | None) -> tuple[
     tiers = [MappedStorage(one) if one == start.memory else FileStorage(one) for one in directories]
     try:
         objects = load(
-            tiers, engine.pieces(), generation=start.generation, chosen=lambda tier, _: found.append(str(tier))
+            tiers, engine.pieces_for, generation=start.generation, chosen=lambda tier, _: found.append(str(tier))
         )
     except (MismatchError, DamagedError) as error:
         raise Refused(
@@ -341,12 +342,6 @@ def show_sample(job: Job, engine: TrainingEngine) -> None:
         return
     if job.world.rank == 0:
         print(f"\nAfter this text the model writes:\n{prompt}\n--- goes on ---\n{text}", flush=True)
-
-
-def build(config: Config, device: str = "cpu") -> nn.Module:
-    """The model with its method, its values a function of the seed; on `meta` its shapes only."""
-    model = build_model(config.model, seq_len=config.train.seq_len, seed=config.train.seed, device=device)
-    return apply_method(model, config.method, seed=config.train.seed)
 
 
 def check_vocabulary(corpus: Corpus, model: nn.Module) -> None:

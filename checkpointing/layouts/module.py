@@ -213,9 +213,13 @@ def _optimizer_state(entries: Mapping[str, Entry]) -> Iterator[tuple[str, str, s
 def materialize(optimizer: Optimizer) -> None:
     """Create the state that an optimizer would only create in its first step, leaving parameters as they are.
 
-    Parameters that do not require a gradient, and those that have state already, are left alone. `LayoutError` where an
-    optimizer is not known to go on afterwards as if nothing had happened.
+    Parameters that do not require a gradient, and those that have state already, are left alone. An optimizer that has
+    a method `prepare` does it by itself. `LayoutError` where an optimizer is not known to go on afterwards as if
+    nothing had happened.
     """
+    if callable(prepare := getattr(optimizer, "prepare", None)):
+        prepare()
+        return
     fresh = [
         (group, [p for p in group["params"] if p.requires_grad and not optimizer.state.get(p)])
         for group in optimizer.param_groups

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +72,18 @@ def publish_zero(engine: Any) -> None:
         for masters, parameters in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
             for master, parameter in zip(masters, parameters, strict=True):
                 parameter.data.copy_(master.data)
+
+
+def held_in_partition(engine: Any, master: torch.Tensor) -> list[tuple[torch.Tensor, int, int, int]]:
+    """What a flat partition, or a whole master, holds on this rank: of every parameter in it, in the same order on all
+    ranks, the first element, how many, and where in the partition they lie."""
+    for group in _groups(engine.optimizer):
+        if group.master is master:
+            return [
+                (parameter, held.start, max(0, min(held.length, prod(held.shape) - held.start)), held.position)
+                for parameter, held in zip(group.parameters, group.held, strict=True)  # padding left out
+            ]
+    raise LayoutError(f"a tensor of shape {tuple(master.shape)} is no partition of this engine")
 
 
 @dataclass(frozen=True, slots=True)

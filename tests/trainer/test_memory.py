@@ -20,11 +20,11 @@ from trainer.data.dataset import Windows
 from trainer.data.feed import Feed
 from trainer.loop import optimize
 from trainer.memory import footprint, plan_memory
+from trainer.methods import build
 from trainer.parallel.engine import make_engine
 from trainer.parallel.optimizing import lr_scales, make_optimizer
 from trainer.parallel.world import World
 from trainer.plan import Topology, plan_batch, resolve_topology
-from trainer.run import build
 
 
 def planned_over_measured(overrides: list[str]) -> float:
@@ -90,7 +90,7 @@ def test_memory_of_the_state_is_exact(method: str, shards: int) -> None:
     config = compose([f"method={method}"])
     model = build(config)
     memory = plan_memory(config, footprint(config, build(config, "meta")), Topology(1, shards), 2)
-    optimizer = make_optimizer(model, config.optimizer, lr_scales(model, config.optimizer))
+    optimizer = make_optimizer(model, config, lr_scales(model, config.optimizer))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)

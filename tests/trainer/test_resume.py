@@ -17,6 +17,7 @@ from tests.models import save_tiny_model
 from tests.runs import SMALL
 from trainer.compose import compose
 from trainer.errors import Refused
+from trainer.methods import build
 from trainer.resume import (
     Start,
     check_state,
@@ -26,7 +27,7 @@ from trainer.resume import (
     own_tiers,
     turn_away_from,
 )
-from trainer.run import build, run
+from trainer.run import run
 
 BASE = [*SMALL, "train.steps=4", "checkpoint.every=2"]
 

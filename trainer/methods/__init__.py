@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
-from trainer.config import Lora, Method
+from trainer.config import Config, Lora, Method, Selective, Sparse
+from trainer.models import build_model
 
 
-def apply_method(model: nn.Module, config: Method, *, seed: int) -> nn.Module:
+def build(config: Config, device: str = "cpu", sizes: Mapping[str, int] | None = None) -> nn.Module:
+    """The model with its method, its values a function of the seed; on `meta` its shapes only.
+
+    `sizes` are what a sparse method trains of each layer, where a checkpoint tells.
+    """
+    model = build_model(config.model, seq_len=config.train.seq_len, seed=config.train.seed, device=device)
+    return apply_method(model, config.method, seed=config.train.seed, sizes=sizes)
+
+
+def apply_method(model: nn.Module, config: Method, *, seed: int, sizes: Mapping[str, int] | None = None) -> nn.Module:
     """The model as it will train: parameters frozen or added. What is added follows from the seed alone."""
     if isinstance(config, Lora):
         from trainer.methods import lora  # peft takes a second to import, and the other methods do without it
 
         return lora.apply(model, config, seed)
+    if isinstance(config, Selective):
+        from trainer.methods import selective
+
+        return selective.apply(model, config)
+    if isinstance(config, Sparse):
+        from trainer.methods.sparse.attach import attach
+
+        return attach(model, config, seed, sizes)
     return model

@@ -8,6 +8,7 @@ from torch import nn
 from trainer.config import Lora
 from trainer.elastic.randomness import reseed
 from trainer.errors import Refused
+from trainer.methods.targets import ALL, check_targets
 
 
 def apply(model: nn.Module, config: Lora, seed: int) -> nn.Module:
@@ -30,18 +31,3 @@ def apply(model: nn.Module, config: Lora, seed: int) -> nn.Module:
         why = str(error).splitlines()[0]
         raise Refused(f"method.target_modules={targets} does not fit the model: {why}") from None
     return adapted
-
-
-ALL = "all-linear"  # peft's name for every linear layer but the output
-
-
-def check_targets(model: nn.Module, targets: list[str]) -> None:
-    """Every name must be there: peft leaves one out without a word where another one matches."""
-    modules = [name for name, _ in model.named_modules()]
-    for target in targets:
-        if target != ALL and not any(name == target or name.endswith(f".{target}") for name in modules):
-            layers = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-            raise Refused(
-                f"method.target_modules={targets}: the model has no module called {target!r}. "
-                f"Its linear layers are called {', '.join(layers)}; type method.target_modules=[{ALL}] for all of them."
-            )

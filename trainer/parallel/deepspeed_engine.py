@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from checkpointing import Piece
-from checkpointing.layouts.zero import describe_zero, publish_zero
+from checkpointing import Piece, parameter_names
+from checkpointing.format import Manifest
+from checkpointing.layouts.zero import describe_zero, held_in_partition, publish_zero
 from trainer.config import Config
 from trainer.data.dataset import Batch
+from trainer.methods.sparse.entry_optimizers import EntrySM3, Slice
+from trainer.methods.sparse.layer import SparseLayer, sparse_layers
 from trainer.models import blocks
 from trainer.parallel.computing import LOW, Draws, computed_in, logits_of, parts_of, summed_loss
 from trainer.parallel.deepspeed_options import engine_options
@@ -60,9 +63,10 @@ class DeepSpeedEngine:
             model.forward = computed_in(low, device)(model.forward)
         ours = functional.linear
         make_ready(world, device)
-        optimizer = make_optimizer(model, config.optimizer, lr_scales(model, config.optimizer))
+        optimizer = make_optimizer(model, config, lr_scales(model, config.optimizer))
         options = engine_options(config, sum(p.numel() for p in model.parameters() if p.requires_grad))
         self._engine = (initialize_by or initialize)(model, optimizer, options)
+        self._tell_positions(optimizer)
         # Stage 3 replaces torch's linear in the whole process by one that does not keep gathered weights for the
         # backward; here it is in place only while this engine computes.
         self._linear, functional.linear = functional.linear, ours
@@ -126,6 +130,60 @@ class DeepSpeedEngine:
 
     def pieces(self) -> list[Piece]:
         return describe_zero(self._engine)
+
+    def pieces_for(self, manifest: Manifest) -> list[Piece]:
+        return self.pieces()
+
+    @property
+    def layer_group(self) -> dist.ProcessGroup | None:
+        return dist.group.WORLD if self.data_size > 1 else None
+
+    def parameter_names(self) -> Collection[str]:
+        return parameter_names(self._bare).keys()
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup | None:
+        return None
+
+    @property
+    def tensor_rank(self) -> int:
+        return 0
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(parameters), enabled=self._shards_parameters):
+            return [p.detach().clone() if self._shards_parameters else p.detach() for p in parameters]
+
+    def written(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Stage 3 keeps small parameters gathered, beside their shards."""
+        if self._shards_parameters:
+            for parameter in parameters:
+                gathered: Any = parameter
+                if gathered.ds_status is type(gathered.ds_status).AVAILABLE:
+                    gathered.partition()
+
+    @property
+    def _shards_parameters(self) -> bool:
+        return bool(self._engine.zero_optimization_stage() == 3)
+
+    def _tell_positions(self, optimizer: torch.optim.Optimizer) -> None:
+        """To an optimizer that must know which entries a partition holds."""
+        if not isinstance(optimizer, EntrySM3):
+            return
+        layers: dict[torch.Tensor, SparseLayer] = {
+            layer.sparse_values: layer for layer in sparse_layers(self._bare).values()
+        }
+
+        def located(values: torch.Tensor) -> list[Slice]:
+            if values in layers:
+                return [Slice(layers[values], 0, values.numel(), 0)]
+            return [
+                Slice(layers[parameter], start, length, position)
+                for parameter, start, length, position in held_in_partition(self._engine, values)
+            ]
+
+        optimizer.locate, optimizer.group = located, self.layer_group
 
     def publish(self) -> None:
         publish_zero(self._engine)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from checkpointing import Piece
-from trainer.config import Config, Engine
+from checkpointing import External, Piece
+from checkpointing.format import Manifest
+from trainer.config import Config, Engine, Sparse
 from trainer.data.dataset import Batch
 from trainer.parallel.deepspeed_options import check_deepspeed
 from trainer.parallel.world import World
@@ -24,6 +26,18 @@ class TrainingEngine(Protocol):
     data_rank: int  # which share of the global batch this rank computes, of `data_size` shares
     data_size: int
     fence: Callable[[], None]  # called before anything writes to the pieces, but for volatile ones
+
+    @property
+    def layer_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold parts or copies of the same layers as this one; None for this one alone."""
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup | None:
+        """Of them those that compute the same samples together; None for this one alone."""
+
+    @property
+    def tensor_rank(self) -> int:
+        """This one's place in the tensor group."""
 
     def accumulate(self, micro_batches: Sequence[tuple[int, Batch]], weight: float) -> torch.Tensor:
         """Add `weight` times the gradient of the summed loss of this rank's logical micro-batches of one step.
@@ -47,8 +61,20 @@ class TrainingEngine(Protocol):
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Of the token that follows `tokens` (of shape [samples, positions]), in evaluation mode, on all ranks."""
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> Sequence[Piece | External]:
         """Everything that training changes or depends on, for the checkpoint."""
+
+    def pieces_for(self, manifest: Manifest) -> Sequence[Piece | External]:
+        """The same to load a generation into, with room for what that one holds."""
+
+    def parameter_names(self) -> Collection[str]:
+        """Of the layers that this rank computes, whatever it holds of them."""
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+        """Trained parameters that may be sharded over the data, each whole on every rank that has it."""
+
+    def written(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Shards of these frozen parameters were changed in place; what was gathered of them before is old."""
 
     def publish(self) -> None:
         """After a load: rebuild whatever is derived from the pieces."""
@@ -76,6 +102,27 @@ def find_topology(config: Config, world: World, device: torch.device) -> Topolog
 
 
 def make_engine(
+    config: Config,
+    model: nn.Module,
+    topology: Topology,
+    world: World,
+    device: torch.device,
+    sizes: Mapping[str, int] | None = None,
+) -> TrainingEngine:
+    """The engine of a model that is whole on every rank. `sizes` are what a sparse one was made with, to be loaded."""
+    if isinstance(config.method, Sparse):
+        from trainer.methods import build
+        from trainer.methods.sparse.tuned import Makes, TunedEngine
+
+        makes = Makes(
+            engine=lambda model: make_plain_engine(config, model, topology, world, device),
+            model=lambda sizes: build(config, sizes=sizes),
+        )
+        return TunedEngine(config, model, makes, device, sizes)
+    return make_plain_engine(config, model, topology, world, device)
+
+
+def make_plain_engine(
     config: Config, model: nn.Module, topology: Topology, world: World, device: torch.device
 ) -> TrainingEngine:
     if config.parallel.engine is Engine.accelerate:

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from checkpointing import parameter_names
-from trainer.config import Optimizer, rates_by_pattern
+from trainer.config import Config, Growth, Optimizer, Reselection, Sparse, rates_by_pattern
 from trainer.errors import Refused
+from trainer.methods.sparse.entry_optimizers import EntryAdamW, EntrySM3
+from trainer.methods.sparse.layer import VALUES
 
 
 def lr_scales(model: nn.Module, config: Optimizer) -> dict[str, float]:
@@ -39,25 +41,28 @@ def lr_scales(model: nn.Module, config: Optimizer) -> dict[str, float]:
 
 
 def param_groups(model: nn.Module, config: Optimizer, scales: Mapping[str, float]) -> list[dict[str, Any]]:
-    """What trains; matrices decay, norms and biases do not. `scales` are `lr_scales`, of at least these parameters."""
+    """What trains; matrices and sparse values decay, norms and biases do not. `scales` are `lr_scales`, of these at
+    least."""
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter, name in {parameter: name for name, parameter in parameter_names(model).items()}.items():
         if parameter.requires_grad:
-            groups.setdefault((scales[name], parameter.dim() >= 2), []).append(parameter)
+            decays = parameter.dim() >= 2 or name.endswith(VALUES)
+            groups.setdefault((scales[name], decays), []).append(parameter)
     return [
         {"params": groups[key], "weight_decay": config.weight_decay if key[1] else 0.0, "lr_scale": key[0]}
         for key in sorted(groups, reverse=True)
     ]
 
 
-def make_optimizer(model: nn.Module, config: Optimizer, scales: Mapping[str, float]) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        param_groups(model, config, scales),
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        fused=True,
-    )
+def make_optimizer(model: nn.Module, config: Config, scales: Mapping[str, float]) -> torch.optim.Optimizer:
+    """AdamW; of values that are selected anew with an age of their own, or SM3 where a method grows by it."""
+    options, method = config.optimizer, config.method
+    groups, betas = param_groups(model, options, scales), (options.betas[0], options.betas[1])
+    if isinstance(method, Sparse) and method.schedule is Reselection.regrow and method.growth is Growth.sm3:
+        return EntrySM3(groups, lr=options.lr, eps=options.eps)
+    if isinstance(method, Sparse) and method.schedule not in (Reselection.once, Reselection.rewind):
+        return EntryAdamW(groups, lr=options.lr, betas=betas, eps=options.eps)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True)
 
 
 def set_lr(groups: list[dict[str, Any]], lr: float) -> None:

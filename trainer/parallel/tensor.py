@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from checkpointing import Held, Piece, parameter_names, pieces_of
 from checkpointing.geometry import Interval
 from trainer.errors import Refused
+from trainer.methods.sparse.layer import SparseLayer
 from trainer.models import blocks
 from trainer.parallel.families import FAMILIES, INNER, KV, QKV, Family, Units
 from trainer.parallel.shares import Share, balanced, share_of
@@ -284,6 +285,8 @@ class _Cutter:
             self._unsum(old)
         self.replaced[old] = new
         setattr(module, name, new)
+        if isinstance(module, SparseLayer) and name == "weight":
+            module.take_share(Held(tuple(old.shape), ranges))
         if isinstance(module, Conv1D) and name == "weight":
             module.nx, module.nf = kept.shape  # which its forward reads
 
@@ -336,6 +339,8 @@ _INSIDE = ("attn_dropout",)
 
 def _without_bias(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(inputs: torch.Tensor) -> torch.Tensor:
+        if isinstance(module, SparseLayer):
+            return module.product(inputs)
         weight: Any = module.weight
         return functional.linear(inputs, weight.T if isinstance(module, Conv1D) else weight)
 

@@ -7,21 +7,26 @@ pipeline's stages are cut out, layers are checkpointed, and what is left is shar
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpointing import Piece, describe, parameter_names
+from checkpointing import Piece, describe, parameter_names, pieces_of
+from checkpointing.format import Manifest
 from trainer.config import Config
 from trainer.data.dataset import Batch
 from trainer.errors import Refused
+from trainer.methods.sparse.entry_optimizers import EntrySM3, Slice
+from trainer.methods.sparse.layer import sparse_layers
 from trainer.models import blocks
 from trainer.parallel.compiling import Compiled
 from trainer.parallel.computing import LOW, Draws, logits_of, parts_of, summed_loss
@@ -78,7 +83,8 @@ class TorchEngine:
             self._pipeline.make_stages(self._draws, lambda stage: wrap(stage, self._mesh, device))
         else:
             self._model = wrap(model, self._mesh, device)
-        self._optimizer = make_optimizer(model, config.optimizer, scales)
+        self._optimizer = make_optimizer(model, config, scales)
+        self._tell_positions()
         if whole is not None:
             self._check_same(whole, topology)
         self._compiled: Compiled | None = None
@@ -149,8 +155,48 @@ class TorchEngine:
         pieces = self._cuts.one_by_one(describe(self._bare, self._optimizer, logical=held))
         return pieces if self._pipeline is None else self._pipeline.under_all_names(pieces)
 
+    def pieces_for(self, manifest: Manifest) -> list[Piece]:
+        return self.pieces()
+
     def publish(self) -> None:
         """Nothing here is derived from the pieces: masters are what computes."""
+
+    @property
+    def layer_group(self) -> dist.ProcessGroup | None:
+        return self._mesh.group("dp_replicate", "dp_shard", "tp")
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup | None:
+        return self._mesh.group("tp")
+
+    @property
+    def tensor_rank(self) -> int:
+        return self._mesh.at("tp")
+
+    def parameter_names(self) -> Collection[str]:
+        return parameter_names(self._bare).keys()
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+        group = self._mesh.group("dp_shard")
+        if group is None or not any(isinstance(p, DTensor) for p in parameters):
+            return [p.detach() for p in parameters]
+        return gather_rows(parameters, group, dist.get_world_size(group))
+
+    def written(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Nothing is gathered between steps."""
+
+    def _tell_positions(self) -> None:
+        """To an optimizer that must know which entries a shard of sparse values holds."""
+        if not isinstance(self._optimizer, EntrySM3):
+            return
+        layers = {layer.sparse_values: layer for layer in sparse_layers(self._bare).values()}
+
+        def located(values: torch.Tensor) -> list[Slice]:
+            pieces = pieces_of("values", values)
+            start = pieces[0].offset[0] if pieces else 0
+            return [Slice(layers[values], start, local_of(values).numel(), 0)]  # type: ignore[index]
+
+        self._optimizer.locate, self._optimizer.group = located, self.layer_group
 
     def _check_same(self, whole: torch.Tensor, topology: Topology) -> None:
         """`Refused`, on all ranks, if the parts together do not compute what the whole model did."""
@@ -228,6 +274,23 @@ def next_token(model: Any) -> torch.Tensor:
         logits = logits_of(model, tokens_to_compare(model.config.vocab_size), low=None)[:, -1]
     model.train(training)
     return logits
+
+
+def gather_rows(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, size: int) -> list[torch.Tensor]:
+    """DTensors that are sharded by rows over a group, whole, by one exchange. Collective."""
+    chunks = [-(-p.shape[0] // size) for p in parameters]
+    widths = [prod(p.shape[1:]) for p in parameters]
+    lengths = [chunk * width for chunk, width in zip(chunks, widths, strict=True)]
+    mine = torch.zeros(sum(lengths), dtype=parameters[0].dtype, device=parameters[0].device)
+    for p, part in zip(parameters, torch.split(mine, lengths), strict=True):
+        local = local_of(p.detach()).reshape(-1)
+        part[: local.numel()] = local
+    parts = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(parts, mine, group=group)
+    split = [torch.split(part, lengths) for part in parts]
+    return [
+        torch.cat([part[number] for part in split])[: p.numel()].view(p.shape) for number, p in enumerate(parameters)
+    ]
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,13 +25,14 @@ from trainer.config import Compute
 from trainer.data.feed import Feed
 from trainer.errors import Refused
 from trainer.loop import optimize
+from trainer.methods import build
 from trainer.parallel import accelerate_engine
 from trainer.parallel.accelerate_engine import as_configured, prepare, topology_of
 from trainer.parallel.engine import TrainingEngine, make_engine
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.world import World
 from trainer.plan import Topology, resolve_topology
-from trainer.run import build, run
+from trainer.run import run
 
 CPU = torch.device("cpu")
 BATCH = ["train.global_batch=10", "train.micro_batch=2"]  # five micro-batches: two ranks do not divide them

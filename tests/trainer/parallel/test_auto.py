@@ -18,11 +18,10 @@ from trainer.compose import compose
 from trainer.config import Config
 from trainer.errors import Refused
 from trainer.memory import Footprint, footprint, plan_memory
-from trainer.methods import apply_method
+from trainer.methods import apply_method, build
 from trainer.parallel.auto import USABLE, Cluster, choose, layouts, memory_of
 from trainer.parallel.tensor import is_splittable
 from trainer.plan import plan_batch, resolve_topology
-from trainer.run import build
 
 # Llama's shapes: hidden, inner, layers, heads, key-value heads, whether the embedding is tied.
 SHAPES = {

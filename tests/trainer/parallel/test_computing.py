@@ -7,9 +7,9 @@ import torch
 
 from trainer.compose import compose
 from trainer.data.dataset import IGNORE, Batch
+from trainer.methods import build
 from trainer.models import blocks
 from trainer.parallel.computing import Draws, Part, parts_of, summed_loss
-from trainer.run import build
 
 
 def batch(rows: int) -> Batch:

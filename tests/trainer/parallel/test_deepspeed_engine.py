@@ -21,10 +21,10 @@ from tests.worlds import WORLD, train
 from trainer.compose import compose
 from trainer.data.feed import Feed
 from trainer.loop import optimize
+from trainer.methods import build
 from trainer.parallel.engine import make_engine
 from trainer.parallel.world import World
 from trainer.plan import resolve_topology
-from trainer.run import build
 
 LAYOUTS = [
     (2, ["parallel.engine=deepspeed"]),

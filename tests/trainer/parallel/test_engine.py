@@ -16,11 +16,11 @@ from tests.worlds import WORLD
 from trainer.compose import compose
 from trainer.data.feed import Feed
 from trainer.loop import optimize
+from trainer.methods import build
 from trainer.parallel.engine import TrainingEngine, make_engine
 from trainer.parallel.world import World
 from trainer.plan import resolve_topology
 from trainer.progress import LossScale
-from trainer.run import build
 
 LAYOUTS = {
     "ddp": (2, ["parallel=ddp"]),

@@ -13,7 +13,7 @@ from checkpointing import Piece, load, save
 from tests.trainer.parallel.zoo import MODELS, save_model
 from tests.worlds import WORLD
 from trainer.compose import compose
-from trainer.run import build
+from trainer.methods import build
 
 LAYOUTS = {
     "fsdp x tp": (4, ["parallel=tp", "parallel.dp_shard=2"]),

@@ -18,10 +18,10 @@ from trainer.compose import compose
 from trainer.config import PipelineSchedule
 from trainer.data.dataset import Batch
 from trainer.errors import Refused
+from trainer.methods import build
 from trainer.models import blocks
 from trainer.parallel import pipeline
 from trainer.parallel.pipeline import Shape, check_stages, cut_out, inside, stages_of
-from trainer.run import build
 
 ONE_F_ONE_B, INTERLEAVED = PipelineSchedule["1f1b"], PipelineSchedule.interleaved
 

@@ -13,9 +13,9 @@ from tests.trainer.parallel.zoo import MODELS
 from tests.worlds import WORLD
 from trainer.compose import compose
 from trainer.errors import Refused
+from trainer.methods import build
 from trainer.parallel import families, shares, tensor
 from trainer.parallel.tensor import check_splittable
-from trainer.run import build
 
 
 def overrides(directory: Path, name: str) -> list[str]:

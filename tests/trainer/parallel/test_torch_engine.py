@@ -20,11 +20,11 @@ from trainer.compose import compose
 from trainer.data.dataset import Windows
 from trainer.data.feed import Feed
 from trainer.loop import evaluate, optimize
+from trainer.methods import build
 from trainer.models import blocks
 from trainer.parallel.engine import make_engine
 from trainer.parallel.world import World
 from trainer.plan import resolve_topology
-from trainer.run import build
 
 SMALL = ["model.hidden_size=32", "model.intermediate_size=53", "model.num_layers=2", "train.seq_len=12"]
 

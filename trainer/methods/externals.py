@@ -1,0 +1,27 @@
+"""The frozen base of a model, which checkpoints name by its hash and do not hold."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from checkpointing import External, external_of, parameter_names
+from checkpointing.collective import Team
+from trainer.config import Config, HuggingFace
+from trainer.methods.added import is_added
+
+
+def externals_of(model: nn.Module, config: Config, rank: int, size: int) -> list[External]:
+    """Every parameter that the base has, of a model that is whole on all ranks; they share the hashing. Collective."""
+    source = f"{config.model.path}" if isinstance(config.model, HuggingFace) else f"seed {config.train.seed}"
+    base = {name: p for name, p in parameter_names(model).items() if not is_added(name)}
+    first: dict[object, str] = {}
+    own = {name: first.setdefault(id(p), name) for name, p in base.items()}  # a tied one is hashed once
+    names = sorted(set(own.values()))
+    hashed = Team().together(
+        lambda: {name: external_of(name, base[name].detach(), source).sha256 for name in names[rank::size]}
+    )
+    digests = {name: digest for part in hashed for name, digest in part.items()}
+    return [
+        External(f"model/{name}", parameter.dtype, tuple(parameter.shape), source, digests[own[name]])
+        for name, parameter in base.items()
+    ]

@@ -1,0 +1,144 @@
+"""The best entries, exactly so many, on one rank or on several: ties go to the lower index.
+
+A weight is scored by one rank, its owner, and the ranks take turns; what travels are the indices of what was chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+NEAR = 1e-6  # relative: scores that another order of summing may move past each other
+
+
+@dataclass(frozen=True)
+class Chosen:
+    indices: torch.Tensor  # sorted, int64
+    near: int  # how many others have a score within `NEAR` of the last one chosen
+
+
+def best(scores: torch.Tensor, count: int) -> Chosen:
+    """Of one-dimensional scores; what is no number comes last."""
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    count = min(count, scores.numel())
+    if count == 0:
+        return Chosen(torch.empty(0, dtype=torch.int64, device=scores.device), 0)
+    last = scores.topk(count).values[-1]
+    above = (scores > last).nonzero()[:, 0]
+    equal = (scores == last).nonzero()[: count - above.numel(), 0]
+    near = int(((scores - last).abs() <= NEAR * last.abs()).sum()) - 1
+    return Chosen(torch.cat([above, equal]).sort().values, max(near, 0))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Those that choose together; all of them call the same functions in the same order."""
+
+    device: torch.device
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+
+    @staticmethod
+    def of(group: dist.ProcessGroup | None, device: torch.device) -> Ranks:
+        """Without a group this rank alone."""
+        alone = group is None
+        return Ranks(device, group, 0 if alone else dist.get_rank(group), 1 if alone else dist.get_world_size(group))
+
+    def from_owner(self, number: int, indices: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """What the owner of weight `number` has, on all ranks; others give None."""
+        if self.group is None:
+            assert indices is not None
+            return indices.to(dtype)
+        owner = number % self.size
+        length = torch.tensor([0 if indices is None else indices.numel()], device=self.device)
+        dist.broadcast(length, group=self.group, group_src=owner)
+        found = torch.empty(int(length), dtype=dtype, device=self.device) if indices is None else indices.to(dtype)
+        dist.broadcast(found, group=self.group, group_src=owner)
+        return found
+
+    def owns(self, number: int) -> bool:
+        return number % self.size == self.rank
+
+    def gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's one-dimensional tensor, of lengths that may differ."""
+        if self.group is None:
+            return [mine]
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([mine.numel()], device=self.device), group=self.group)
+        longest = max(int(n) for n in lengths)
+        padded = mine.new_zeros(longest)
+        padded[: mine.numel()] = mine
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded, group=self.group)
+        return [part[: int(n)] for part, n in zip(parts, lengths, strict=True)]
+
+    def union(self, here: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Indices of weights that some ranks have, on all of them; without those that nobody has. On the CPU."""
+        found = {}
+        for name in names:
+            parts = self.gather(here.get(name, torch.empty(0, dtype=torch.int64, device=self.device)).long())
+            longest = max(parts, key=torch.Tensor.numel)
+            if longest.numel():
+                found[name] = longest.cpu()
+        return found
+
+    def sum(self, number: int) -> int:
+        if self.group is None:
+            return number
+        total = torch.tensor([number], device=self.device)
+        dist.all_reduce(total, group=self.group)
+        return int(total)
+
+
+# Scores of weight `number`, on its owner; others take part in what it needs of them, and get None.
+Scorer = Callable[[int, bool], "torch.Tensor | None"]
+
+
+def choose_each(scorer: Scorer, counts: Sequence[int], ranks: Ranks) -> tuple[list[torch.Tensor], int]:
+    """Of every weight its own count. The indices on all ranks, and how many were near the last one chosen."""
+    found, near = [], 0
+    for number, count in enumerate(counts):
+        scores = scorer(number, ranks.owns(number))
+        mine = None if scores is None else best(scores, count)
+        near += 0 if mine is None else mine.near
+        found.append(ranks.from_owner(number, None if mine is None else mine.indices.to(ranks.device), torch.int64))
+    return found, ranks.sum(near)
+
+
+def choose_together(scorer: Scorer, num_weights: int, count: int, ranks: Ranks) -> tuple[list[torch.Tensor], int]:
+    """The best of all weights together: of no rank more than `count` candidates are held or travel."""
+    scores = torch.empty(0, dtype=torch.float64, device=ranks.device)
+    owners = torch.empty(0, dtype=torch.int64, device=ranks.device)
+    indices = torch.empty(0, dtype=torch.int64, device=ranks.device)
+    for number in range(num_weights):
+        here = scorer(number, ranks.owns(number))
+        if here is None:
+            continue
+        kept = best(here, min(count + 1, here.numel())).indices  # one more, which may be near the last
+        scores = torch.cat([scores, here.double().to(ranks.device)[kept]])
+        owners = torch.cat([owners, torch.full_like(kept, number)])
+        indices = torch.cat([indices, kept])
+        trimmed = best(scores, count + 1).indices
+        scores, owners, indices = scores[trimmed], owners[trimmed], indices[trimmed]
+    scores, owners, indices = (torch.cat(ranks.gather(part)) for part in (scores, owners, indices))
+    order = torch.argsort(owners, stable=True)  # indices of one weight come from one rank, sorted
+    chosen = best(scores[order], count)
+    owners, indices = owners[order][chosen.indices], indices[order][chosen.indices]
+    return [indices[owners == number] for number in range(num_weights)], chosen.near
+
+
+def choose_above(scorer: Scorer, num_weights: int, least: float, ranks: Ranks) -> tuple[list[torch.Tensor], int]:
+    """All whose score is more than `least`."""
+    found, near = [], 0
+    for number in range(num_weights):
+        scores = scorer(number, ranks.owns(number))
+        mine = None
+        if scores is not None:
+            mine = (scores > least).nonzero()[:, 0].to(ranks.device)
+            near += int(((scores - least).abs() <= NEAR * abs(least)).sum())
+        found.append(ranks.from_owner(number, mine, torch.int64))
+    return found, ranks.sum(near)

@@ -1,0 +1,164 @@
+"""The sparse layers that this rank computes: their values in the weights, and all that is known of them beside that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from checkpointing import Piece
+from trainer.config import Granularity, Growth, Reselection, Sparse
+from trainer.methods.sparse.attach import targets_of
+from trainer.methods.sparse.choosing import Ranks
+from trainer.methods.sparse.entry_optimizers import EntryAdamW, accumulators
+from trainer.methods.sparse.layer import VALUES, SparseLayer, index_dtype, sparse_layers
+from trainer.methods.sparse.places import Place, assemble, by_name, put_back
+from trainer.methods.sparse.reselect import Candidates, Entries
+from trainer.parallel.engine import TrainingEngine
+
+Gathered = dict[str, tuple[Entries, dict[str, torch.Tensor]]]  # by layer; moments by the optimizer's name for them
+
+
+@dataclass
+class State:
+    """What is known of one weight beside what trains of it."""
+
+    settled: Entries  # changed, and trained no more
+    candidates: Candidates
+
+
+@dataclass(frozen=True)
+class Known:
+    """Of all layers of a model, before an engine takes its part of them."""
+
+    layers: Mapping[str, SparseLayer]
+    shapes: Mapping[str, tuple[int, int]]  # of every targeted weight, sparse or not
+
+    @staticmethod
+    def of(model: nn.Module, method: Sparse) -> Known:
+        targets = targets_of(model, method)
+        return Known(sparse_layers(model), {name: (t.rows, t.columns) for name, (_, t) in targets.items()})
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The entries, columns or rows that train of each."""
+        return {name: layer.sparse_indices.numel() for name, layer in self.layers.items()}
+
+
+class Trained:
+    """Every method is collective over the ranks that hold the same layers."""
+
+    def __init__(self, inner: TrainingEngine, known: Known, method: Sparse) -> None:
+        self.inner, self.method, self.sizes = inner, method, known.sizes
+        here = inner.parameter_names()  # of a pipeline's stage those of its layers
+        self.layers = {name: layer for name, layer in known.layers.items() if f"{name}.weight" in here}
+        self.ranks = Ranks.of(inner.layer_group, inner.device)
+        self.first = inner.data_rank == 0  # whether this rank computes the first of a step's micro-batches
+        self.speaks = self.first and inner.tensor_rank == 0
+        self.states = {n: self._no_state(shape) for n, shape in known.shapes.items() if f"{n}.weight" in here}
+        for layer in self.layers.values():
+            layer.first_here = self.first
+        self.locate()
+
+    def _no_state(self, shape: tuple[int, int]) -> State:
+        dtype = torch.bfloat16 if self.method.bf16_weights else torch.float32
+        none = Entries.none(index_dtype(shape), dtype, self.inner.device)
+        return State(none, Candidates.of(none.indices))
+
+    def shards(self) -> list[Piece]:
+        """What the engine holds here. Not collective."""
+        return [piece for piece in self.inner.pieces() if isinstance(piece, Piece)]
+
+    def weights(self) -> dict[str, list[Piece]]:
+        """The pieces of every layer's weight on this rank, none where it has none."""
+        held = by_name(self.shards(), lambda name: name.endswith(".weight"))
+        return {name: list(held.get(f"model/{name}.weight", ())) for name in self.states}
+
+    def locate(self) -> None:
+        """Find where the entries lie in this rank's shards, after they have changed."""
+        for layer in self.layers.values():
+            layer.forget()
+        weights = self.weights()
+        self._places = {n: Place(weights[n], one.sparse_indices, one.granularity) for n, one in self.layers.items()}
+        self._settled = {
+            name: Place(weights[name], state.settled.indices, Granularity.element)
+            for name, state in self.states.items()
+            if state.settled.indices.numel()
+        }
+
+    def write(self) -> None:
+        """Values into the weights."""
+        layers = list(self.layers.items())
+        values = self.inner.whole([layer.sparse_values for _, layer in layers])
+        for (name, layer), value in zip(layers, values, strict=True):
+            self._places[name].write(layer.sparse_originals, value)
+        self.inner.written([layer.weight for _, layer in layers])
+
+    def publish(self) -> None:
+        """After entries, values or what is settled were replaced."""
+        self.locate()
+        for name, place in self._settled.items():
+            place.write(self.states[name].settled.originals, self.states[name].settled.values)
+        self.write()
+
+    def revert(self) -> None:
+        """The base, bit for bit, in every weight. Not collective."""
+        for name, layer in self.layers.items():
+            self._places[name].revert(layer.sparse_originals)
+        for name, place in self._settled.items():
+            place.revert(self.states[name].settled.originals)
+
+    def gathered(self) -> Gathered:
+        """The whole entries and moments of every layer, on all ranks."""
+        held = by_name(self.shards(), lambda name: f".{VALUES}" in name)
+        found: Gathered = {}
+        for name, layer in self.layers.items():
+            shape = tuple(layer.sparse_originals.shape)
+
+            def whole(full: str, shape: tuple[int, ...] = shape) -> torch.Tensor:
+                return assemble(held.get(full, []), self.ranks.group, self.inner.device, shape=shape)
+
+            values = whole(f"model/{name}.{VALUES}")
+            moments = {key: whole(f"optim/{name}.{VALUES}/{key}") for key in self._moments}
+            found[name] = Entries(layer.sparse_indices.clone(), values, layer.sparse_originals.clone()), moments
+        return found
+
+    @property
+    def _moments(self) -> tuple[str, ...]:
+        return () if self._has_accumulators else EntryAdamW.MOMENTS
+
+    def put_back(self, news: Gathered) -> None:
+        """Replace the values and moments of entries that have changed."""
+        held = by_name(self.shards(), lambda name: f".{VALUES}" in name)
+        for name, (entries, moments) in news.items():
+            put_back(held.get(f"model/{name}.{VALUES}", []), entries.values)
+            for key, whole in moments.items():
+                put_back(held.get(f"optim/{name}.{VALUES}/{key}", []), whole)
+        self.inner.publish()
+        self.publish()
+
+    @property
+    def _has_accumulators(self) -> bool:
+        return self.method.schedule is Reselection.regrow and self.method.growth is Growth.sm3
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds beside the engine's own, the same on all ranks that hold a layer."""
+        found: dict[str, torch.Tensor] = {}
+        for name, state in self.states.items():
+            if self.method.schedule in (Reselection.renew, Reselection.narrow):
+                found |= {f"method/{name}/settled_{key}": tensor for key, tensor in vars(state.settled).items()}
+            if self.method.schedule is Reselection.regrow and self.method.growth is Growth.gradient:
+                found |= {f"method/{name}/candidate_{key}": tensor for key, tensor in vars(state.candidates).items()}
+            if self._has_accumulators and name in self.layers:
+                rows, columns = accumulators(self.layers[name])
+                found |= {f"method/{name}/sm3_rows": rows, f"method/{name}/sm3_columns": columns}
+        return found
+
+    def make_room(self, name: str, length: int) -> None:
+        """For what a checkpoint holds under a name of `tensors`."""
+        _, layer, key = name.split("/")
+        kind, _, part = key.partition("_")
+        owner = self.states[layer].settled if kind == "settled" else self.states[layer].candidates
+        setattr(owner, part, getattr(owner, part).new_zeros(length))
