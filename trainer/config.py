@@ -483,6 +483,16 @@ def as_json(config: Config) -> dict[str, Any]:
     return {**plain(config), "choices": {group: choice_of(config, group) for group in CHOICES}}
 
 
+def from_json(saved: dict[str, Any]) -> Config:
+    """What `as_json` gave, as a checkpoint holds it; options that a later release added have their defaults."""
+    choices = {group: CHOICES[group][name]() for group, name in saved["choices"].items()}
+    plain = {key: value for key, value in saved.items() if key != "choices"}
+    merged = OmegaConf.merge(OmegaConf.structured(Config(**choices)), plain)
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    return config
+
+
 def as_yaml(config: Config) -> str:
     """The resolved configuration, for a person."""
     return OmegaConf.to_yaml(OmegaConf.create(as_json(config)))

@@ -7,7 +7,7 @@ from torch import nn
 from checkpointing import External, external_of, parameter_names
 from checkpointing.collective import Team
 from trainer.config import Config, HuggingFace
-from trainer.methods.added import is_added
+from trainer.methods.sparse.layer import VALUES
 
 
 def externals_of(model: nn.Module, config: Config, rank: int, size: int) -> list[External]:
@@ -25,3 +25,9 @@ def externals_of(model: nn.Module, config: Config, rank: int, size: int) -> list
         External(f"model/{name}", parameter.dtype, tuple(parameter.shape), source, digests[own[name]])
         for name, parameter in base.items()
     ]
+
+
+def is_added(name: str) -> bool:
+    """Whether a parameter of this name is a method's, and not the base's."""
+    parts = name.split(".")
+    return parts[-1] == VALUES or any(part.startswith("lora_") for part in parts)

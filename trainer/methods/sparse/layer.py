@@ -237,7 +237,8 @@ def _pattern(rows: torch.Tensor, columns: torch.Tensor, shape: tuple[int, int]) 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         # One number stands for all of them: the product takes their places only.
-        return torch.sparse_csr_tensor(starts, columns.int(), torch.zeros(rows.numel()), shape)
+        zeros = torch.zeros(rows.numel())
+        return torch.sparse_csr_tensor(starts, columns.int(), zeros, shape, check_invariants=False)
 
 
 def _with_dtype(pattern: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

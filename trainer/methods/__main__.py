@@ -1,0 +1,170 @@
+"""`python -m trainer.methods stats|delta|compose|merge|apply|revert`: what fine-tuning changed, in and out of a model.
+
+    stats A [B] [--json]       density and change of every layer of run A; with B the sparsity of the difference
+    delta RUN FILE             the difference from the base, as a small file
+    compose FILE FILE... OUT   the sum of several differences from one base
+    merge RUN DIR              the fine-tuned model, as a Hugging Face directory with its tokenizer
+    apply MODEL FILE DIR       a Hugging Face directory with a difference put into it
+    revert MODEL FILE DIR      and taken out again, bit for bit
+
+RUN, A and B are run directories, directories of generations, or one generation. Exit status 2: refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from checkpointing import CheckpointError, parameter_names
+from trainer.config import HuggingFace
+from trainer.errors import Refused
+from trainer.methods.deltas import Applied, Delta, compose, take_out
+from trainer.methods.statistics import as_rows, changes, compare
+from trainer.methods.tuned_runs import Tuned
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    stats = commands.add_parser("stats")
+    stats.add_argument("a", type=Path, metavar="A")
+    stats.add_argument("b", type=Path, metavar="B", nargs="?")
+    stats.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    for name, paths in (("delta", ("run", "file")), ("merge", ("run", "dir"))):
+        command = commands.add_parser(name)
+        for path in paths:
+            command.add_argument(path, type=Path, metavar=path.upper())
+    for name in ("apply", "revert"):
+        command = commands.add_parser(name)
+        for path in ("model", "file", "dir"):
+            command.add_argument(path, type=Path, metavar=path.upper())
+    added = commands.add_parser("compose")
+    added.add_argument("files", type=Path, nargs="+", metavar="FILE", help="the last one is written")
+    arguments = parser.parse_args(argv)
+    try:
+        return int(_COMMANDS[arguments.command](arguments) or 0)
+    except (Refused, CheckpointError, OSError) as error:
+        print(f"trainer.methods: {error}", file=sys.stderr)
+        return 2
+
+
+def _stats(arguments: argparse.Namespace) -> None:
+    run = Tuned.open(arguments.a)
+    if arguments.b is None:
+        rows = as_rows(changes(run.delta()))
+    else:
+        rows = list(compare(run.weights(), dict(Tuned.open(arguments.b).weights())))
+    if arguments.json:
+        print(json.dumps({"layers": rows, "total": _total(rows)}))
+        return
+    if not rows:
+        print("nothing has changed")
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in [*rows, _total(rows)]:
+        print(f"{row['name']:{width}}  {_line(row)}")
+
+
+def _total(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    numel = sum(row["numel"] for row in rows)
+    total: dict[str, Any] = {"name": "all", "numel": numel}
+    for key in ("selected", "equal", "close"):
+        if rows and key in rows[0]:
+            total[key] = sum(row[key] for row in rows)
+    if "selected" in total:
+        total["density"] = total["selected"] / numel
+        total["changed"] = sum(row["changed"] * row["numel"] for row in rows) / numel
+    total["largest"] = max((row["largest"] for row in rows), default=0.0)
+    return total
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "selected" in row:
+        rms = f", rms {row['rms']:.2e}" if "rms" in row else ""
+        return (
+            f"{row['selected']:>12,} of {row['numel']:>14,} ({row['density']:.3%}), {row['changed']:.3%} changed, "
+            f"at most {row['largest']:.2e}{rms}"
+        )
+    equal, close = (row[key] / max(row["numel"], 1) for key in ("equal", "close"))
+    return f"{row['numel']:>14,}  {equal:8.3%} equal, {close:8.3%} within 1e-5, at most {row['largest']:.2e} apart"
+
+
+def _delta(arguments: argparse.Namespace) -> None:
+    delta = Tuned.open(arguments.run).delta()
+    delta.save(arguments.file)
+    print(f"{delta.count:,} entries of {len(delta.shapes)} weights, {arguments.file.stat().st_size / 1e6:.1f} MB")
+
+
+def _compose(arguments: argparse.Namespace) -> None:
+    *given, out = arguments.files
+    if len(given) < 2:
+        raise Refused("compose takes at least two files and the one to write: compose A.safetensors B.safetensors OUT")
+    total = compose([Delta.load(path) for path in given])
+    total.save(out)
+    print(f"{total.count:,} entries of {len(total.shapes)} weights")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    run = Tuned.open(arguments.run)
+    model: Any = run.merged()
+    model.save_pretrained(arguments.dir)
+    if isinstance(run.config.model, HuggingFace):
+        AutoTokenizer.from_pretrained(run.config.model.path, revision=run.config.model.revision).save_pretrained(
+            arguments.dir
+        )
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {arguments.dir}")
+
+
+def _open(path: Path) -> nn.Module:
+    if not (path / "config.json").is_file():
+        raise Refused(f"{path} is no Hugging Face directory: it has no config.json. `merge` writes one.")
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    return model
+
+
+def _apply(arguments: argparse.Namespace) -> None:
+    model: Any = _open(arguments.model)
+    Applied(model, Delta.load(arguments.file))
+    model.save_pretrained(arguments.dir)
+
+
+def _revert(arguments: argparse.Namespace) -> None:
+    model: Any = _open(arguments.model)
+    delta, names = Delta.load(arguments.file), parameter_names(model)
+    if delta.low_rank:
+        raise Refused(
+            f"{next(iter(delta.low_rank))} was changed by a low-rank pair, whose sum with the weight was rounded: the "
+            "base is where it was, and does not come out of the merged model."
+        )
+    merged = {name: names[name].detach().view(-1)[entries.indices.long()] for name, entries in delta.entries.items()}
+    take_out(names, delta)
+    Applied(model, delta)  # which checks that the base is the delta's
+    if wrong := [
+        n for n, e in delta.entries.items() if not torch.equal(names[n].view(-1)[e.indices.long()], merged[n])
+    ]:
+        raise Refused(f"{wrong[0]} does not hold this delta. Give the model that `apply` or `merge` wrote with it.")
+    take_out(names, delta)
+    model.save_pretrained(arguments.dir)
+
+
+_COMMANDS: dict[str, Any] = {
+    "stats": _stats,
+    "delta": _delta,
+    "compose": _compose,
+    "merge": _merge,
+    "apply": _apply,
+    "revert": _revert,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""What a checkpoint of this trainer has trained, read without an engine: its difference from the base, its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from checkpointing import CheckpointError, Piece, describe, parameter_names
+from checkpointing.format import DTYPES, Manifest
+from checkpointing.generations import newest, read_index, read_manifest, scan
+from checkpointing.reader import GenerationReader
+from checkpointing.storage import FileStorage
+from trainer.config import Config, Granularity, Lora, Sparse, from_json, method_name
+from trainer.errors import Refused
+from trainer.methods import build
+from trainer.methods.deltas import Applied, Delta, LowRank, difference
+from trainer.methods.sparse.attach import sizes_in, targets_of
+from trainer.methods.sparse.layer import INDICES, ORIGINALS, VALUES
+from trainer.methods.sparse.reselect import Entries
+from trainer.models import build_model
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One generation, opened."""
+
+    reader: GenerationReader
+    config: Config
+
+    @staticmethod
+    def open(path: Path) -> Tuned:
+        """A run directory or a directory of generations (the newest), or one generation. `Refused` otherwise."""
+        top = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        storage, name = FileStorage(top), None
+        if (found := newest(storage)) is not None:
+            name = found.name
+        elif any(g.name == top.name and g.committed for g in scan(FileStorage(top.parent))):
+            storage, name = FileStorage(top.parent), top.name
+        if name is None:
+            raise Refused(
+                f"{path} holds no committed generation. `python -m checkpointing ls {path}` shows what is there."
+            )
+        try:
+            manifest = read_manifest(storage, name)
+            state = read_index(storage, manifest, 0).objects.get("trainer")
+        except CheckpointError as error:
+            raise Refused(
+                f"{path} cannot be read: {error}. `python -m checkpointing verify {path}` says more."
+            ) from None
+        if not isinstance(state, dict) or "config" not in state:
+            raise Refused(f"{path} was not written by this trainer. `python -m checkpointing inspect {path}` shows it.")
+        return Tuned(GenerationReader(storage, manifest), from_json(state["config"]))
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.reader.manifest
+
+    def tensor(self, name: str) -> torch.Tensor:
+        stored = self.manifest.stored_name(name)
+        about = self.manifest.tensors[stored]
+        found = torch.zeros(about.shape, dtype=DTYPES[about.dtype])
+        self.reader.load([Piece(stored, found, (0,) * found.dim(), tuple(about.shape))])
+        return found
+
+    def base(self) -> nn.Module:
+        """The model before it was fine-tuned, as this machine has it."""
+        config = self.config
+        model = build_model(config.model, seq_len=config.train.seq_len, seed=config.train.seed)
+        if isinstance(config.method, Sparse) and config.method.bf16_weights:
+            for layer, _ in targets_of(model, config.method).values():
+                weight: Any = layer.weight
+                weight.data = weight.data.to(torch.bfloat16)
+        return model
+
+    def delta(self, base: nn.Module | None = None) -> Delta:
+        """The difference from the base: of a sparse run as it is stored, of others where weights differ."""
+        if isinstance(self.config.method, Lora):
+            raise Refused("The difference of a LoRA is its adapter, not entries. `merge` writes the merged model.")
+        base = self.base() if base is None else base
+        if sizes_in(self.manifest):
+            return self._sparse(base)
+        names = {n: p for n, p in parameter_names(base).items() if f"model/{n}" in self._stored()}
+        tuned = {name: self.tensor(f"model/{name}") for name in names}
+        return difference(names, tuned, method_name(self.config))
+
+    def _stored(self) -> set[str]:
+        return {*self.manifest.tensors, *self.manifest.aliases}
+
+    def _sparse(self, base: nn.Module) -> Delta:
+        method = self.config.method
+        assert isinstance(method, Sparse)
+        found = Delta(method=method.name)
+        stored = self._stored()
+        for layer, (module, target) in targets_of(base, method).items():
+            name, shape = f"{layer}.weight", (target.rows, target.columns)
+            entries: Entries | None = None
+            if f"model/{layer}.{VALUES}" in stored:
+                indices, originals = (self.tensor(f"buffer/{layer}.{part}") for part in (INDICES, ORIGINALS))
+                entries = _flat(indices, self.tensor(f"model/{layer}.{VALUES}"), originals, target.granularity, shape)
+            if f"method/{layer}/settled_indices" in stored:
+                settled = Entries(*(self.tensor(f"method/{layer}/settled_{key}") for key in vars(_NOTHING)))
+                entries = settled if entries is None else entries.joined(settled)
+            if f"model/{layer}.lora_A.weight" in stored:
+                a, b = (self.tensor(f"model/{layer}.lora_{part}.weight") for part in "AB")
+                found.low_rank[name] = LowRank(a, b, isinstance(module, Conv1D))
+            elif entries is not None and entries.indices.numel():
+                found.entries[name] = entries
+            else:
+                continue
+            found.shapes[name] = shape
+        return found
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter of the fine-tuned model, by name."""
+        for name, parameter in parameter_names(self.merged()).items():
+            yield name, parameter.detach()
+
+    def merged(self) -> nn.Module:
+        """The fine-tuned model, with what was trained in its weights."""
+        if isinstance(self.config.method, Lora):
+            return self._merged_lora()
+        model = self.base()
+        Applied(model, self.delta(model)) if sizes_in(self.manifest) else self._fill(model)
+        return model
+
+    def _fill(self, model: nn.Module) -> None:
+        stored = self._stored()
+        self.reader.load(
+            [p for p in describe(model) if p.name in stored and self.manifest.stored_name(p.name) == p.name]
+        )
+
+    def _merged_lora(self) -> nn.Module:
+        model: Any = build(self.config)
+        self._fill(model)
+        merged: nn.Module = model.merge_and_unload()
+        return merged
+
+
+_NOTHING = Entries.none(torch.int32, torch.float32, torch.device("cpu"))
+
+
+def _flat(
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    originals: torch.Tensor,
+    granularity: Granularity,
+    shape: tuple[int, int],
+) -> Entries:
+    """Entries one by one, of whole columns or rows."""
+    if granularity is Granularity.element:
+        return Entries(indices, values, originals)
+    rows, columns = torch.arange(shape[0]), torch.arange(shape[1])
+    if granularity is Granularity.inputs:
+        columns = indices.long()
+    else:
+        rows = indices.long()
+    flat = (rows[:, None] * shape[1] + columns[None]).reshape(-1)
+    return Entries(flat.to(indices.dtype), values.reshape(-1), originals.reshape(-1))
