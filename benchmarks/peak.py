@@ -12,6 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+def parts_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The dense tensors that a sparse one is made of; itself where it is dense."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout is torch.sparse_csr:
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return (tensor,)
+
+
 class Peak(TorchDispatchMode):
     """`most` is in bytes: of the tensors held at the start, and of every operation's outputs while they live.
 
@@ -30,8 +39,9 @@ class Peak(TorchDispatchMode):
         return sum(storage.nbytes() for storage in self._storages.values())
 
     def _add(self, tensor: torch.Tensor) -> None:
-        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
-        self._storages[storage._cdata] = storage
+        for part in parts_of(tensor.to_local() if isinstance(tensor, DTensor) else tensor):
+            storage = part.untyped_storage()
+            self._storages[storage._cdata] = storage
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):  # it has no memory: what it does with its local part has

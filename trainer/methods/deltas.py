@@ -30,7 +30,7 @@ _PARTS = ("indices", "values", "originals")
 
 @dataclass
 class LowRank:
-    """`B A` on top of a weight: A is (rank, inputs), B (outputs, rank); the weight of a `transposed` one lies across."""
+    """`B A` on top of a weight: A is (rank, inputs), B (outputs, rank); of a `transposed` weight across."""
 
     A: torch.Tensor
     B: torch.Tensor

@@ -201,10 +201,10 @@ class Pipeline:
         self.num_stages = stages_of(self.size, schedule)
         self.indices = list(range(self.at, self.num_stages, self.size))
         self._whole, self._low = inside(model), low
-        self._names: dict[nn.Parameter, list[str]] = {}
+        names: dict[nn.Parameter, list[str]] = {}  # not kept: it would keep what other stages have
         for name, parameter in parameter_names(model).items():
-            self._names.setdefault(parameter, []).append(name)
-        self.tied = next((names for names in self._names.values() if len(names) > 1), [])
+            names.setdefault(parameter, []).append(name)
+        self.tied = next((found for found in names.values() if len(found) > 1), [])
         self._num_layers = len(blocks(model))
         self.model = self._cut([n for index in self.indices for n in self._layers(index)], self.indices)
         self.stages: list[Stage] = []

@@ -154,6 +154,8 @@ class _Cutter:
         for block in blocks(self.model):
             self._cut_block(block)
         self._cut_vocabulary()
+        # Hooks keep this object, and it must not keep whole weights.
+        self.all_names, self.replaced, self.model = {}, {}, None
 
     def _cut_block(self, block: nn.Module) -> None:
         family = self.family

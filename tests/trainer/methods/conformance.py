@@ -136,7 +136,7 @@ def trainable(trained: Trained) -> tuple[int, int, int]:
     return (
         sum(p.numel() for p in names.values()),
         in_groups,
-        sum(torch.Size(stored[f"model/{name}"].shape).numel() for name in names),
+        sum(torch.Size(stored[f"model/{n}"].shape).numel() for n in names if f"model/{n}" in stored),
     )
 
 
