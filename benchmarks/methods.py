@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,7 @@ def dense_parts(tree: Any) -> list[torch.Tensor]:
 def on_rank(rank: int, port: int, directory: str, overrides: list[str], model: list[str], steps: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    sys.stdout = sys.stderr
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     world, device = World.from_environment(), torch.device("cpu")
@@ -358,7 +360,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     model, full = (SMALL, False) if arguments.small else (MODEL, True)
-    rows = measure_one_process(model, arguments.pairs, full) + measure_engines(arguments.engines, model, full)
+    with redirect_stdout(sys.stderr):  # what engines say is no part of the report
+        rows = measure_one_process(model, arguments.pairs, full) + measure_engines(arguments.engines, model, full)
     return finish("methods", rows, as_json=arguments.json)
 
 

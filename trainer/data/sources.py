@@ -58,13 +58,18 @@ def load_corpus(config: Data, tokenizer: Tokenizer, seq_len: int) -> Corpus:
     return corpus
 
 
-def _stdlib(tokenizer: Tokenizer, seq_len: int) -> Corpus:
+def stdlib_files() -> dict[str, Path]:
+    """The source files of the running Python's standard library, by their path in it."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = {
+    return {
         path.relative_to(root).as_posix(): path
         for path in sorted(root.rglob("*.py"))
         if not STDLIB_LEFT_OUT & set(path.relative_to(root).parts)
     }
+
+
+def _stdlib(tokenizer: Tokenizer, seq_len: int) -> Corpus:
+    root, files = Path(sysconfig.get_path("stdlib")), stdlib_files()
     held_out = held_out_files({name: path.stat().st_size for name, path in files.items()})
     if len(held_out) == len(files):
         raise Refused(f"The standard library in {root} holds no source text. Choose data=text data.path=FILE.")

@@ -1,0 +1,108 @@
+"""`python -m trainer.methods`, on runs of the trainer itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.models import save_tiny_model
+from tests.worlds import train
+from trainer.methods.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sparse runs and one with promoted weights, of one Hugging Face model."""
+    top = tmp_path_factory.mktemp("runs")
+    save_tiny_model(top / "base")
+    (top / "text.txt").write_text("all work and no play makes jack a dull boy. " * 60)
+    shared = ["model=hf", f"model.path={top / 'base'}", "data=text", f"data.path={top / 'text.txt'}", "tracking=none"]
+    shared += ["train.steps=4", "train.seq_len=16", "train.global_batch=2", "eval.generate_tokens=0", "eval.samples=2"]
+    shared += ["optimizer.lr=0.01", "schedule.warmup_steps=0"]
+    for name, more in (
+        ("a", ["method=lift", "method.every=2", "method.budget_rank=1"]),
+        ("b", ["method=random_sparse", "method.budget_rank=2"]),
+        ("spt", ["method=spt", "method.promote_rank=2", "method.density=0.05"]),
+        ("lora", ["method=lora"]),
+    ):
+        train([*shared, *more, f"run.dir={top / name}"])
+    return top
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    model: Any = AutoModelForCausalLM.from_pretrained(path)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def equal(left: Path, right: Path) -> bool:
+    a, b = weights(left), weights(right)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def run(*arguments: str | Path) -> int:
+    return main([str(one) for one in arguments])
+
+
+def test_a_difference_in_and_out_of_a_hugging_face_model(runs: Path, tmp_path: Path) -> None:
+    assert run("delta", runs / "a", tmp_path / "a") == 0 and run("merge", runs / "a", tmp_path / "merged") == 0
+    assert run("apply", runs / "base", tmp_path / "a", tmp_path / "applied") == 0
+    assert equal(tmp_path / "applied", tmp_path / "merged") and not equal(tmp_path / "applied", runs / "base")
+    assert run("revert", tmp_path / "merged", tmp_path / "a", tmp_path / "back") == 0
+    assert equal(tmp_path / "back", runs / "base")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "<end>"
+    # The file is small: of every entry an index, a value and the original.
+    assert (tmp_path / "a").stat().st_size < 0.2 * (runs / "base" / "model.safetensors").stat().st_size
+
+
+def test_two_differences_add_up(runs: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert run("delta", runs / name, tmp_path / name) == 0
+    assert run("compose", tmp_path / "a", tmp_path / "b", tmp_path / "both") == 0
+    assert run("apply", runs / "base", tmp_path / "both", tmp_path / "applied") == 0
+    for name in ("a", "b"):
+        assert run("merge", runs / name, tmp_path / f"{name}-merged") == 0
+    base, a, b, both = (
+        weights(p) for p in (runs / "base", tmp_path / "a-merged", tmp_path / "b-merged", tmp_path / "applied")
+    )
+    for name, start in base.items():
+        torch.testing.assert_close(both[name] - start, (a[name] - start) + (b[name] - start), rtol=1e-5, atol=1e-7)
+    assert run("revert", tmp_path / "applied", tmp_path / "both", tmp_path / "back") == 0
+    assert equal(tmp_path / "back", runs / "base")
+
+
+def test_statistics_of_a_run_and_of_the_difference_of_two(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("stats", runs / "b", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["total"]["selected"] == sum(row["selected"] for row in found["layers"]) > 0
+    assert run("stats", runs / "a", runs / "a") == 0
+    assert "100.000% equal, 100.000% within 1e-5" in capsys.readouterr().out.splitlines()[-1]
+    assert run("stats", runs / "a", runs / "lora", "--json") == 0
+    total = json.loads(capsys.readouterr().out)["total"]
+    assert 0 < total["equal"] < total["numel"] and total["equal"] <= total["close"]
+    assert run("stats", runs / "b") == 0
+    assert "of" in capsys.readouterr().out
+
+
+def test_what_cannot_be_done_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("delta", runs / "spt", tmp_path / "spt") == 0 and run("merge", runs / "spt", tmp_path / "merged") == 0
+    assert run("apply", runs / "base", tmp_path / "spt", tmp_path / "applied") == 0
+    assert equal(tmp_path / "applied", tmp_path / "merged")
+    assert run("delta", runs / "b", tmp_path / "b") == 0
+    for arguments, why in (
+        (("revert", tmp_path / "merged", tmp_path / "spt", tmp_path / "x"), "was changed by a low-rank pair"),
+        (("revert", runs / "base", tmp_path / "b", tmp_path / "x"), "does not hold this delta"),
+        (("apply", tmp_path / "merged", tmp_path / "b", tmp_path / "x"), "is not what the delta was trained on"),
+        (("apply", tmp_path, tmp_path / "b", tmp_path / "x"), "is no Hugging Face directory"),
+        (("compose", tmp_path / "b", tmp_path / "x"), "compose takes at least two files"),
+        (("stats", tmp_path / "nowhere"), "holds no committed generation"),
+    ):
+        capsys.readouterr()
+        assert run(*arguments) == 2
+        error = capsys.readouterr().err
+        assert why in error and error.count("\n") == 1
+        assert not (tmp_path / "x").exists()

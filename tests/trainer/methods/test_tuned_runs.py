@@ -1,0 +1,65 @@
+"""What is read from a checkpoint without an engine: of every method, from every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.matrix import LAYOUTS, start
+from checkpointing import parameter_names, save
+from tests.trainer.methods.conformance import Trained, base_model, overrides, save_to
+from tests.worlds import WORLD
+from trainer.errors import Refused
+from trainer.methods.deltas import Applied
+from trainer.methods.tuned_runs import Tuned
+
+
+def train_under(layout: str, directory: Path) -> None:
+    started = start([*overrides("lift"), *LAYOUTS[layout][1]])
+    started.train(1, 6)
+    save_to(directory, started, 6)
+
+
+@pytest.mark.parametrize("layout", ["fsdp x tp", "zero 3"])
+def test_the_difference_does_not_tell_who_wrote_it(layout: str, tmp_path: Path) -> None:
+    WORLD.run(train_under, LAYOUTS[layout][0], layout, tmp_path / "many")
+    train_under("single", tmp_path / "one")
+    many, one = (Tuned.open(tmp_path / name).delta() for name in ("many", "one"))
+    assert many.shapes == one.shapes and many.count == one.count > 0
+    for name, entries in one.entries.items():
+        assert torch.equal(entries.indices, many.entries[name].indices)
+        assert torch.equal(entries.originals, many.entries[name].originals)
+        torch.testing.assert_close(entries.values, many.entries[name].values, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lift", "s2ft", "sara", "full", "perp_selective"])
+def test_base_plus_difference_is_the_merged_model(method: str, tmp_path: Path) -> None:
+    trained = Trained.by(method, tmp_path)
+    run = Tuned.open(tmp_path)
+    model = base_model(run.config)
+    Applied(model, run.delta())
+    merged, weights = dict(run.weights()), trained.weights
+    for name, parameter in parameter_names(model).items():
+        assert torch.equal(parameter, merged[name]) or method == "full", name
+        torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_full_phase_has_a_difference_too(tmp_path: Path) -> None:
+    started = start(overrides("lt_sft"))
+    started.train(1, 3)
+    save_to(tmp_path, started, 3)
+    delta = Tuned.open(tmp_path).delta()
+    assert delta.count > 10_000 and all(name.endswith("proj.weight") for name in delta.entries)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="holds no committed generation"):
+        Tuned.open(tmp_path / "nowhere")
+    save(tmp_path, 1, start([]).engine.pieces())
+    with pytest.raises(Refused, match="was not written by this trainer"):
+        Tuned.open(tmp_path)
+    Trained.by("lora", tmp_path / "lora", steps=1)
+    with pytest.raises(Refused, match="The difference of a LoRA is its adapter"):
+        Tuned.open(tmp_path / "lora").delta()
