@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.report import Row, finish
 from trainer.compose import compose
-from trainer.config import Config, method_name
+from trainer.config import Config, Reselection, Sparse, method_name
 from trainer.data.feed import Feed
 from trainer.data.sources import Corpus, load_corpus, stdlib_files
 from trainer.loop import evaluate, optimize
@@ -117,15 +117,23 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=letters[0], clean_up_tokenization_spaces=False)
 
 
-def train(config: Config, corpus: Corpus) -> Any:
-    """An engine after all steps, in this process."""
+def train(config: Config, corpus: Corpus) -> tuple[Any, int]:
+    """An engine after all steps, in this process, and how many elements it trained.
+
+    At the end: a calibration and a full phase are over then. Of a method that narrows, before it did.
+    """
     topology = resolve_topology(config.parallel, 1)
     engine = make_engine(config, build(config), topology, World(), DEVICE)
-    feed = feed_of(config, corpus)
+    feed, trains = feed_of(config, corpus), num_trained(engine)
     for step in range(1, config.train.steps + 1):
         lr = learning_rate(step, config.train.steps, config.optimizer.lr, config.schedule)
         optimize(engine, feed.step(step), lr, step)
-    return engine
+    narrows = isinstance(config.method, Sparse) and config.method.schedule is Reselection.narrow
+    return engine, trains if narrows else num_trained(engine)
+
+
+def num_trained(engine: Any) -> int:
+    return sum(p.numel() for p in getattr(engine, "inner", engine)._bare.parameters() if p.requires_grad)
 
 
 def feed_of(config: Config, corpus: Corpus) -> Feed:
@@ -147,7 +155,7 @@ def held_out_loss(engine: Any, config: Config, corpus: Corpus, samples: int = 0)
 
 def make_base(directory: Path, steps: int) -> None:
     config = compose(["train.micro_batch=8", f"train.steps={steps}"])
-    engine = train(config, load_corpus(config.data, load_tokenizer(config.model), config.train.seq_len))
+    engine, _ = train(config, load_corpus(config.data, load_tokenizer(config.model), config.train.seq_len))
     engine._bare.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
 
@@ -205,9 +213,7 @@ class Study:
     def tune(self, method: str, rate: float) -> Tuned:
         overrides = [one.format(**self.words) if "densities" not in one else one for one in METHODS[method]]
         config = compose([*self.shared("validation"), f"method={method}", *overrides, f"optimizer.lr={rate}"])
-        engine = train(config, self.validation)
-        inner = getattr(engine, "inner", engine)
-        trains = sum(p.numel() for p in inner._bare.parameters() if p.requires_grad)
+        engine, trains = train(config, self.validation)
         return Tuned(method_name(config), rate, trains, *self.losses(engine, config))
 
 

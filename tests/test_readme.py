@@ -66,6 +66,12 @@ def test_the_demonstration_and_the_comparison(tmp_path: Path) -> None:
         run_block(block("comparison"), tmp_path)
 
 
+def test_a_sparse_run_and_what_comes_out_of_it(tmp_path: Path) -> None:
+    output = run_block(block("methods"), tmp_path)
+    assert "selected   step 0: " in output and "entries of 28 weights" in output
+    assert (tmp_path / "sparse.delta").stat().st_size < (tmp_path / "merged" / "model.safetensors").stat().st_size
+
+
 def test_the_setup_commands_are_those_of_this_project() -> None:
     assert block("test").startswith("python3 -m venv .venv && .venv/bin/pip install -e '.[dev]' && ")
     assert block("main job").strip().endswith("-m launch local --nproc 2")
