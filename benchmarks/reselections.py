@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import kill_tree
 from benchmarks.report import Row, absolute, finish
 from trainer.methods.deltas import Delta
 from trainer.methods.tuned_runs import Tuned
@@ -49,7 +49,7 @@ def start(overrides: Sequence[str], processes: int, directory: Path) -> subproce
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "launch", "local", "--nproc", str(processes), "--", *overrides]
     with (directory / "log").open("ab") as log:
-        return subprocess.Popen(command, cwd=directory, env=environment, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, cwd=directory, env=environment, stdout=log, stderr=log)
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -68,7 +68,7 @@ def kill_after(running: subprocess.Popen[bytes], run: Path, step: int) -> None:
         if running.poll() is not None or time.monotonic() > until:
             raise RuntimeError(f"the run did not reach step {step}: {(run.parent.parent / 'log').read_text()[-2000:]}")
         time.sleep(0.02)
-    os.killpg(running.pid, signal.SIGKILL)
+    kill_tree(running.pid)
     running.wait()
 
 

@@ -33,6 +33,7 @@ from trainer.compose import compose
 from trainer.config import Config, Reselection, Sparse, method_name
 from trainer.data.feed import Feed
 from trainer.data.sources import Corpus, load_corpus, stdlib_files
+from trainer.data.tokenizer import ByteTokenizer
 from trainer.loop import evaluate, optimize
 from trainer.methods import build
 from trainer.models import load_tokenizer
@@ -163,15 +164,14 @@ def make_base(directory: Path, steps: int) -> None:
 class Study:
     """The base, the task and the corpora, read once."""
 
-    def __init__(self, base: Path, task: Path, steps: int) -> None:
-        self.steps, self.base, self.task = steps, base, task
+    def __init__(self, base: Path, task: Path, steps: int, samples: int) -> None:
+        self.steps, self.samples, self.base, self.task = steps, samples, base, task
         shared = self.shared("train")
         self.tokenizer = load_tokenizer(compose(shared).model)
         self.validation, self.test = (
             load_corpus(compose(self.shared(part)).data, self.tokenizer, SEQ_LEN) for part in ("validation", "test")
         )
-        source = compose(["model=hf", f"model.path={base}", "data=stdlib"])
-        self.source = load_corpus(source.data, self.tokenizer, 128)
+        self.source = load_corpus(compose([]).data, ByteTokenizer(), 128)  # the same numbers, and fast
         plain = build(compose(shared))
         linear = [m.weight for n, m in plain.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
         self.count = sum(RANK * sum(weight.shape) for weight in linear)
@@ -200,9 +200,9 @@ class Study:
 
     def losses(self, engine: Any, config: Config) -> tuple[float, float, float]:
         return (
-            held_out_loss(engine, config, self.validation),
-            held_out_loss(engine, config, self.test),
-            held_out_loss(engine, config, self.source, 128),
+            held_out_loss(engine, config, self.validation, self.samples),
+            held_out_loss(engine, config, self.test, self.samples),
+            held_out_loss(engine, config, self.source, self.samples or 128),
         )
 
     def untouched(self) -> Tuned:
@@ -222,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--base-steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--samples", type=int, default=0, help="held-out samples of each part; 0: all")
     parser.add_argument("--rates", type=int, default=3, help="learning rates tried, of three")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=[*METHODS], metavar="NAME")
     arguments = parser.parse_args(argv)
@@ -231,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         base, task = Path(directory, "base"), Path(directory)
         counts = split(task)
         make_base(base, arguments.base_steps)
-        study = Study(base, task, arguments.steps)
+        study = Study(base, task, arguments.steps, arguments.samples)
         best = [study.untouched()]
         print(f"{counts}; {study.count:,} elements train; {best[0]}", file=sys.stderr, flush=True)
         for method in dict.fromkeys(["lora", *arguments.methods]):
@@ -242,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             best.append(min(tried, key=lambda one: one.validation))
     if not arguments.json:
         print(table(best))
-    full = (arguments.base_steps, arguments.steps, arguments.rates) == (800, 150, 3)
+    full = (arguments.base_steps, arguments.steps, arguments.rates, arguments.samples) == (800, 150, 3, 0)
     return finish("tuning", rows_of(best, full), as_json=arguments.json)
 
 

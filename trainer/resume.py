@@ -102,7 +102,7 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     lines += [
         f"changed since: {key} was {was}, is {now}"
         for key, (was, now) in changes.items()
-        if not key.startswith(("run.", "resume", "dry_run"))
+        if not key.startswith(("run.", "resume", "dry_run", "method.lr", "method.weight_decay"))  # of the optimizer's
     ]
     if "train.steps" in changes:
         lines.append("the learning rate follows the new train.steps from here on")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from checkpointing import CheckpointError, parameter_names
 from trainer.config import HuggingFace
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     added = commands.add_parser("compose")
     added.add_argument("files", type=Path, nargs="+", metavar="FILE", help="the last one is written")
     arguments = parser.parse_args(argv)
+    logging.disable_progress_bar()  # an error is one paragraph
     try:
         return int(_COMMANDS[arguments.command](arguments) or 0)
     except (Refused, CheckpointError, OSError) as error:

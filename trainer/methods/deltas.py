@@ -188,7 +188,7 @@ def _sum(name: str, left: Entries, right: Entries) -> Entries:
 
 
 def difference(base: Mapping[str, torch.Tensor], tuned: Mapping[str, torch.Tensor], method: str) -> Delta:
-    """Where tensors differ, of those that both have; in fp32, so that base plus value is what was tuned."""
+    """Where tensors differ, of those that both have; base plus value is what was tuned, up to rounding of fp32."""
     found = Delta(method=method)
     for name, before in base.items():
         if name not in tuned:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from trainer.config import Optimizer
+from trainer.config import Config, Optimizer
 from trainer.errors import Refused
 from trainer.parallel.optimizing import lr_scales, make_optimizer, param_groups, set_lr
 
@@ -14,7 +14,7 @@ CONFIG = Optimizer(lr=1e-3, weight_decay=0.1)
 
 def test_matrices_decay_and_vectors_do_not() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    decaying, others = make_optimizer(model, CONFIG, lr_scales(model, CONFIG)).param_groups
+    decaying, others = make_optimizer(model, Config(optimizer=CONFIG), lr_scales(model, CONFIG)).param_groups
     assert [p.shape for p in decaying["params"]] == [(4, 3)] and decaying["weight_decay"] == 0.1
     assert [p.shape for p in others["params"]] == [(4,)] * 3 and others["weight_decay"] == 0.0
 
@@ -32,7 +32,7 @@ def test_learning_rates_by_the_names_of_parameters() -> None:
     config = Optimizer(lr=1e-3, lr_scale=[r"^3\.:0.1", "^[02]:0.5"])
     scales = lr_scales(model, config)
     assert scales == {"0.weight": 0.5, "0.bias": 0.5, "1.weight": 1, "1.bias": 1, "2.weight": 0.1, "3.weight": 0.1}
-    optimizer = make_optimizer(model, config, scales)
+    optimizer = make_optimizer(model, Config(optimizer=config), scales)
     set_lr(optimizer.param_groups, 2.0)
     found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     expected = {"0.weight": (1.0, 0.1), "0.bias": (1.0, 0), "1.weight": (2.0, 0), "1.bias": (2.0, 0)}
