@@ -112,11 +112,13 @@ def undo_sparse(layer: nn.Module) -> None:
 
 
 def resize(layer: SparseLayer, count: int) -> None:
-    """Room for so many entries, columns or rows, all at the start and unchanged."""
+    """Room for so many entries, columns or rows of a whole weight: the first ones, unchanged."""
     device, shape = layer.weight.device, values_shape(layer.shape, layer.granularity, count)
     layer.register_parameter(VALUES, nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device)))
-    layer.register_buffer(INDICES, torch.arange(count, dtype=index_dtype(layer.shape), device=device))
-    layer.register_buffer(ORIGINALS, torch.zeros(shape, dtype=layer.weight.dtype, device=device))
+    indices = torch.arange(count, dtype=index_dtype(layer.shape), device=device)
+    layer.register_buffer(INDICES, indices)
+    # What the weight has there, so that going back to the base changes nothing before others are chosen or loaded.
+    layer.register_buffer(ORIGINALS, at(layer.weight, indices, layer.granularity).clone())
     layer.forget()
 
 

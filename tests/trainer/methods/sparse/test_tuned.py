@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ from benchmarks.matrix import LAYOUTS, furthest, start
 from checkpointing import External, MismatchError, Piece, load
 from tests.trainer.methods.conformance import base_model, overrides, save_to
 from tests.worlds import WORLD
+from trainer.methods import build
+from trainer.methods.tuned_runs import Tuned
+from trainer.parallel.engine import make_engine
+from trainer.parallel.world import World
+from trainer.plan import resolve_topology
 
 
 def test_entries_that_do_not_train_are_untouched_after_a_thousand_steps_in_bf16() -> None:
@@ -61,6 +67,26 @@ def test_a_checkpoint_of_either_phase_goes_on(method: str, at: int, tmp_path: Pa
     save_to(tmp_path, started, at)
     found = WORLD.run(go_on, 2, method, tmp_path, at + 1, 10)
     assert furthest(found[0], undisturbed[at:]) < 1e-5
+
+
+def test_an_engine_made_for_a_checkpoint_has_the_base_before_and_goes_on_after(tmp_path: Path) -> None:
+    """As a run that resumes makes it: of the checkpoint's sizes, without a selection of its own."""
+    undisturbed = start(overrides("spiel")).train(1, 8)
+    started: Any = start(overrides("spiel"))
+    started.train(1, 3)
+    save_to(tmp_path, started, 3)
+    config, sizes = started.config, started.engine._trained.sizes
+    topology = resolve_topology(config.parallel, 1)
+    engine: Any = make_engine(config, build(config, sizes=sizes), topology, World(), torch.device("cpu"), sizes)
+    manifest = Tuned.open(tmp_path).manifest
+    engine.pieces_for(manifest)
+    base = dict(base_model(config).named_parameters())
+    for name, layer in engine._trained.layers.items():
+        assert torch.equal(layer.weight, base[f"{name}.weight"]), name
+    load(tmp_path, engine.pieces_for)
+    engine.publish()
+    again = replace(started, engine=engine).train(4, 8)
+    assert furthest(again, undisturbed[3:]) == 0
 
 
 def test_loading_into_an_engine_that_has_trained_starts_from_the_base(tmp_path: Path) -> None:
