@@ -139,3 +139,26 @@ def test_a_tied_tensor_has_one_rate_under_both_names(layout: str, tmp_path: Path
     assert not np.allclose(alone["rows"], with_two_rates(common[:2])["rows"], rtol=2e-5)
     for found in WORLD.run(with_two_rates, size, [*common, *overrides]):
         np.testing.assert_allclose(found["rows"], alone["rows"], rtol=2e-5)
+
+
+def still_there(overrides: list[str]) -> int:
+    """Elements of the whole model's parameters that live on after an engine has taken its part of them."""
+    import gc
+    import weakref
+
+    config = compose(overrides)
+    model = build(config)
+    whole = [weakref.ref(parameter) for parameter in model.parameters()]
+    world = World.from_environment()
+    engine = make_engine(config, model, resolve_topology(config.parallel, world.size), world, torch.device("cpu"))
+    del model
+    gc.collect()
+    assert engine.world_size == world.size
+    return sum(p.numel() for one in whole if (p := one()) is not None)
+
+
+@pytest.mark.parametrize("layout", ["tp", "pp"])
+def test_a_rank_lets_go_of_what_others_have(layout: str) -> None:
+    total = sum(p.numel() for p in build(compose([]), "meta").parameters())
+    for left in WORLD.run(still_there, 2, [f"parallel={layout}"]):
+        assert left < (0.1 if layout == "tp" else 0.6) * total

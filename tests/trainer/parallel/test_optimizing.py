@@ -29,7 +29,7 @@ def test_what_is_frozen_is_in_no_group() -> None:
 def test_learning_rates_by_the_names_of_parameters() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     model[3].weight = model[2].weight  # tied: either of its names will do
-    config = Optimizer(lr=1e-3, lr_scale=[r"^3\.:0.1", "^[02]:0.5"])
+    config = Optimizer(lr=1e-3, weight_decay=0.1, lr_scale=[r"^3\.:0.1", "^[02]:0.5"])
     scales = lr_scales(model, config)
     assert scales == {"0.weight": 0.5, "0.bias": 0.5, "1.weight": 1, "1.bias": 1, "2.weight": 0.1, "3.weight": 0.1}
     optimizer = make_optimizer(model, Config(optimizer=config), scales)
