@@ -416,6 +416,7 @@ def check(config: Config) -> None:
     rates_by_pattern(config.optimizer.lr_scale)
     if isinstance(model, TinyLlama):
         _check_heads(model)
+    _check_fp16(config)
     parallel = config.parallel
     for name in ("zero_stage", "offload", "deepspeed"):
         if (value := getattr(parallel, name)) and not parallel.uses_deepspeed:
@@ -423,6 +424,20 @@ def check(config: Config) -> None:
                 f"parallel.{name}={value} is an option of DeepSpeed only. Type parallel=zero1, parallel=zero2 "
                 f"or parallel=zero3 with it, or leave it out."
             )
+
+
+def _check_fp16(config: Config) -> None:
+    """A gradient that overflowed would decide for good what trains, and a loss scale would shrink penalties."""
+    method = config.method
+    if config.precision.compute is not Compute.fp16 or not isinstance(method, Sparse):
+        return
+    early = method.selector in (Selector.gradient, Selector.squared_gradient)
+    grows = method.schedule is Reselection.regrow and method.growth is Growth.gradient
+    if early or grows or method.l1 or method.nuclear:
+        raise Refused(
+            f"method={method.name} looks at gradients or adds a penalty to them, which precision=fp16 scales. Type "
+            "precision=bf16."
+        )
 
 
 def _check_bounds(options: Any, prefix: str) -> None:

@@ -93,7 +93,7 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     passed_over = notes + passed_over
     changes = check_state(config, state, fingerprint, model)
     sizes = sizes_in(manifest) if isinstance(config.method, Sparse) else None
-    _check_model(f"{storage}/{generation.name}", manifest, build(config, "meta", sizes) if sizes else model)
+    _check_model(f"{storage}/{generation.name}", manifest, _shapes(config, sizes, model))
     lines = [
         f"{storage}/{generation.name}: step {generation.step} of {config.train.steps} is done, "
         f"saved by {manifest.world_size} processes"
@@ -111,6 +111,11 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     directories = [str(tier) for tier in tiers if any(tier is other for other, _ in found)] or [str(storage)]
     memory = next((str(tier) for tier, _ in found if isinstance(tier, MappedStorage)), None)
     return Start(generation.step, directories, memory, named, is_own, incarnation, state, lines, sizes)
+
+
+def _shapes(config: Config, sizes: dict[str, int] | None, model: nn.Module) -> nn.Module:
+    """The model as a checkpoint of a sparse run has it: of other sizes, or without any in a full phase."""
+    return model if sizes is None else build(config, "meta", sizes)
 
 
 def own_tiers(config: Config) -> list[FileStorage]:

@@ -201,5 +201,14 @@ def check_selector(config: Sparse) -> None:
             f"method.every={config.every} leaves no room for method.window={config.window} steps of accumulating "
             f"gradients. Type method.every={config.window + 1} or more."
         )
+    if config.nuclear and config.granularity is not Granularity.element:
+        raise Refused("method.nuclear is for single entries. Type method.nuclear=0, or method.granularity=element.")
+    if config.bf16_weights and (
+        config.allocator in (Allocator.whole, Allocator.threshold) or config.schedule is Reselection.rewind
+    ):
+        raise Refused(
+            "method.bf16_weights=true is for methods that train a part of every targeted weight, and here some may "
+            "stay as they are, or train whole. Type method.bf16_weights=false, or method.allocator=uniform."
+        )
     if config.promote_rank and config.schedule.name != "once":
         raise Refused("method.promote_rank is for method.schedule=once. Type method.promote_rank=0.")

@@ -67,7 +67,7 @@ class SparseLayer(nn.Module):
 
     @property
     def support(self) -> Support:
-        if self._support is None:
+        if self._support is None or self._support.rows.device != self.sparse_indices.device:  # it has moved since
             self._support = Support.of(self.sparse_indices, self.shape, self.granularity, self.share)
         return self._support
 

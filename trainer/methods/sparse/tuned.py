@@ -20,6 +20,7 @@ from checkpointing.format import Manifest
 from trainer.config import Config, Reselection, Sparse
 from trainer.data.dataset import Batch
 from trainer.elastic.randomness import derive
+from trainer.errors import TrainingFailed
 from trainer.methods.externals import externals_of
 from trainer.methods.sparse.attach import Sizes, select, settle, sizes_in, train_whole
 from trainer.methods.sparse.calibration import EARLY, Subjects, by_change, by_gradient
@@ -133,6 +134,7 @@ class TunedEngine:
 
     def step(self, lr: float, loss_scale: float | None = None) -> torch.Tensor:
         norm = self.inner.step(lr, loss_scale)
+        self.fence()  # also of a step that was left out
         self._position += 1
         if self._phase is Phase.sparse:
             self._trained.write()
@@ -239,12 +241,16 @@ class TunedEngine:
 
     def _narrow(self) -> str:
         kept, said = narrow(self._trained)
+        if not self._world.sum(sum(entries.indices.numel() for entries, _ in kept.values())):
+            raise TrainingFailed(
+                f"No entry is below method.threshold={self._method.threshold:g} any more, so nothing is left to train. "
+                "What was saved before stays as it is. Lower optimizer.lr, or raise method.threshold."
+            )
         left = self._world.union({name: entries.indices for name, (entries, _) in kept.items()}, self._names)
-        if left:
-            model = self._makes.model(None)
-            settle(model, self._method, self._config.train.seed, left)
-            self._remake(model, Phase.sparse)
-            self._trained.put_back({name: kept[name] for name in self._trained.layers})
+        model = self._makes.model(None)
+        settle(model, self._method, self._config.train.seed, left)
+        self._remake(model, Phase.sparse)
+        self._trained.put_back({name: kept[name] for name in self._trained.layers})
         return said
 
     def _penalize(self, step: int) -> None:

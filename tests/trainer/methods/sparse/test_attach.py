@@ -137,6 +137,8 @@ def test_growth_by_gradients_is_told_from_other_growth() -> None:
         (["method=lift", "method.every=0"], "needs method.every=STEPS"),
         (["method=spiel", "method.every=5"], r"Type method\.every=6 or more"),
         (["method=lift", "method.promote_rank=4"], r"Type method\.promote_rank=0"),
+        (["method=s2ft", "method.nuclear=0.1"], r"Type method\.nuclear=0"),
+        (["method=lt_sft", "method.bf16_weights=true"], r"Type method\.bf16_weights=false"),
     ],
 )
 def test_combinations_that_mean_nothing_are_refused(overrides: list[str], why: str) -> None:

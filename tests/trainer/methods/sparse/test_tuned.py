@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from benchmarks.matrix import LAYOUTS, furthest, start
 from checkpointing import External, MismatchError, Piece, load
 from tests.trainer.methods.conformance import base_model, overrides, save_to
-from tests.worlds import WORLD
+from tests.worlds import WORLD, train
+from trainer.compose import compose
+from trainer.errors import Refused
 from trainer.methods import build
 from trainer.methods.tuned_runs import Tuned
 from trainer.parallel.engine import make_engine
@@ -147,3 +150,31 @@ def test_what_was_selected_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     said = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert said[0] == "selected   step 0: 1,390 entries of 35 weights; 0 others within 1e-6 of the last one chosen"
     assert said[1].startswith("selected   step 5: 1,390 of 1,390 entries are new; ")
+
+
+@pytest.mark.parametrize("steps", [4, 7])
+def test_a_run_goes_on_from_its_directory_in_either_phase(steps: int, tmp_path: Path) -> None:
+    common = [
+        "method=lt_sft",
+        "method.every=6",
+        "tracking=none",
+        "train.seq_len=8",
+        "train.global_batch=2",
+        "eval.every=0",
+    ]
+    common += ["eval.samples=2", "eval.generate_tokens=0", "schedule=constant", "schedule.warmup_steps=0"]
+    train([*common, "train.steps=9", f"run.dir={tmp_path / 'whole'}"])
+    for last in (steps, 9):
+        train([*common, f"train.steps={last}", f"run.dir={tmp_path / 'twice'}"])
+    whole, twice = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "twice")
+    )
+    assert furthest(whole, twice) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["spiel", "spt", "sara", "lt_sft"])
+def test_what_fp16_would_make_of_gradients_is_refused(method: str) -> None:
+    with pytest.raises(Refused, match=r"Type precision=bf16"):
+        compose([f"method={method}", "precision=fp16"])
+    assert compose(["method=lift", "precision=fp16"]).method
