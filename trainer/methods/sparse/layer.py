@@ -238,8 +238,7 @@ def _pattern(rows: torch.Tensor, columns: torch.Tensor, shape: tuple[int, int]) 
     torch.cumsum(torch.bincount(rows, minlength=shape[0]), 0, out=starts[1:])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        # One number stands for all of them: the product takes their places only.
-        zeros = torch.zeros(rows.numel())
+        zeros = torch.zeros(rows.numel())  # never read: the product takes the places only
         return torch.sparse_csr_tensor(starts, columns.int(), zeros, shape, check_invariants=False)
 
 
