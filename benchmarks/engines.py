@@ -327,7 +327,9 @@ def held_by(engine: TrainingEngine) -> list[torch.Tensor]:
     """What one of our engines keeps between steps."""
     if isinstance(engine, DeepSpeedEngine):
         return held_by_deepspeed(engine._engine)
-    return [piece.tensor for piece in engine.pieces() if isinstance(piece, Piece)]
+    inner: Any = engine
+    held = [piece.tensor for piece in engine.pieces() if isinstance(piece, Piece)]
+    return held + [_local(parameter) for parameter in inner._bare.parameters()]  # frozen ones are in no checkpoint
 
 
 def _state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

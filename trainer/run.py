@@ -33,7 +33,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import Refused
 from trainer.loop import train
 from trainer.memory import footprint, plan_memory
-from trainer.methods import build
+from trainer.methods import build, build_largest
 from trainer.models import architecture, load_tokenizer
 from trainer.parallel.auto import Cluster, choose, memory_of
 from trainer.parallel.compiling import check_compiling
@@ -103,7 +103,7 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
     model = build(config, "meta")
     check_vocabulary(corpus, model)
     lr_scales(model, config.optimizer)
-    sizes, why = footprint(config, model), list[str]()
+    sizes, why = footprint(config, build_largest(config)), list[str]()
     if config.parallel.auto:
         cluster = Cluster(world.size, world.local_size, memory_of(device, world.local_size))
         schedule = config.parallel.pp_schedule

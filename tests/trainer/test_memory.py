@@ -20,11 +20,11 @@ from trainer.data.dataset import Windows
 from trainer.data.feed import Feed
 from trainer.loop import optimize
 from trainer.memory import footprint, plan_memory
-from trainer.methods import build
+from trainer.methods import build, build_largest
 from trainer.parallel.engine import make_engine
 from trainer.parallel.optimizing import lr_scales, make_optimizer
 from trainer.parallel.world import World
-from trainer.plan import Topology, plan_batch, resolve_topology
+from trainer.plan import MemoryPlan, Topology, plan_batch, resolve_topology
 
 
 def planned_over_measured(overrides: list[str]) -> float:
@@ -100,6 +100,18 @@ def test_memory_of_the_state_is_exact(method: str, shards: int) -> None:
     assert memory.gradients == math.ceil(gradients / shards)
     assert memory.optimizer == math.ceil(moments / shards)
     assert (memory.gathered > 0) == (shards > 1)
+
+
+def test_a_full_phase_is_planned_for() -> None:
+    """LT-SFT trains whole weights before it trains entries of them."""
+
+    def planned(method: str) -> MemoryPlan:
+        config = compose([f"method={method}"])
+        return plan_memory(config, footprint(config, build_largest(config)), Topology(1, 1), 2)
+
+    phases, once, whole = planned("lt_sft"), planned("random_sparse"), planned("full")
+    assert 10 * once.optimizer < phases.optimizer < whole.optimizer
+    assert phases.gradients == phases.optimizer // 2
 
 
 @pytest.mark.parametrize(("stage", "divided"), [(1, (1, 1)), (2, (1, 2)), (3, (2, 2))])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from trainer.config import Config, Lora, Method, Selective, Sparse
+from trainer.config import Config, Lora, Method, Reselection, Selective, Sparse
 from trainer.models import build_model
 
 
@@ -17,6 +17,16 @@ def build(config: Config, device: str = "cpu", sizes: Mapping[str, int] | None =
     """
     model = build_model(config.model, seq_len=config.train.seq_len, seed=config.train.seed, device=device)
     return apply_method(model, config.method, seed=config.train.seed, sizes=sizes)
+
+
+def build_largest(config: Config) -> nn.Module:
+    """On `meta`, as in the phase of the method that needs most memory."""
+    model = build(config, "meta")
+    if isinstance(config.method, Sparse) and config.method.schedule is Reselection.rewind:
+        from trainer.methods.sparse.attach import train_whole
+
+        train_whole(model, config.method)
+    return model
 
 
 def apply_method(model: nn.Module, config: Method, *, seed: int, sizes: Mapping[str, int] | None = None) -> nn.Module:

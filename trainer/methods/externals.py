@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from torch import nn
 
-from checkpointing import External, external_of, parameter_names
+from checkpointing import External, Piece, external_of, parameter_names
 from checkpointing.collective import Team
 from trainer.config import Config, HuggingFace
 from trainer.methods.sparse.layer import VALUES
@@ -25,6 +27,18 @@ def externals_of(model: nn.Module, config: Config, rank: int, size: int) -> list
         External(f"model/{name}", parameter.dtype, tuple(parameter.shape), source, digests[own[name]])
         for name, parameter in base.items()
     ]
+
+
+def frozen_of(model: nn.Module, config: Config, rank: int, size: int) -> list[External]:
+    """Those of them that do not train. Collective."""
+    trains = {f"model/{name}" for name, p in parameter_names(model).items() if p.requires_grad}
+    return [one for one in externals_of(model, config, rank, size) if one.name not in trains]
+
+
+def with_external(pieces: Iterable[Piece], external: Sequence[External]) -> list[Piece | External]:
+    """Externals in place of the pieces of the same names."""
+    names = {one.name for one in external}
+    return [*(piece for piece in pieces if piece.name not in names), *external]
 
 
 def is_added(name: str) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from checkpointing import CheckpointError, Piece, describe, parameter_names
+from checkpointing import CheckpointError, Piece, describe, external_of, parameter_names
 from checkpointing.format import DTYPES, Manifest
 from checkpointing.generations import newest, read_index, read_manifest, scan
 from checkpointing.reader import GenerationReader
@@ -69,14 +69,24 @@ class Tuned:
         return found
 
     def base(self) -> nn.Module:
-        """The model before it was fine-tuned, as this machine has it."""
+        """The model before it was fine-tuned. `Refused` where this machine has another of the same name."""
         config = self.config
         model = build_model(config.model, seq_len=config.train.seq_len, seed=config.train.seed)
         if isinstance(config.method, Sparse) and config.method.bf16_weights:
             for layer, _ in targets_of(model, config.method).values():
                 weight: Any = layer.weight
                 weight.data = weight.data.to(torch.bfloat16)
+        self._check_base(model)
         return model
+
+    def _check_base(self, model: nn.Module) -> None:
+        for name, parameter in parameter_names(model).items():
+            stored = self.manifest.external.get(f"model/{name}")
+            if stored is not None and external_of(name, parameter.detach(), "").sha256 != stored.sha256:
+                raise Refused(
+                    f"{name} of the base is not what this run was trained from, which came from {stored.source}. Put "
+                    "that model back where it was: what was trained means nothing on another."
+                )
 
     def delta(self, base: nn.Module | None = None) -> Delta:
         """The difference from the base: of a sparse run as it is stored, of others where weights differ."""
@@ -137,6 +147,7 @@ class Tuned:
 
     def _merged_lora(self) -> nn.Module:
         model: Any = build(self.config)
+        self._check_base(model)
         self._fill(model)
         merged: nn.Module = model.merge_and_unload()
         return merged

@@ -7,6 +7,7 @@ those of the torch engine and of DeepSpeed's, so a run may change between them.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -154,11 +155,16 @@ def prepare(model: nn.Module, mesh: Mesh, device: torch.device, *, compute: Comp
             accelerator = Accelerator(
                 mixed_precision=_MIXED_PRECISION[compute],
                 cpu=device.type == "cpu",
-                kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+                kwargs_handlers=[
+                    # Buffers are the same on all ranks from the start; each forward would send them once more.
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+                ],
             )
         _check_agreement(accelerator, mesh, device)
         if not accelerator.is_fsdp2:
-            return accelerator.prepare(model)  # type: ignore[no-any-return]
+            with warnings.catch_warnings():  # torch 2.13 renamed that option, and accelerate has the old name
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                return accelerator.prepare(model)  # type: ignore[no-any-return]
         # Shards stay fp32 as in every layout, and bf16 is autocast; accelerate would gather and reduce in bf16.
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
         # It shards a model only together with an optimizer. Ours is built of what comes out.

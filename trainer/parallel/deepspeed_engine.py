@@ -19,11 +19,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from checkpointing import Piece, parameter_names
+from checkpointing import External, Piece, parameter_names
 from checkpointing.format import Manifest
 from checkpointing.layouts.zero import describe_zero, held_in_partition, publish_zero
 from trainer.config import Config
 from trainer.data.dataset import Batch
+from trainer.methods.externals import with_external
 from trainer.methods.sparse.entry_optimizers import EntrySM3, Slice
 from trainer.methods.sparse.layer import SparseLayer, sparse_layers
 from trainer.models import blocks
@@ -49,6 +50,7 @@ class DeepSpeedEngine:
     ) -> None:
         self.device, self.world_size = device, world.size
         self.fence: Callable[[], None] = lambda: None
+        self.frozen: Sequence[External] = ()  # what checkpoints name by its hash, and do not hold
         self.data_rank, self.data_size = world.rank, topology.data_size
         self._local_batch = config.parallel.local_batch
         self._clip = config.optimizer.clip
@@ -128,11 +130,15 @@ class DeepSpeedEngine:
         with self._evaluating() as model:
             return logits_of(model, tokens, low=None)[:, -1]
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Piece | External]:
+        return with_external(self._held(), self.frozen)
+
+    def _held(self) -> list[Piece]:
         return describe_zero(self._engine)
 
-    def pieces_for(self, manifest: Manifest) -> list[Piece]:
-        return self.pieces()
+    def pieces_for(self, manifest: Manifest) -> list[Piece | External]:
+        """With the bytes of what is frozen where the generation holds them."""
+        return with_external(self._held(), self.frozen if manifest.external else ())
 
     @property
     def layer_group(self) -> dist.ProcessGroup | None:

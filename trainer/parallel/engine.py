@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -11,11 +11,17 @@ from torch import nn
 
 from checkpointing import External, Piece
 from checkpointing.format import Manifest
-from trainer.config import Config, Engine, Sparse
+from trainer.config import Config, Engine, Lora, Selective, Sparse
 from trainer.data.dataset import Batch
+from trainer.methods import build
+from trainer.methods.externals import frozen_of
 from trainer.parallel.deepspeed_options import check_deepspeed
 from trainer.parallel.world import World
 from trainer.plan import Topology, resolve_topology
+
+if TYPE_CHECKING:
+    from trainer.parallel.deepspeed_engine import DeepSpeedEngine
+    from trainer.parallel.torch_engine import TorchEngine
 
 
 class TrainingEngine(Protocol):
@@ -111,7 +117,6 @@ def make_engine(
 ) -> TrainingEngine:
     """The engine of a model that is whole on every rank. `sizes` are what a sparse one was made with, to be loaded."""
     if isinstance(config.method, Sparse):
-        from trainer.methods import build
         from trainer.methods.sparse.tuned import Makes, TunedEngine
 
         makes = Makes(
@@ -119,12 +124,16 @@ def make_engine(
             model=lambda sizes: build(config, sizes=sizes),
         )
         return TunedEngine(config, model, makes, device, sizes)
-    return make_plain_engine(config, model, topology, world, device)
+    # Before an engine takes its part of the model: hashes are of what is whole.
+    frozen = frozen_of(model, config, world.rank, world.size) if isinstance(config.method, Lora | Selective) else []
+    engine = make_plain_engine(config, model, topology, world, device)
+    engine.frozen = frozen
+    return engine
 
 
 def make_plain_engine(
     config: Config, model: nn.Module, topology: Topology, world: World, device: torch.device
-) -> TrainingEngine:
+) -> TorchEngine | DeepSpeedEngine:
     if config.parallel.engine is Engine.accelerate:
         from trainer.parallel.accelerate_engine import make_accelerate_engine
 

@@ -342,7 +342,7 @@ _INSIDE = ("attn_dropout",)
 def _without_bias(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(inputs: torch.Tensor) -> torch.Tensor:
         if isinstance(module, SparseLayer):
-            return module.product(inputs)
+            return module.product(inputs)  # type: ignore[no-any-return]
         weight: Any = module.weight
         return functional.linear(inputs, weight.T if isinstance(module, Conv1D) else weight)
 

@@ -20,11 +20,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpointing import Piece, describe, parameter_names, pieces_of
+from checkpointing import External, Piece, describe, parameter_names, pieces_of
 from checkpointing.format import Manifest
 from trainer.config import Config
 from trainer.data.dataset import Batch
 from trainer.errors import Refused
+from trainer.methods.externals import with_external
 from trainer.methods.sparse.entry_optimizers import EntrySM3, Slice
 from trainer.methods.sparse.layer import sparse_layers
 from trainer.models import blocks
@@ -53,6 +54,7 @@ class TorchEngine:
     ) -> None:
         self.device, self.world_size = device, world.size
         self.fence: Callable[[], None] = lambda: None
+        self.frozen: Sequence[External] = ()  # what checkpoints name by its hash, and do not hold
         self._mesh = Mesh.of(topology, world.rank, device)
         self.data_rank, self.data_size = self._mesh.data_rank, topology.data_size
         self._local_batch = config.parallel.local_batch
@@ -147,7 +149,10 @@ class TorchEngine:
         assert logits is not None
         return logits[:, -1]
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Piece | External]:
+        return with_external(self._held(), self.frozen)
+
+    def _held(self) -> list[Piece]:
         if self._pipeline is not None:
             self._pipeline.reshard()
         here = parameter_names(self._bare)
@@ -155,8 +160,9 @@ class TorchEngine:
         pieces = self._cuts.one_by_one(describe(self._bare, self._optimizer, logical=held))
         return pieces if self._pipeline is None else self._pipeline.under_all_names(pieces)
 
-    def pieces_for(self, manifest: Manifest) -> list[Piece]:
-        return self.pieces()
+    def pieces_for(self, manifest: Manifest) -> list[Piece | External]:
+        """With the bytes of what is frozen where the generation holds them."""
+        return with_external(self._held(), self.frozen if manifest.external else ())
 
     def publish(self) -> None:
         """Nothing here is derived from the pieces: masters are what computes."""

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 
-from checkpointing import External, external_of
+from benchmarks.matrix import LAYOUTS, furthest, start
+from checkpointing import External, MismatchError, Piece, external_of, load
+from tests.trainer.methods.conformance import overrides, save_to
 from tests.worlds import WORLD
 from trainer.compose import compose
 from trainer.methods import build
 from trainer.methods.externals import externals_of, is_added
+from trainer.methods.tuned_runs import Tuned
 
 CONFIG = ["method=random_sparse", "model.num_layers=1"]
 
@@ -36,6 +43,53 @@ def test_every_parameter_of_the_base_by_its_content() -> None:
 
 def test_ranks_hash_a_share_each_and_know_all() -> None:
     assert WORLD.run(declared, 3) == [declared()] * 3
+
+
+TRAINS = {"lora": ("lora_",), "perp_selective": ("norm", "lm_head")}  # what is in the names of all that trains
+
+
+def train_and_save(method: str, layout: str, directory: Path) -> list[float]:
+    started = start([*overrides(method), *LAYOUTS[layout][1]])
+    found = started.train(1, 2)
+    save_to(directory / "both", started, 2)
+    return [*found, *started.train(3, 4)]
+
+
+def go_on(method: str, layout: str, directory: Path, forget: bool = False) -> list[float]:
+    started = start([*overrides(method), *LAYOUTS[layout][1]])
+    load(directory, started.engine.pieces_for)
+    if forget:
+        for piece in started.engine.pieces():
+            if isinstance(piece, Piece) and piece.name.endswith("/exp_avg_sq"):
+                piece.tensor.zero_()
+    started.engine.publish()
+    return started.train(3, 4)
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "zero 3", "pp", "tp"])
+@pytest.mark.parametrize("method", TRAINS)
+def test_a_checkpoint_holds_what_trains_and_names_the_rest(method: str, layout: str, tmp_path: Path) -> None:
+    losses = WORLD.run(train_and_save, 2, method, layout, tmp_path)[0]
+    directory = tmp_path / "both"
+    manifest = Tuned.open(directory).manifest
+    held = [name for name in manifest.tensors if name.startswith("model/")]
+    assert held and all(any(part in name for part in TRAINS[method]) for name in held)
+    assert {"model/model.embed_tokens.weight", "model/model.layers.0.mlp.up_proj.weight"} <= manifest.external.keys()
+    assert furthest(go_on(method, "single", directory), losses[2:]) < 1e-5
+    assert furthest(go_on(method, "single", directory, forget=True), losses[2:]) > 1e-5
+    with pytest.raises(MismatchError, match="is not what the checkpoint was saved with"):
+        load(directory, start(overrides(method), seed=1).engine.pieces_for)
+
+
+def test_a_checkpoint_that_holds_the_base_goes_on(tmp_path: Path) -> None:
+    """As one of a trainer that knew of no external tensors."""
+    started: Any = start(overrides("lora"))
+    started.engine.frozen = ()
+    started.train(1, 2)
+    save_to(tmp_path, started, 2)
+    losses = started.train(3, 4)
+    assert "model/lm_head.weight" in Tuned.open(tmp_path).manifest.tensors
+    assert go_on("lora", "single", tmp_path) == losses
 
 
 def test_what_methods_add_is_told_by_name() -> None:

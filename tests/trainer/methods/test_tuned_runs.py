@@ -54,6 +54,16 @@ def test_a_full_phase_has_a_difference_too(tmp_path: Path) -> None:
     assert delta.count > 10_000 and all(name.endswith("proj.weight") for name in delta.entries)
 
 
+@pytest.mark.parametrize("method", ["random_sparse", "lora", "perp_selective"])
+def test_another_base_under_the_same_name_is_refused(method: str, tmp_path: Path) -> None:
+    Trained.by(method, tmp_path, steps=1)
+    run = Tuned.open(tmp_path)
+    run.merged()
+    run.config.train.seed = 1
+    with pytest.raises(Refused, match=r"of the base is not what this run was trained from, which came from seed 0"):
+        run.merged()
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="holds no committed generation"):
         Tuned.open(tmp_path / "nowhere")

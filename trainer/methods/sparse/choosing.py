@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 NEAR = 1e-6  # relative: scores that another order of summing may move past each other
+COUNTED = 1024  # of those, at most so many are counted where weights are chosen from together
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,45 @@ def best(scores: torch.Tensor, count: int) -> Chosen:
     equal = (scores == last).nonzero()[: count - above.numel(), 0]
     near = int(((scores - last).abs() <= NEAR * last.abs()).sum()) - 1
     return Chosen(torch.cat([above, equal]).sort().values, max(near, 0))
+
+
+class _Candidates(NamedTuple):
+    """Sorted by weight and index, as one long vector of all weights would be."""
+
+    scores: torch.Tensor  # fp64
+    weights: torch.Tensor  # the number of each one's weight
+    indices: torch.Tensor
+
+    @staticmethod
+    def of(scores: torch.Tensor, number: int, count: int) -> _Candidates:
+        """Those of one weight that may be among the best `count` of all, or near."""
+        kept = _near_best(scores, count)
+        return _Candidates(scores[kept], torch.full_like(kept, number), kept)
+
+    def joined(self, other: _Candidates, count: int) -> _Candidates:
+        """The best `count` of both, and up to `COUNTED` that are near the last of them.
+
+        What falls out is below it by more than `NEAR`, and so below the last one of any that are chosen later.
+        """
+        scores, weights, indices = (torch.cat(pair) for pair in zip(self, other, strict=True))
+        order = torch.argsort(indices, stable=True)
+        order = order[torch.argsort(weights[order], stable=True)]
+        kept = order[_near_best(scores[order], count)]
+        return _Candidates(scores[kept], weights[kept], indices[kept])
+
+
+def _near_best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Sorted indices of the best, and of others within `NEAR` of the last of them."""
+    chosen = best(scores, count).indices
+    if count == 0 or chosen.numel() == scores.numel():
+        return chosen
+    last = scores[chosen].min()
+    rest = scores >= last - NEAR * last.abs()
+    rest[chosen] = False
+    return torch.cat([chosen, rest.nonzero()[:COUNTED, 0]]).sort().values
+
+
+Parts = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -76,6 +117,33 @@ class Ranks:
         dist.all_gather(parts, padded, group=self.group)
         return [part[: int(n)] for part, n in zip(parts, lengths, strict=True)]
 
+    def merge(self, mine: Parts, join: Callable[[Parts, Parts], Parts]) -> Parts:
+        """What all ranks' tuples join to, on all of them: pair by pair, and no rank holds more than two.
+
+        Tensors of a tuple are equally long, and each has one dtype on all ranks.
+        """
+        distance = 1
+        while distance < self.size:
+            if self.rank % (2 * distance) == distance:
+                self._send(mine, self.rank - distance)
+            elif self.rank % (2 * distance) == 0 and self.rank + distance < self.size:
+                mine = join(mine, self._receive(mine, self.rank + distance))
+            distance *= 2
+        return tuple(self.from_owner(0, part if self.rank == 0 else None, part.dtype) for part in mine)
+
+    def _send(self, parts: Parts, to: int) -> None:
+        dist.send(torch.tensor([parts[0].numel()], device=self.device), group=self.group, group_dst=to)
+        for part in parts:
+            dist.send(part.contiguous(), group=self.group, group_dst=to)
+
+    def _receive(self, like: Parts, source: int) -> Parts:
+        length = torch.zeros(1, dtype=torch.int64, device=self.device)
+        dist.recv(length, group=self.group, group_src=source)
+        found = tuple(torch.empty(int(length), dtype=part.dtype, device=self.device) for part in like)
+        for part in found:
+            dist.recv(part, group=self.group, group_src=source)
+        return found
+
     def union(self, here: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Indices of weights that some ranks have, on all of them; without those that nobody has. On the CPU."""
         found = {}
@@ -110,25 +178,16 @@ def choose_each(scorer: Scorer, counts: Sequence[int], ranks: Ranks) -> tuple[li
 
 
 def choose_together(scorer: Scorer, num_weights: int, count: int, ranks: Ranks) -> tuple[list[torch.Tensor], int]:
-    """The best of all weights together: of no rank more than `count` candidates are held or travel."""
-    scores = torch.empty(0, dtype=torch.float64, device=ranks.device)
-    owners = torch.empty(0, dtype=torch.int64, device=ranks.device)
-    indices = torch.empty(0, dtype=torch.int64, device=ranks.device)
+    """The best of all weights together: of no more than about twice `count` candidates a rank holds or hears."""
+    mine = _Candidates.of(torch.empty(0, dtype=torch.float64, device=ranks.device), 0, count)
     for number in range(num_weights):
-        here = scorer(number, ranks.owns(number))
-        if here is None:
-            continue
-        kept = best(here, min(count + 1, here.numel())).indices  # one more, which may be near the last
-        scores = torch.cat([scores, here.double().to(ranks.device)[kept]])
-        owners = torch.cat([owners, torch.full_like(kept, number)])
-        indices = torch.cat([indices, kept])
-        trimmed = best(scores, count + 1).indices
-        scores, owners, indices = scores[trimmed], owners[trimmed], indices[trimmed]
-    scores, owners, indices = (torch.cat(ranks.gather(part)) for part in (scores, owners, indices))
-    order = torch.argsort(owners, stable=True)  # indices of one weight come from one rank, sorted
-    chosen = best(scores[order], count)
-    owners, indices = owners[order][chosen.indices], indices[order][chosen.indices]
-    return [indices[owners == number] for number in range(num_weights)], chosen.near
+        scores = scorer(number, ranks.owns(number))
+        if scores is not None:
+            mine = mine.joined(_Candidates.of(scores.double().to(ranks.device), number, count), count)
+    scores, weights, indices = ranks.merge(mine, lambda a, b: _Candidates(*a).joined(_Candidates(*b), count))
+    chosen = best(scores, count)
+    weights, indices = weights[chosen.indices], indices[chosen.indices]
+    return [indices[weights == number] for number in range(num_weights)], chosen.near
 
 
 def choose_above(scorer: Scorer, num_weights: int, least: float, ranks: Ranks) -> tuple[list[torch.Tensor], int]:

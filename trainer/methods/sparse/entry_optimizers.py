@@ -115,9 +115,10 @@ class EntrySM3(torch.optim.Optimizer):
         layer, (rows, columns) = part.layer, accumulators(part.layer)
         here = layer.sparse_indices[part.start : part.start + part.length].long()
         row, column = here // layer.shape[1], here % layer.shape[1]
-        second = torch.minimum(rows[row], columns[column]) + gradient.square()
+        # Offloaded values are in host memory, and what is shared between ranks is on their devices.
+        second = torch.minimum(rows[row], columns[column]) + gradient.square().to(rows.device)
         value.mul_(1 - options["lr"] * options["weight_decay"])
-        value.sub_(gradient / (second.sqrt() + options["eps"]), alpha=options["lr"])
+        value.sub_(gradient / (second.sqrt() + options["eps"]).to(value.device), alpha=options["lr"])
         return [
             torch.zeros_like(rows).scatter_reduce_(0, row, second, "amax"),
             torch.zeros_like(columns).scatter_reduce_(0, column, second, "amax"),

@@ -43,6 +43,7 @@ class SparseLayer(nn.Module):
     first_here: bool  # whether the first of a step's micro-batches is computed on this rank
     penalty: Callable[[torch.Tensor], torch.Tensor] | None  # adds its gradient at the values, once a step
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         """`inputs` times the weight, without bias."""
         first = self.first_here and self.calls == 0
@@ -52,7 +53,7 @@ class SparseLayer(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        outputs = self.product(inputs)
+        outputs: torch.Tensor = self.product(inputs)
         bias: torch.Tensor | None = self.bias  # type: ignore[assignment]
         return outputs if bias is None else outputs + bias
 

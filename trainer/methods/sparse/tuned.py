@@ -21,7 +21,7 @@ from trainer.config import Config, Reselection, Sparse
 from trainer.data.dataset import Batch
 from trainer.elastic.randomness import derive
 from trainer.errors import TrainingFailed
-from trainer.methods.externals import externals_of
+from trainer.methods.externals import externals_of, with_external
 from trainer.methods.sparse.attach import Sizes, select, settle, sizes_in, train_whole
 from trainer.methods.sparse.calibration import EARLY, Subjects, by_change, by_gradient
 from trainer.methods.sparse.choosing import Ranks
@@ -64,6 +64,7 @@ class TunedEngine:
         self._world = Ranks.of(dist.group.WORLD if grouped else None, device)
         self._external = externals_of(model, config, self._world.rank, self._world.size)
         self._position = torch.zeros((), dtype=torch.int64)
+        self._filling = False  # from `pieces_for` to `publish`: what is in memory is of no use to anything
         self._phase = self._first_phase(sizes)
         if sizes is None and self._phase is Phase.sparse:
             self._choose(model)
@@ -154,30 +155,31 @@ class TunedEngine:
 
     def pieces(self) -> list[Piece | External]:
         """The base is external: its hash is all that a checkpoint holds of it."""
-        external = self._external_now()
-        left_out, own = {one.name for one in external}, (INDICES, ORIGINALS)
-        found: list[Piece | External] = [
-            replace(piece, volatile=False) if piece.name.endswith(own) else piece
-            for piece in self._trained.shards()
-            if piece.name not in left_out
+        own = (INDICES, ORIGINALS)
+        found = [
+            replace(piece, volatile=False) if piece.name.endswith(own) else piece for piece in self._trained.shards()
         ]
         for name, tensor in {POSITION: self._position, **self._tensors()}.items():
             found.append(Piece(name, tensor, (0,) * tensor.dim(), tuple(tensor.shape)))
-        return found + external
+        return with_external(found, self._external_now())
 
     def pieces_for(self, manifest: Manifest) -> list[Piece | External]:
         sizes = sizes_in(manifest)
         trains = {name: size for name, size in sizes.items() if size > 0}
-        if trains != self._trained.sizes or bool(sizes) != (self._phase is Phase.sparse):
+        other = trains != self._trained.sizes or bool(sizes) != (self._phase is Phase.sparse)
+        # A load that gave up half-way has filled originals, from which the base cannot be told any more.
+        if other or self._filling:
             self._remake(self._makes.model(sizes or None), Phase.sparse if sizes else Phase.full)
         else:
             self._trained.revert()
         for name, tensor in self._tensors().items():
             if (stored := manifest.tensors.get(name)) is not None and stored.shape != tuple(tensor.shape):
                 self._trained.make_room(name, stored.shape[0])
+        self._filling = True
         return self.pieces()
 
     def publish(self) -> None:
+        self._filling = False
         self.inner.publish()
         if self._phase is Phase.sparse:
             self._trained.publish()

@@ -62,6 +62,52 @@ def test_several_ranks_choose_what_one_does() -> None:
         assert WORLD.run(choices, size, 11) == [alone] * size
 
 
+def near_ones(far: int) -> tuple[list[list[int]], int]:
+    """Of scores that only rank 1's weight has near the last one chosen, which is rank 0's."""
+    ranks = Ranks.of(dist.group.WORLD if dist.is_initialized() else None, CPU)
+    scores = [torch.tensor([3.0, 1.0]), 1.0 - 5e-7 * torch.ones(far).double(), torch.tensor([0.5])]
+    chosen, near = choose_together(lambda number, mine: scores[number] if mine else None, 3, 2, ranks)
+    return [indices.tolist() for indices in chosen], near
+
+
+def test_all_that_are_near_the_last_of_all_weights_are_counted() -> None:
+    for size, far in ((1, 40), (2, 40), (3, 40), (2, 2000)):
+        found = [near_ones(far)] if size == 1 else WORLD.run(near_ones, size, far)
+        assert found == [([[0, 1], [], []], min(far, 1024))] * size
+
+
+def what_travels(count: int) -> int:
+    """The longest tensor that a rank of several sends or hears."""
+    ranks = Ranks.of(dist.group.WORLD, CPU)
+    longest = [0]
+
+    def noting(name: str) -> None:
+        before = getattr(dist, name)
+
+        def call(tensor: torch.Tensor, *arguments: object, **options: object) -> object:
+            longest[0] = max(longest[0], tensor.numel())
+            return before(tensor, *arguments, **options)
+
+        setattr(dist, name, call)
+
+    names = ("send", "recv", "broadcast")
+    kept = {name: getattr(dist, name) for name in names}
+    try:
+        for name in names:
+            noting(name)
+        generator = torch.Generator().manual_seed(1)
+        given = [torch.rand(500, generator=generator) for _ in range(8)]
+        choose_together(lambda number, mine: given[number] if mine else None, 8, count, ranks)
+    finally:
+        for name, function in kept.items():
+            setattr(dist, name, function)
+    return longest[0]
+
+
+def test_no_more_candidates_travel_than_are_chosen() -> None:
+    assert max(WORLD.run(what_travels, 4, 50)) == 50
+
+
 def united() -> dict[str, list[int]]:
     ranks = Ranks.of(dist.group.WORLD, CPU)
     here = {"a": torch.tensor([1, 2])} if ranks.rank == 0 else {"b": torch.tensor([7])}

@@ -107,6 +107,23 @@ def test_loading_into_an_engine_that_has_trained_starts_from_the_base(tmp_path: 
     assert started.train(4, 8) != onward
 
 
+@pytest.mark.parametrize("half", [True, False])
+def test_a_load_that_gave_up_half_way_is_tried_again_from_the_base(half: bool, tmp_path: Path) -> None:
+    """As after a damaged generation, of which some originals have been read."""
+    started: Any = start(overrides("spiel"))
+    started.train(1, 3)
+    save_to(tmp_path, started, 3)
+    onward = started.train(4, 8)
+    started.engine.pieces_for(Tuned.open(tmp_path).manifest)
+    if half:
+        for layer in started.engine._trained.layers.values():
+            layer.sparse_originals.add_(1.0)
+            layer.sparse_values.data.fill_(2.0)
+    load(tmp_path, started.engine.pieces_for)
+    started.engine.publish()
+    assert started.train(4, 8) == onward
+
+
 def test_the_base_is_external_and_another_one_is_refused(tmp_path: Path) -> None:
     started = start(overrides("random_sparse"))
     started.train(1, 2)
@@ -143,6 +160,13 @@ def test_activation_checkpointing_and_parts_of_micro_batches_change_nothing() ->
     assert furthest(again, plain) < 1e-6
     spiel = start(overrides("spiel")).train(1, 8)
     assert furthest(start([*overrides("spiel"), "parallel.activation_checkpointing=true"]).train(1, 8), spiel) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["spiel", "s2ft"])
+def test_compiled_layers_compute_the_same(method: str) -> None:
+    plain = start(overrides(method)).train(1, 8)
+    compiled = start([*overrides(method), "parallel.compile=true", "parallel.compile_backend=aot_eager"])
+    assert furthest(compiled.train(1, 8), plain) < 1e-5
 
 
 def test_what_was_selected_is_said(capsys: pytest.CaptureFixture[str]) -> None:
