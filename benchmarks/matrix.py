@@ -37,11 +37,12 @@ from checkpointing.generations import newest
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
 from trainer.compose import compose
-from trainer.config import Config
+from trainer.config import Config, Lora, Selective
 from trainer.data.dataset import Windows
 from trainer.data.feed import Feed
 from trainer.loop import optimize
 from trainer.methods import build
+from trainer.methods.externals import frozen_of, with_external
 from trainer.parallel.engine import TrainingEngine, make_engine
 from trainer.parallel.world import World
 from trainer.plan import resolve_topology
@@ -118,7 +119,8 @@ def start(overrides: list[str], full: Path | None = None, seed: int = 0) -> Star
     world = World(dist.get_rank(), dist.get_world_size(), 0, 1) if dist.is_initialized() else World()
     model = build(config)
     if full is not None:
-        load(full, describe(model), only=["model/"])
+        frozen = frozen_of(model, config, 0, 1) if isinstance(config.method, Lora | Selective) else []
+        load(full, with_external(describe(model), frozen), only=["model/"])
     topology = resolve_topology(config.parallel, world.size)
     engine = make_engine(config, model, topology, world, torch.device("cpu"))
     _, num_tokens = LEARNING[config.precision.compute.name]
