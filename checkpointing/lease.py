@@ -116,6 +116,12 @@ class Lease:
                 continue  # a filesystem that hiccups costs a beat; one that stays away lets the lease expire
 
 
+def holder_of(storage: Storage) -> Holder | None:
+    """Who holds the lease and lives, without taking it. One elsewhere is watched for two heartbeats."""
+    numbers = _numbers(storage)
+    return _living_holder(storage, numbers[-1], 2 * HEARTBEAT_S + 1) if numbers else None
+
+
 class Hold:
     """Keeps a generation from being deleted while this process reads or writes it. A context manager.
 

@@ -1,19 +1,20 @@
-"""`python -m launch local --nproc N [--dry-run] -- [overrides]`: exits with the trainer's status.
+"""`python -m launch local|torchrun|deepspeed|accelerate|slurm [options] -- [overrides]`: starts the trainer.
 
-Overrides that do not compose are refused with status 2 before anything is started.
+Each prints with --dry-run exactly what it would run, and exits with the trainer's status: 0 finished, 2 refused, 75
+preempted after a save (the same command goes on). Overrides that do not compose are refused with status 2 before
+anything is started or submitted. `status RUN`, `follow RUN` and `cancel RUN` look after runs, and `doctor` after this
+machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
-from launch.local import command_line, run_local
-from trainer.compose import compose
-from trainer.config import Config
+from launch.options import TARGETS, add_targets, read
 from trainer.errors import Refused
-from trainer.plan import plan_batch, resolve_topology
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,36 +22,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     options, overrides = parse(argv[:cut]), argv[cut + 1 :]
     try:
-        check(compose([o for o in overrides if is_override(o)]), options.nproc)
+        if options.command not in TARGETS:
+            return int(importlib.import_module(f"launch.{options.command}").main(options))
+        return start(options, overrides)
     except Refused as error:
         print(f"launch: {error}", file=sys.stderr)
         return 2
-    if options.dry_run:
-        print(command_line(options.nproc, overrides))
+
+
+def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    call = read(options.command, options, overrides)
+    # A module a target: `check` refuses, `plan` says what is run, `run` runs it.
+    target = importlib.import_module(f"launch.{call.target}")
+    if call.multirun:
+        from launch.sweep import run_points
+
+        return run_points(call)
+    target.check(call)
+    command = target.plan(call)
+    if call.dry_run:
+        print(command)
         return 0
-    return run_local(options.nproc, overrides)
+    return int(target.run(call, command))
 
 
 def parse(options: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m launch", description=__doc__)
-    targets = parser.add_subparsers(dest="target", required=True)
-    local = targets.add_parser("local", help="processes on this machine")
-    local.add_argument("--nproc", type=int, default=1, metavar="N", help="how many (default 1)")
-    local.add_argument("--dry-run", action="store_true", help="print what would be run, and stop")
-    parsed = parser.parse_args(options)
-    if parsed.nproc < 1:
-        parser.error(f"--nproc {parsed.nproc}: start at least one process")
-    return parsed
-
-
-def is_override(word: str) -> bool:
-    """Whether a word is an override and not one of Hydra's flags or a flag's value, as in `--cfg job`."""
-    return word.startswith("~") or ("=" in word and not word.startswith("-"))
-
-
-def check(config: Config, num_processes: int) -> None:
-    """What the trainer would refuse about the number of processes, refused once and early."""
-    plan_batch(config, resolve_topology(config.parallel, num_processes).data_size)
+    parser = argparse.ArgumentParser(
+        prog="python -m launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_targets(commands)
+    for name, about in {
+        "status": "where a run or a sweep is, by its files",
+        "follow": "print what a job prints, until it ends",
+        "cancel": "cancel the job of a run",
+    }.items():
+        commands.add_parser(name, help=about).add_argument("run", help="its directory")
+    doctor = commands.add_parser("doctor", help="what of this machine would stop a run, and what to mend")
+    doctor.add_argument("--dir", default=".", help="where runs write (default: here)")
+    doctor.add_argument("--allocation", action="store_true", help="all machines of the SLURM job that this runs in")
+    return parser.parse_args(options)
 
 
 if __name__ == "__main__":

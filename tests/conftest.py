@@ -16,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
+from tests.cluster import why_no_cluster
 from tests.worlds import WORLD
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,9 +32,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.shared_memory_before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()  # type: ignore[attr-defined]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The test of what is left behind runs when everything else has."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The test of what is left behind runs when everything else has; those of SLURM where a SLURM can be started."""
     items.sort(key=lambda item: item.nodeid.startswith(LAST))
+    of_slurm = [item for item in items if item.get_closest_marker("slurm")]
+    if of_slurm and (why := why_no_cluster()):
+        config.hook.pytest_deselected(items=of_slurm)
+        items[:] = [item for item in items if item not in of_slurm]
+        CUT_DOWN.append(f"NOT RUN: {len(of_slurm)} tests of SLURM: {why}")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -13,7 +13,11 @@ if not __package__:
     # Started by path: Python put this directory first on the path, where the directory above it belongs.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from trainer.cli import run_as_process
+from trainer.elastic.preemption import note_early
 
 if __name__ == "__main__":
+    note_early()
+
+    from trainer.cli import run_as_process  # seconds of imports
+
     run_as_process()

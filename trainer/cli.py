@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from checkpointing.errors import CheckpointError
 from trainer.errors import Refused, TrainingFailed
+from trainer.outcome import Outcome, leave
 
 PATIENCE_S = 10  # far more than a launcher takes to end its processes after the first has failed
 
@@ -44,12 +45,22 @@ def main() -> int:
     # transformers warns of what peft calls in it: nothing that a user could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
-        return _compose_and_run()
-    except Refused as error:
+        status = _compose_and_run()
+    except BaseException as error:
+        leave(Outcome.of(error))
+        return _explain(error)
+    if status == 0:  # one that was preempted has said so
+        leave(Outcome(0, final=True))
+    return status
+
+
+def _explain(error: BaseException) -> int:
+    """In one paragraph what a user can do about; the exit status."""
+    if isinstance(error, Refused):
         return say(error, 2)
-    except (TrainingFailed, CheckpointError) as error:
+    if isinstance(error, TrainingFailed | CheckpointError):
         return say(error, 1)
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(
                 "trainer: interrupted; "
@@ -57,6 +68,7 @@ def main() -> int:
                 file=sys.stderr,
             )
         return 130
+    raise error
 
 
 def _compose_and_run() -> int:

@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from trainer.elastic.preemption import warnings_of
 from trainer.errors import Refused
 
 # OmegaConf reads these annotations at run time and knows Optional[int], not int | None.
@@ -301,6 +302,14 @@ class Checkpoint:
     memory: Memory = field(default_factory=Memory)
 
 
+@dataclass
+class Elastic:
+    """What happens when this run is told that its machines will be taken away."""
+
+    grace_s: float = option(30, low=0)  # from the warning to the end: time to finish a step and to save it
+    signal: str = "USR1"  # warns, as SIGTERM always does
+
+
 class Tracker(Enum):
     wandb = "wandb"
     none = "none"
@@ -311,6 +320,68 @@ class Tracking:
     tracker: Tracker = Tracker.wandb
     project: str = "evershard"
     print_every: int = option(20, low=1)  # steps between lines, where the output is not a terminal
+
+
+@dataclass
+class Launch:
+    """How `python -m launch` starts the processes; each option is one of its flags too."""
+
+    nproc: int = option(1, low=1)  # processes a machine
+
+
+@dataclass
+class LocalLaunch(Launch):
+    """Processes on this machine, by torchrun."""
+
+
+@dataclass
+class TorchrunLaunch(Launch):
+    """One torchrun a machine: the same command is started on each of them."""
+
+    nodes: str = "1"  # machines, or MIN:MAX of them: after one is lost the run goes on with those that are left
+    endpoint: str = ""  # HOST:PORT of the machine where they meet; needed for more than one
+    job: str = "${run.name}"  # machines meet under this name
+    restarts: int = option(3, low=0)  # times that processes are started again after a failure, where nodes may be lost
+    log_dir: str = "${run.dir}/logs"  # what every process prints, beside the terminal
+
+
+@dataclass
+class DeepspeedLaunch(Launch):
+    """The `deepspeed` launcher."""
+
+    hostfile: str = ""  # its list of machines and slots; empty: nproc processes here
+    port: int = option(29500, low=0, high=65535)  # where they meet
+
+
+@dataclass
+class AccelerateLaunch(Launch):
+    """`accelerate launch`."""
+
+    config_file: str = ""  # its configuration; empty: nproc processes here
+    port: int = option(0, low=0, high=65535)  # where they meet; 0: any
+
+
+@dataclass
+class SlurmLaunch(Launch):
+    """A job of SLURM, which goes on after preemptions, time limits and lost machines."""
+
+    nodes: str = "1"  # machines, or MIN-MAX of them
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    time: str = ""  # such as 8:00:00; the job is requeued when it is over
+    gpus: int = option(0, low=0)  # a machine (--gres=gpu:N)
+    cpus: int = option(0, low=0)  # a machine (--cpus-per-task); 0: SLURM's default
+    mem: str = ""  # a machine, such as 200G
+    exclude: str = ""  # machines that are not wanted
+    dependency: str = ""  # such as afterok:1234
+    sbatch: list[str] = field(default_factory=list)  # further options of sbatch, such as --constraint=a100
+    srun: list[str] = field(default_factory=list)  # and of srun, such as --container-image=IMAGE
+    setup: list[str] = field(default_factory=list)  # lines of the script before anything runs, such as module load cuda
+    health: str = ""  # a command that a healthy machine ends with status 0, beside the checks of our own
+    warn_s: int = option(120, low=10)  # from the warning before the time limit to the end
+    max_requeues: int = option(3, low=0)  # in a row without a new committed step, before the job gives up
+    parallel_points: int = option(0, low=0)  # of a sweep, jobs that run at a time; 0: all
 
 
 @dataclass
@@ -326,7 +397,9 @@ class Config:
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    elastic: Elastic = field(default_factory=Elastic)
     tracking: Tracking = field(default_factory=Tracking)
+    launch: Launch = field(default_factory=Launch)
     resume: str = "auto"  # auto: go on with run.dir if it holds something; none: start over; or a path to go on from
     resume_allow: list[str] = field(default_factory=list)  # keys that may differ although they alter the result
     dry_run: bool = False  # print the plan and stop
@@ -336,6 +409,13 @@ class Config:
 CHOICES: dict[str, dict[str, type]] = {
     "model": {"tiny_llama": TinyLlama, "hf": HuggingFace},
     "data": {"stdlib": Stdlib, "text": Text, "jsonl": Jsonl},
+    "launch": {
+        "local": LocalLaunch,
+        "torchrun": TorchrunLaunch,
+        "deepspeed": DeepspeedLaunch,
+        "accelerate": AccelerateLaunch,
+        "slurm": SlurmLaunch,
+    },
     "method": {"full": Full, "lora": Lora, "selective": Selective, "sparse": Sparse},
 }
 
@@ -387,7 +467,7 @@ def unknown_key(key: str) -> str:
 
 
 def _one_of_each_choice() -> list[Config]:
-    default = Config(model=TinyLlama(), data=Stdlib(), method=Full())
+    default = Config(model=TinyLlama(), data=Stdlib(), method=Full(), launch=LocalLaunch())
     return [replace(default, **{group: schema()}) for group, choices in CHOICES.items() for schema in choices.values()]
 
 
@@ -414,6 +494,12 @@ def check(config: Config) -> None:
     if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise Refused(f"optimizer.betas={betas} must be two numbers in [0, 1), such as optimizer.betas=[0.9,0.95].")
     rates_by_pattern(config.optimizer.lr_scale)
+    try:
+        warnings_of(config.elastic.signal)
+    except ValueError:
+        raise Refused(
+            f"elastic.signal={config.elastic.signal} is no signal that can warn. Type USR1 or USR2."
+        ) from None
     if isinstance(model, TinyLlama):
         _check_heads(model)
     _check_fp16(config)
@@ -500,7 +586,8 @@ def as_json(config: Config) -> dict[str, Any]:
 
 def from_json(saved: dict[str, Any]) -> Config:
     """What `as_json` gave, as a checkpoint holds it; options that a later release added have their defaults."""
-    choices = {group: CHOICES[group][name]() for group, name in saved["choices"].items()}
+    first = {group: next(iter(known)) for group, known in CHOICES.items()}  # of groups that a later release added
+    choices = {group: CHOICES[group][name]() for group, name in {**first, **saved["choices"]}.items()}
     plain = {key: value for key, value in saved.items() if key != "choices"}
     merged = OmegaConf.merge(OmegaConf.structured(Config(**choices)), plain)
     config = OmegaConf.to_object(merged)

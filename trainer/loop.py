@@ -12,6 +12,7 @@ from checkpointing.collective import Team
 from trainer.config import Config
 from trainer.data.dataset import Dataset
 from trainer.data.feed import Feed, Share
+from trainer.elastic.preemption import Preemption
 from trainer.elastic.randomness import derive
 from trainer.errors import TrainingFailed
 from trainer.parallel.engine import TrainingEngine
@@ -29,10 +30,18 @@ def train(
     tracker: RunTracker,
     saver: Saver,
     done: Progress,
-) -> None:
-    """Train from where `done` stands to the last step, reporting and saving on the way."""
-    last, losses = config.train.steps, dict[str, float]()
-    for step in range(done.step + 1, last + 1):
+    preemption: Preemption,
+) -> bool:
+    """Train from where `done` stands to the last step, reporting and saving on the way; whether it came so far.
+
+    After a warning the step that was under way is the last one, and is saved.
+    """
+    first, last, losses = done.step, config.train.steps, dict[str, float]()
+    for step in range(first + 1, last + 1):
+        if preemption.is_due():
+            if done.step > first:
+                saver.leave(done, losses)
+            return False
         row = train_step(config, engine, feed, step, done.loss_scale)
         check_finite(row)
         done.step, done.tokens = step, done.tokens + row["tokens"]
@@ -44,6 +53,7 @@ def train(
         losses = {key: row[key] for key in ("loss", "eval_loss") if key in row}
         saver.save(done, losses, durable=due(step, config.checkpoint.every, last), last=step == last)
     saver.finish(done, losses)
+    return True
 
 
 def train_step(

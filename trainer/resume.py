@@ -41,6 +41,8 @@ FREE = (
     "dry_run",
     "parallel.",
     "checkpoint.",
+    "elastic.",
+    "launch",
     "tracking.",
     "eval.",
     "data.path",
@@ -102,7 +104,9 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     lines += [
         f"changed since: {key} was {was}, is {now}"
         for key, (was, now) in changes.items()
-        if not key.startswith(("run.", "resume", "dry_run", "method.lr", "method.weight_decay"))  # of the optimizer's
+        if not key.startswith(
+            ("run.", "resume", "dry_run", "launch", "method.lr", "method.weight_decay")
+        )  # of the optimizer's
     ]
     if "train.steps" in changes:
         lines.append("the learning rate follows the new train.steps from here on")

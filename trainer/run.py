@@ -12,8 +12,10 @@ import sys
 import uuid
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from signal import Signals
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -30,11 +32,13 @@ from trainer.config import Compute, Config
 from trainer.data.feed import Feed
 from trainer.data.sources import Corpus, load_corpus
 from trainer.data.tokenizer import Tokenizer
+from trainer.elastic.preemption import AGAIN, Preemption, warnings_of
 from trainer.errors import Refused
 from trainer.loop import train
 from trainer.memory import footprint, plan_memory
 from trainer.methods import build, build_largest
 from trainer.models import architecture, load_tokenizer
+from trainer.outcome import Outcome, leave
 from trainer.parallel.auto import Cluster, choose, memory_of
 from trainer.parallel.compiling import check_compiling
 from trainer.parallel.engine import TrainingEngine, as_launched, find_topology, make_engine
@@ -87,10 +91,15 @@ def run(config: Config) -> int:
         if world.rank == 0:
             start = decide(config, job.corpus.train.fingerprint, job.shapes)
             say_plan(config, [*plan, *(("start", line) for line in start.lines)])
+        status = 0
         if not config.dry_run:
-            with process_group(world, device, alone=config.parallel.uses_deepspeed):
-                train_together(job, start, lease)
-    return 0
+            preemption = Preemption(config.elastic.grace_s, partial(end_at_once, AGAIN))
+            with (
+                preemption.listening(warnings_of(config.elastic.signal)),
+                process_group(world, device, alone=config.parallel.uses_deepspeed),
+            ):
+                status = train_together(job, start, lease, preemption)
+    return status
 
 
 def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[tuple[str, str]]]:
@@ -135,8 +144,8 @@ def say_plan(config: Config, lines: list[tuple[str, str]]) -> None:
     print("\n".join(f"  {label:10} {text}" for label, text in lines), flush=True)
 
 
-def train_together(job: Job, start: Start, lease: Lease | None) -> None:
-    """What happens while the processes are joined. Nothing of it outlives the process group."""
+def train_together(job: Job, start: Start, lease: Lease | None, preemption: Preemption) -> int:
+    """What happens while the processes are joined; the exit status. Nothing of it outlives the process group."""
     start = agree(job, start)
     memory = prepare_memory(job)
     model = build(job.config, sizes=start.sizes)
@@ -144,8 +153,10 @@ def train_together(job: Job, start: Start, lease: Lease | None) -> None:
     state, tier = restore(engine, start, memory)
     if state and state["step"] != start.step:  # an older generation than the one that was checked
         check_state(job.config, state, job.corpus.train.fingerprint, job.shapes)
-    train_and_finish(job, start, memory, engine, state, tier, lease)
-    show_sample(job, engine)
+    status = train_and_finish(job, start, memory, engine, state, tier, lease, preemption)
+    if status == 0:
+        show_sample(job, engine)
+    return status
 
 
 def agree(job: Job, start: Start) -> Start:
@@ -201,8 +212,9 @@ def train_and_finish(
     state: dict[str, Any],
     tier: str,
     lease: Lease | None,
-) -> None:
-    """Bring the run directory to where training starts, and train to the end."""
+    preemption: Preemption,
+) -> int:
+    """Bring the run directory to where training starts, and train to the end; the exit status."""
     config, world = job.config, job.world
     done = Progress.of(state, scaled=config.precision.compute is Compute.fp16)
     # A branch of another run is a run of its own.
@@ -211,7 +223,7 @@ def train_and_finish(
     for line in come_back(config, start, done.step, world, memory):
         if world.rank == 0:
             print(f"  {'start':10} {line}", flush=True)
-    tracker = RunTracker(config, run_id, world.rank)
+    tracker = RunTracker(config, run_id, world.rank, start.incarnation)
     status = 1
     with ExitStack() as opened:
         opened.callback(lambda: tracker.close(status))
@@ -241,14 +253,38 @@ def train_and_finish(
                 num_ranks=engine.data_size,
                 rank=engine.data_rank,
             )
-            train(config, engine, feed, job.corpus.held_out, tracker, saver, done)
-            tracker.emit("finish", step=done.step)
-            status = 0
+            preemption.give_up = partial(give_up, tracker, saver, done)
+            if train(config, engine, feed, job.corpus.held_out, tracker, saver, done, preemption):
+                tracker.emit("finish", step=done.step)
+                status = 0
+            else:
+                status = AGAIN
+                tracker.emit("preempt", step=done.step, signal=Signals(preemption.signum).name)
+                leave(Outcome(status, final=False, why=f"preempted after step {done.step}"))
+                if world.rank == 0:
+                    print(f"  {'preempted':10} after step {done.step}, which is saved. Run the same command again.")
         except LeaseHeldError:
             raise
         except Exception as error:
             tracker.emit("failure", step=done.step, reason=f"{type(error).__name__}: {error}")
             raise
+    return status
+
+
+def give_up(tracker: RunTracker, saver: Saver, done: Progress, why: str) -> None:
+    """Leave in the middle of whatever is being done. Nothing committed is touched."""
+    if saver.durable_step == done.step:
+        end_at_once(AGAIN, why)
+    with contextlib.suppress(Exception):  # the trainer may be writing this very moment
+        tracker.emit("preempt", step=done.step, abandoned=why)
+    end_at_once(AGAIN, f"{why}, and step {done.step} is not saved. The run goes on from what was saved before")
+
+
+def end_at_once(status: int, why: str) -> NoReturn:
+    """From another thread, whatever the main one does."""
+    print(f"trainer: preempted: {why}.", file=sys.stderr, flush=True)
+    leave(Outcome(status, final=False, why=f"preempted: {why}"))
+    os._exit(status)
 
 
 def come_back(config: Config, start: Start, step: int, world: World, memory: Path | None) -> list[str]:

@@ -99,6 +99,12 @@ class Saver:
         if not all(Team().together(lambda: self.durable_step == done.step)):
             self._save_now(done, metrics)
 
+    def leave(self, done: Progress, metrics: dict[str, float]) -> None:
+        """Make the last step durable at once, without waiting for what is on its way. Collective."""
+        self.settle()
+        if not all(Team().together(lambda: self.durable_step == done.step)):
+            self._save_now(done, metrics)
+
     def _report(self, outcome: Outcome) -> None:
         if outcome.generation:
             self._newest = outcome.taken

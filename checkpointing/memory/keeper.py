@@ -338,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keep", type=float, default=KEEP_S, metavar="SECONDS", help="how long to wait for a trainer")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s keeper: %(message)s", stream=sys.stderr)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # they are for the trainer; this process ends when the run does
     make_directory(options.root)
     with keeper_lock(options.root) as lock:

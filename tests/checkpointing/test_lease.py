@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from checkpointing import LeaseHeldError, lease
-from checkpointing.lease import EXPIRY_S, Hold, Holder, Lease, held_generations, hold
+from checkpointing.lease import EXPIRY_S, Hold, Holder, Lease, held_generations, hold, holder_of
 from checkpointing.storage import FileStorage, MemoryStorage
 
 
@@ -29,6 +29,17 @@ def test_a_second_holder_is_told_who_holds_it(tmp_path: Path) -> None:
     first.release()
     Lease.acquire(FileStorage(tmp_path)).release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_whether_a_lease_is_held_is_seen_without_taking_it(tmp_path: Path) -> None:
+    storage = FileStorage(tmp_path)
+    assert holder_of(storage) is None
+    held = Lease.acquire(storage)
+    found = holder_of(storage)
+    assert found is not None and found.pid == os.getpid()
+    held.check()
+    held.release()
+    assert holder_of(storage) is None
 
 
 def test_a_killed_holder_on_this_machine_is_replaced_at_once(tmp_path: Path) -> None:

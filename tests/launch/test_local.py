@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.processes import descendants, kill_tree, wait_for
 from launch.__main__ import main
-from launch.local import TRAINER, environment, find_cause, torchrun_arguments
+from launch.command import TRAINER
 from tests.runs import SMALL, launch, launched, rows
 from tests.runs import environment as launch_environment
 
@@ -24,8 +24,8 @@ def test_the_printed_command_is_what_runs(capsys: pytest.CaptureFixture[str]) ->
     words = shlex.split(capsys.readouterr().out)
     assert words[0].startswith("OMP_NUM_THREADS=")
     assert words[2:4] == ["-m", "torch.distributed.run"]
-    assert words[4:] == torchrun_arguments(3, ["train.steps=5", "run.name=a b"])
-    assert str(TRAINER) in words and TRAINER.exists()
+    assert words[4:6] == ["--standalone", "--nproc-per-node=3"]
+    assert words[-3:] == [str(TRAINER), "train.steps=5", "run.name=a b"]
 
 
 def test_the_printed_command_works_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,14 +34,6 @@ def test_the_printed_command_works_by_hand(tmp_path: Path, capsys: pytest.Captur
     done = subprocess.run(command, shell=True, cwd="/", env=launch_environment(), capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [r["world_size"] for r in rows(tmp_path)] == [2, 2, 2]
-
-
-def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    assert [environment(n)["OMP_NUM_THREADS"] for n in (1, 2, 3, 8, 9)] == ["8", "4", "2", "1", "1"]
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert environment(2)["OMP_NUM_THREADS"] == "5"
 
 
 def test_it_exits_with_the_trainers_refusal(tmp_path: Path) -> None:
@@ -56,20 +48,6 @@ def test_it_exits_with_the_trainers_failure(tmp_path: Path) -> None:
     done = launch(2, [*TINY, f"run.dir={tmp_path}", "optimizer.lr=1e30", "optimizer.clip=0", "schedule.warmup_steps=0"])
     assert done.returncode == 1
     assert done.stderr.count("trainer: Step") == 1 and "failed with status 1" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("exitcodes", "cause"),
-    [
-        ({0: 1, 1: -9}, (1, -9)),  # rank 0 failed of losing rank 1
-        ({0: -15, 1: 2}, (1, 2)),
-        ({0: 1, 2: 1}, (0, 1)),
-        ({0: 1, 1: 2}, (1, 2)),
-        ({1: -11, 0: -15}, (1, -11)),
-    ],
-)
-def test_the_cause_is_told_from_what_followed(exitcodes: dict[int, int], cause: tuple[int, int]) -> None:
-    assert find_cause(exitcodes) == cause
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -77,6 +77,9 @@ REFUSALS = {
     "model.vocab_size=255": r"model\.vocab_size=255 must be at least 256",
     "model.hidden_size=100": r"Type model\.hidden_size=96",
     "model.num_kv_heads=3": r"is not a multiple of model\.num_kv_heads=3",
+    "elastic.signal=KILL": r"elastic\.signal=KILL is no signal that can warn",
+    "elastic.grace_s=-1": r"elastic\.grace_s=-1.0 must be at least 0",
+    "launch.nodes=2": r"launch\.nodes is an option of launch=torchrun and launch=slurm only",
     "checkpoint.keep=0": r"checkpoint\.keep=0 must be at least 1",
 }
 

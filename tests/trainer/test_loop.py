@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,6 +72,21 @@ class Sinks:
     def finish(self, done: Progress, metrics: dict[str, float]) -> None:
         self.told.append(("finish", done.step))
 
+    def leave(self, done: Progress, metrics: dict[str, float]) -> None:
+        self.told.append(("leave", done.step))
+
+
+@dataclass
+class Warned:
+    """A warning that comes while this step is computed."""
+
+    during: int = 100
+    asked: int = 0
+
+    def is_due(self) -> bool:
+        self.asked += 1
+        return self.asked > self.during
+
 
 def configure(*overrides: str) -> tuple[Config, Feed, Any]:
     config = compose([*SMALL, "train.global_batch=6", "train.micro_batch=2", "train.steps=5", *overrides])
@@ -83,7 +99,7 @@ def test_what_a_step_asks_of_the_engine() -> None:
     config, feed, held_out = configure("schedule.warmup_steps=3", "data.log_ids=true")
     engine, sinks = Recorder(), Sinks()
     done = Progress()
-    train(config, engine, feed, held_out, sinks, sinks, done)  # type: ignore[arg-type]
+    train(config, engine, feed, held_out, sinks, sinks, done, Warned())  # type: ignore[arg-type]
     for step in range(1, 6):
         share, calls = feed.step(step), engine.calls[3 * step - 3 : 3 * step]
         assert all(call["weight"] == 1 / share.num_targets for call in calls)  # by the count of the global batch
@@ -101,18 +117,18 @@ def test_what_a_step_asks_of_the_engine() -> None:
 def test_going_on_asks_for_the_same_as_never_stopping() -> None:
     config, feed, held_out = configure()
     whole, part = Recorder(), Recorder()
-    train(config, whole, feed, held_out, *[Sinks()] * 2, Progress())  # type: ignore[arg-type]
-    train(config, part, feed, held_out, *[Sinks()] * 2, Progress(3, 100))  # type: ignore[arg-type]
+    train(config, whole, feed, held_out, *[Sinks()] * 2, Progress(), Warned())  # type: ignore[arg-type]
+    train(config, part, feed, held_out, *[Sinks()] * 2, Progress(3, 100), Warned())  # type: ignore[arg-type]
     assert part.calls == whole.calls[9:] and part.rates == whole.rates[3:]
     shifted = Recorder()
-    train(config, shifted, feed, held_out, *[Sinks()] * 2, Progress(2, 100))  # type: ignore[arg-type]
+    train(config, shifted, feed, held_out, *[Sinks()] * 2, Progress(2, 100), Warned())  # type: ignore[arg-type]
     assert shifted.calls[:6] != part.calls  # the control: a cursor that is off by one is seen
 
 
 def test_lines_come_before_the_checkpoint_that_counts_them_and_say_what_it_cost() -> None:
     config, feed, held_out = configure("checkpoint.every=2", "eval.every=3")
     sinks = Sinks()
-    train(config, Recorder(), feed, held_out, sinks, sinks, Progress())  # type: ignore[arg-type]
+    train(config, Recorder(), feed, held_out, sinks, sinks, Progress(), Warned())  # type: ignore[arg-type]
     assert sinks.told == [
         *[("settle", 0), ("row", 1), ("save", 1)],
         *[("settle", 0), ("row", 2), ("durable save", 2)],
@@ -130,17 +146,17 @@ def test_what_is_not_finite_is_neither_reported_nor_saved(norm: float) -> None:
     config, feed, held_out = configure("checkpoint.every=1")
     sinks, done = Sinks(), Progress(2, 7)
     with pytest.raises(TrainingFailed, match=r"Step 3 gave .* Lower optimizer\.lr"):
-        train(config, Recorder(norm), feed, held_out, sinks, sinks, done)  # type: ignore[arg-type]
+        train(config, Recorder(norm), feed, held_out, sinks, sinks, done, Warned())  # type: ignore[arg-type]
     config.data.log_ids = True
     with pytest.raises(TrainingFailed, match=rf"samples: \[{feed.step(3).sample_ids[0]}, "):
-        train(config, Recorder(norm), feed, held_out, sinks, sinks, done)  # type: ignore[arg-type]
+        train(config, Recorder(norm), feed, held_out, sinks, sinks, done, Warned())  # type: ignore[arg-type]
     assert sinks.told == [] and (done.step, done.tokens) == (2, 7)
 
 
 def test_a_step_that_overflowed_under_a_loss_scale_is_reported_as_left_out() -> None:
     config, feed, held_out = configure("precision=fp16")
     engine, sinks, done = Recorder(0.5, float("inf"), float("nan")), Sinks(), Progress(0, 0, LossScale(64.0))
-    train(config, engine, feed, held_out, sinks, sinks, done)  # type: ignore[arg-type]
+    train(config, engine, feed, held_out, sinks, sinks, done, Warned())  # type: ignore[arg-type]
     assert engine.scales == [64.0, 64.0, 32.0, 16.0, 16.0]
     assert [row["loss_scale"] for row in sinks.rows] == engine.scales
     assert [row["grad_norm"] for row in sinks.rows] == [0.5, None, None, 0.5, 0.5]
@@ -153,7 +169,7 @@ def test_a_loss_scale_does_not_shrink_for_ever() -> None:
     config, feed, held_out = configure("precision=fp16")
     sinks, done = Sinks(), Progress(0, 0, LossScale(2.0))
     with pytest.raises(TrainingFailed, match=r"Step 2 gave .* gradient norm of None"):
-        train(config, Recorder(*[float("inf")] * 5), feed, held_out, sinks, sinks, done)  # type: ignore[arg-type]
+        train(config, Recorder(*[float("inf")] * 5), feed, held_out, sinks, sinks, done, Warned())  # type: ignore[arg-type]
 
 
 def test_the_held_out_loss_weighs_targets_and_not_samples() -> None:
@@ -175,3 +191,15 @@ def test_the_loss_of_a_step_is_over_all_its_targets() -> None:
 def test_when_something_is_due() -> None:
     assert [s for s in range(1, 8) if due(s, 3, 7)] == [3, 6, 7]
     assert [s for s in range(1, 8) if due(s, 0, 7)] == [7]
+
+
+def test_a_warning_ends_the_run_after_the_step_that_is_under_way() -> None:
+    config, feed, held_out = configure("eval.every=0")
+    sinks, done = Sinks(), Progress()
+    assert not train(config, Recorder(), feed, held_out, sinks, sinks, done, Warned(2))  # type: ignore[arg-type]
+    assert done.step == 2 and sinks.told[-2:] == [("save", 2), ("leave", 2)]
+    # Nothing has been done since the start: there is nothing to save.
+    sinks = Sinks()
+    assert not train(config, Recorder(), feed, held_out, sinks, sinks, done, Warned(0))  # type: ignore[arg-type]
+    assert sinks.told == []
+    assert train(config, Recorder(), feed, held_out, *[Sinks()] * 2, done, Warned())  # type: ignore[arg-type]

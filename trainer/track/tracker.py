@@ -22,7 +22,7 @@ class Sink(Protocol):
 class RunTracker:
     """Metrics and events of a run, to its files, the terminal and wandb."""
 
-    def __init__(self, config: Config, run_id: str, rank: int) -> None:
+    def __init__(self, config: Config, run_id: str, rank: int, incarnation: int = 1) -> None:
         self._sinks: list[Sink] = []
         self._metrics: Metrics | None = None
         self._events: Events | None = None
@@ -32,7 +32,8 @@ class RunTracker:
         self._metrics, self._events = Metrics(run_dir / "metrics.jsonl"), Events(run_dir / "events.jsonl")
         self._sinks = [self._metrics, Console(config.train.steps, config.tracking.print_every)]
         if config.tracking.tracker is Tracker.wandb:
-            self._sinks.append(WandbRun(config.tracking.project, config.run.name, run_id, run_dir, as_json(config)))
+            project, name = config.tracking.project, config.run.name
+            self._sinks.append(WandbRun(project, name, run_id, run_dir, as_json(config), incarnation - 1))
 
     def step(self, row: dict[str, Any]) -> None:
         for sink in self._sinks:

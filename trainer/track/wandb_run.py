@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 
+@contextmanager
+def unheard(*signals: signal.Signals) -> Iterator[None]:
+    """Processes that are started meanwhile never hear these; this one hears them afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class WandbRun:
     """One wandb run for all the incarnations of ours: the id is kept in the checkpoint."""
 
-    def __init__(self, project: str, name: str, run_id: str, directory: Path, config: dict[str, Any]) -> None:
+    def __init__(
+        self, project: str, name: str, run_id: str, directory: Path, config: dict[str, Any], restarts: int = 0
+    ) -> None:
         self._run: Any = None
-        self._guard(lambda: self._start(project, name, run_id, directory, config))
+        # Schedulers signal all processes of a job, and wandb's own would end before the last line has reached it.
+        with unheard(signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            self._guard(lambda: self._start(project, name, run_id, directory, config))
+        self._guard(lambda: self._run and self._run.summary.update({"restarts": restarts}))
 
     def step(self, row: dict[str, Any]) -> None:
         # The step is an ordinary value here: wandb drops rows whose own step goes back, as it does after a resume.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import wandb
 
-from trainer.track.wandb_run import WandbRun
+from trainer.track.wandb_run import WandbRun, unheard
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +41,8 @@ def test_the_step_is_an_ordinary_value(tmp_path: Path, monkeypatch: pytest.Monke
     logged: list[Any] = []
 
     class Fake:
+        summary: ClassVar[dict[str, int]] = {}
+
         def define_metric(self, name: str, step_metric: str) -> None:
             logged.append((name, step_metric))
 
@@ -50,10 +55,11 @@ def test_the_step_is_an_ordinary_value(tmp_path: Path, monkeypatch: pytest.Monke
 
     asked: dict[str, Any] = {}
     monkeypatch.setattr(wandb, "init", lambda **options: asked.update(options) or Fake())
-    run = start(tmp_path)
+    run = WandbRun("project", "name", "abc12345", tmp_path, {}, restarts=3)
     run.step({"step": 7, "loss": 1.0, "sample_ids": [1]})
     run.close(1)
     assert logged == [("*", "step"), {"step": 7, "loss": 1.0}, 1]
+    assert Fake.summary == {"restarts": 3}
     assert asked["id"] == "abc12345" and asked["resume"] == "allow" and asked["mode"] == "offline"
 
 
@@ -62,6 +68,8 @@ def test_a_failure_is_said_once_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
 ) -> None:
     class Broken:
+        summary: ClassVar[dict[str, int]] = {}
+
         def __getattr__(self, name: str) -> Any:
             def act(*arguments: Any, **options: Any) -> None:
                 if name == where:
@@ -91,9 +99,32 @@ def test_online_only_with_an_account(tmp_path: Path, monkeypatch: pytest.MonkeyP
     asked: dict[str, Any] = {}
 
     class Fake:
+        summary: ClassVar[dict[str, int]] = {}
+
         def define_metric(self, *arguments: Any, **options: Any) -> None: ...
 
     monkeypatch.setattr(wandb, "login", lambda prompt: known)
     monkeypatch.setattr(wandb, "init", lambda **options: asked.update(options) or Fake())
     start(tmp_path)
     assert asked["mode"] == mode
+
+
+def test_what_is_started_meanwhile_does_not_hear_the_schedulers_signals() -> None:
+    """And this process does, afterwards."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    try:
+        with unheard(signal.SIGTERM, signal.SIGUSR1):
+            shielded = subprocess.Popen(["sleep", "60"])
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert heard == []
+        assert heard == [signal.SIGUSR1]
+        open_ = subprocess.Popen(["sleep", "60"])
+        for process in (shielded, open_):
+            process.send_signal(signal.SIGUSR1)
+        assert open_.wait(10) == -signal.SIGUSR1  # the control
+        assert shielded.poll() is None
+        shielded.kill()
+        shielded.wait(10)
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -1,0 +1,37 @@
+"""`accelerate launch`: its command, and the exit status that the trainer had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launch.command import TRAINER, Command, python, threads
+from launch.deepspeed import run_program
+from launch.options import Call, check_sizes
+from trainer.config import AccelerateLaunch
+from trainer.errors import Refused
+
+
+def check(call: Call) -> None:
+    options = call.config.launch
+    assert isinstance(options, AccelerateLaunch)
+    if not options.config_file:
+        check_sizes(call.config, options.nproc, options.nproc)
+    elif not Path(options.config_file).is_file():
+        raise Refused(f"--config-file {options.config_file} is not there. `accelerate config` writes one.")
+
+
+def plan(call: Call) -> Command:
+    options = call.config.launch
+    assert isinstance(options, AccelerateLaunch)
+    where = [f"--num_processes={options.nproc}", f"--main_process_port={options.port}"]
+    where += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_ip=127.0.0.1"]
+    where += ["--multi_gpu"] if options.nproc > 1 else []  # its name for several processes, on CPUs as well
+    if options.config_file:
+        where = [f"--config_file={options.config_file}"]
+    chosen = [] if any(word.startswith("parallel=") for word in call.overrides) else ["parallel=accelerate"]
+    words = python("-m", "accelerate.commands.launch", *where, str(TRAINER), *chosen, *call.overrides)
+    return Command(words, threads(options.nproc))
+
+
+def run(call: Call, command: Command) -> int:
+    return run_program(call, command)

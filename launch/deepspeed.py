@@ -1,0 +1,55 @@
+"""The `deepspeed` launcher: its command, and the exit status that the trainer had."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+
+from launch.command import TRAINER, Command, python, threads
+from launch.options import Call, check_sizes
+from launch.supervise import supervise
+from trainer.config import DeepspeedLaunch
+from trainer.errors import Refused
+
+
+def check(call: Call) -> None:
+    options = call.config.launch
+    assert isinstance(options, DeepspeedLaunch)
+    if not options.hostfile:
+        check_sizes(call.config, options.nproc, options.nproc)
+    elif not Path(options.hostfile).is_file():
+        raise Refused(f"--hostfile {options.hostfile} is not there. Give DeepSpeed's list of `HOST slots=N` lines.")
+
+
+def plan(call: Call) -> Command:
+    options = call.config.launch
+    assert isinstance(options, DeepspeedLaunch)
+    here = [f"--num_gpus={options.nproc}", "--master_addr=127.0.0.1"]  # it calls every process a GPU
+    where = [f"--hostfile={options.hostfile}"] if options.hostfile else here
+    # The trainer has its place from the environment; Hydra knows no --local_rank.
+    where += [f"--master_port={options.port}", "--no_local_rank"]
+    chosen = [] if any(word.startswith("parallel=") for word in call.overrides) else ["parallel=zero2"]
+    environment = threads(options.nproc)
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
+    words = python("-m", "deepspeed.launcher.runner", *where, str(TRAINER), *chosen, *call.overrides)
+    return Command(words, environment)
+
+
+def run(call: Call, command: Command) -> int:
+    return run_program(call, command)
+
+
+def run_program(call: Call, command: Command) -> int:
+    """A launcher as a program of its own, whose trainers get every signal from here."""
+
+    def start() -> int:
+        # In a session of its own: a terminal's signals reach the trainers once, and the launcher not at all.
+        done = subprocess.run(command.words, env={**os.environ, **command.environment}, start_new_session=True)
+        return done.returncode if done.returncode >= 0 else 128 - done.returncode
+
+    elastic = call.config.elastic
+    return supervise(start, warning=elastic.signal, grace_s=elastic.grace_s)

@@ -1,0 +1,59 @@
+"""`python -m launch follow RUN`: print what a run's SLURM job prints until it ends; the run's status is its own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from launch.job import ATTEMPTS
+from launch.scheduler import release, state_of
+from launch.status import Status, _lines
+from trainer.errors import Refused
+
+POLL_S = 1.0
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE", "")
+
+
+def main(options: argparse.Namespace) -> int:
+    run = Path(options.run)
+    job = job_of(run)
+    log = run / "launch" / f"job-{job}.log"
+    said, seen = "", 0
+    while True:
+        state, reason = state_of(job)
+        if (now := f"{state} ({reason})" if state == "PENDING" else state) != said:
+            print(f"launch: job {job}: {now or 'SLURM has forgotten it'}", file=sys.stderr, flush=True)
+            said = now
+        if (state, reason) == ("PENDING", "BeginTime"):  # it was requeued, and SLURM would wait for two minutes
+            release(job)
+        if log.exists():
+            with open(log, "rb") as file:
+                file.seek(seen)
+                sys.stdout.buffer.write(file.read())
+                sys.stdout.buffer.flush()
+                seen = file.tell()
+        if state in OVER:
+            return how(run, state)
+        time.sleep(POLL_S)
+
+
+def how(run: Path, state: str) -> int:
+    """0 for a run that is finished, and 1 otherwise."""
+    try:
+        found = Status.of(run)
+    except Refused:
+        found = Status("not started")
+    if found.state == "finished":
+        return 0
+    ended = (_lines(run / "launch" / ATTEMPTS) or [{}])[-1].get("ended", "")
+    print(f"launch: {run} is not finished: {found.state}; {ended or state}", file=sys.stderr)
+    return 1
+
+
+def job_of(run: Path) -> str:
+    try:
+        return (run / "launch" / "job").read_text(encoding="utf-8").strip()
+    except OSError:
+        raise Refused(f"{run} was not handed to SLURM from here: it has no launch/job. Type its directory.") from None

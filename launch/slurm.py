@@ -1,0 +1,152 @@
+"""SLURM: the script of a job, from `job.sbatch`, and handing it in. What the job needs of this place goes with it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launch.command import ROOT
+from launch.options import Call, bounds, check_sizes
+from launch.provenance import leave_behind
+from launch.scheduler import ask, submit
+from trainer.config import SlurmLaunch
+from trainer.errors import Refused
+
+TEMPLATE = Path(__file__).with_name("job.sbatch")
+MARGIN_S = 20  # of the warning's time, for what comes before and after the save
+
+
+@dataclass(frozen=True)
+class Script:
+    """What `sbatch` is given."""
+
+    text: str
+    runs: Sequence[Call]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def check(call: Call) -> None:
+    options = call.config.launch
+    assert isinstance(options, SlurmLaunch)
+    least, most = bounds(options.nodes, "launch.nodes")
+    check_sizes(call.config, least * options.nproc, most * options.nproc)
+
+
+def plan(call: Call) -> Script:
+    return script([call], call.config.run.name)
+
+
+def script(calls: Sequence[Call], name: str) -> Script:
+    """Of one run, or of several as an array."""
+    options, memory = calls[0].config.launch, calls[0].config.checkpoint.memory
+    assert isinstance(options, SlurmLaunch)
+    runs = [patient(call) for call in calls]
+    setup = "\n".join(options.setup)
+    keeper = '"${each[@]}" "$python" -m launch.keeper "${overrides[@]}" &' if memory.every else ""
+    values = {
+        "options": "\n".join(f"#SBATCH {flag}" for flag in flags(options, name, runs)),
+        "directory": shlex.quote(str(Path.cwd())),
+        "setup": setup,
+        "python": shlex.quote(sys.executable),
+        "root": shlex.quote(str(ROOT)),
+        "runs": which_run(runs),
+        "group": shlex.quote(name),
+        "srun": "".join(f" {shlex.quote(flag)}" for flag in options.srun),
+        "warn_s": str(options.warn_s),
+        "keeper": keeper,
+        "nproc": str(options.nproc),
+    }
+    text = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+    return Script(re.sub(r"\n{3,}|(?<=exit 1)\n\n(?=python)", "\n", text), runs)
+
+
+def patient(call: Call) -> Call:
+    """With as much time to save as SLURM gives, unless the command says how much."""
+    options = call.config.launch
+    assert isinstance(options, SlurmLaunch)
+    if any(word.startswith("elastic.grace_s=") for word in call.overrides):
+        return call
+    grace_s = max(options.warn_s - MARGIN_S, options.warn_s // 2)
+    return replace(call, overrides=[*call.overrides, f"elastic.grace_s={grace_s}"])
+
+
+def flags(options: SlurmLaunch, name: str, runs: Sequence[Call]) -> list[str]:
+    """Of sbatch, one a line."""
+    least, most = bounds(options.nodes, "launch.nodes")
+    nodes = f"{least}" if least == most else f"{least}-{most}"
+    where = _home(runs) / "launch" / ("job-%A_%a.log" if len(runs) > 1 else "job-%j.log")
+    found = [f"--job-name={_word(name)}", f"--nodes={nodes}", "--ntasks-per-node=1", f"--output={where}"]
+    found += ["--requeue", "--open-mode=append", f"--signal=B:USR1@{options.warn_s}"]
+    if len(runs) > 1:
+        at_once = f"%{options.parallel_points}" if options.parallel_points else ""
+        found.append(f"--array=0-{len(runs) - 1}{at_once}")
+    given = {
+        "partition": options.partition,
+        "account": options.account,
+        "qos": options.qos,
+        "time": options.time,
+        "gres": f"gpu:{options.gpus}" if options.gpus else "",
+        "cpus-per-task": str(options.cpus) if options.cpus else "",
+        "mem": options.mem,
+        "exclude": options.exclude,
+        "dependency": options.dependency,
+    }
+    return [*found, *(f"--{flag}={value}" for flag, value in given.items() if value), *options.sbatch]
+
+
+def _home(runs: Sequence[Call]) -> Path:
+    first = Path(runs[0].config.run.dir).absolute()
+    return first.parent if len(runs) > 1 else first
+
+
+def _word(name: str) -> str:
+    return re.sub(r"[^\w.+-]", "_", name)
+
+
+def which_run(runs: Sequence[Call]) -> str:
+    """Bash that sets `run` and `overrides`; of an array those of the task."""
+
+    def one(call: Call) -> str:
+        run = shlex.quote(str(Path(call.config.run.dir).absolute()))
+        return f"run={run}; overrides=({shlex.join(call.overrides)})"
+
+    if len(runs) == 1:
+        return one(runs[0])
+    cases = "\n".join(f"  {number}) {one(call)} ;;" for number, call in enumerate(runs))
+    return f"case $SLURM_ARRAY_TASK_ID in\n{cases}\nesac"
+
+
+def run(call: Call, script: Script) -> int:
+    job = hand_in(script)
+    where = call.config.run.dir
+    print(f"submitted job {job}: `python -m launch follow {where}` prints what it prints, `cancel` ends it")
+    return 0
+
+
+def hand_in(script: Script) -> str:
+    """Write down what the job needs, and submit it; its number."""
+    ask("sbatch", "--version")
+    home = _home(script.runs) / "launch"
+    for call in script.runs:
+        leave_behind(call)
+    path = home / "job.sbatch"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        path.write_text(script.text, encoding="utf-8")
+    except OSError as error:
+        raise Refused(
+            f"{home} cannot be written: {error.strerror or error}. Make it writable, or type run.dir=DIRECTORY with "
+            "one that can."
+        ) from None
+    ask("sbatch", "--test-only", str(path))  # which sees what a submission would let wait for ever
+    job = submit(str(path))
+    for number, call in enumerate(script.runs):
+        own = f"{job}_{number}" if len(script.runs) > 1 else job
+        (Path(call.config.run.dir) / "launch" / "job").write_text(f"{own}\n", encoding="utf-8")
+    return job

@@ -1,0 +1,169 @@
+"""`python -m launch status RUN`: where a run or a sweep is. Reads files only."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from checkpointing import CheckpointError
+from checkpointing.generations import newest
+from checkpointing.lease import holder_of
+from checkpointing.storage import FileStorage
+from trainer.errors import Refused
+
+POINTS = "points.json"
+TAIL = 65536  # bytes, in which the last line of metrics is
+
+
+@dataclass(frozen=True)
+class Status:
+    """Of one run."""
+
+    state: str
+    step: int = 0
+    total: int = 0
+    loss: float | None = None
+    eval_loss: float | None = None
+    tokens_per_s: float = 0.0
+    age_s: float = 0.0  # of the last line of metrics
+    snapshot: int | None = None  # the newest, in memory
+    durable: int | None = None
+    restarts: int = 0
+    job: str = ""
+    why: str = ""
+
+    @staticmethod
+    def of(run: Path) -> Status:
+        """`Refused` where there is no run."""
+        events = _lines(run / "events.jsonl")
+        job = _text(run / "launch" / "job")
+        if not events:
+            if job:
+                return Status("waiting", job=job)
+            raise Refused(f"{run} is no run: it has no events.jsonl. Type the directory of one, such as runs/main.")
+        rows = _lines(run / "metrics.jsonl", TAIL)
+        row: dict[str, Any] = rows[-1] if rows else {}
+        snapshots = [e["step"] for e in events if e["event"] == "snapshot" and e.get("generation")]
+        ends = [e for e in events if e["event"] in ("start", "resume", "finish", "preempt", "failure")]
+        alive = holder_of(FileStorage(run / ".lease")) is not None
+        last = ends[-1]["event"] if ends else ""
+        words = {"finish": "finished", "preempt": "preempted", "failure": "failed"}
+        checkpoints, found = Path(_option(run, "checkpoint.dir") or "-"), None
+        with contextlib.suppress(CheckpointError, OSError):
+            found = newest(FileStorage(checkpoints if checkpoints.is_dir() else run / "checkpoints"))
+        evaluated = [one["eval_loss"] for one in rows if "eval_loss" in one]
+        return Status(
+            "running" if alive else words.get(last, "dead"),
+            row.get("step", 0),
+            _option(run, "train.steps") or 0,
+            row.get("loss"),
+            evaluated[-1] if evaluated else None,
+            row.get("tokens_per_s", 0.0),
+            time.time() - (run / "metrics.jsonl").stat().st_mtime if rows else 0.0,
+            snapshots[-1] if snapshots else None,
+            found.step if found is not None else None,
+            max(0, sum(e["event"] in ("start", "resume") for e in events) - 1),
+            job,
+            str(ends[-1].get("reason") or ends[-1].get("abandoned") or "") if ends else "",
+        )
+
+    def __str__(self) -> str:
+        def step(number: int | None) -> str:
+            return "none" if number is None else f"step {number}"
+
+        loss = "none yet" if self.loss is None else f"{self.loss:.4f}"
+        loss += "" if self.eval_loss is None else f", held out {self.eval_loss:.4f}"
+        lines = {
+            "state": self.state + (f": {self.why}" if self.why else "") + (f" (job {self.job})" if self.job else ""),
+            "step": f"{self.step} of {self.total}, {self.age_s:.0f} s ago",
+            "loss": loss,
+            "speed": f"{self.tokens_per_s:,.0f} tokens/s",
+            "in memory": step(self.snapshot),
+            "durable": step(self.durable),
+            "restarts": str(self.restarts),
+        }
+        if self.state == "waiting":
+            lines = {"state": lines["state"]}
+        return "\n".join(f"  {label:10} {text}" for label, text in lines.items())
+
+
+def main(options: argparse.Namespace) -> int:
+    run = Path(options.run)
+    if (run / POINTS).is_file():
+        print(summary(run))
+    else:
+        print(f"{run}\n{Status.of(run)}")
+    return 0
+
+
+def summary(home: Path) -> str:
+    """A line for every point of a sweep, the best held-out loss first."""
+    found = []
+    for point in json.loads((home / POINTS).read_text(encoding="utf-8")):
+        try:
+            status = Status.of(home / point["dir"])
+        except Refused:
+            status = Status("not started")
+        found.append((point, status))
+    found.sort(key=lambda one: _loss(one[1]))
+    differ = _differing([point["overrides"] for point, _ in found])
+    rows = [("point", "state", "step", "loss", "held out", " ".join(differ))]
+    for point, status in found:
+        losses = ["" if loss is None else f"{loss:.4f}" for loss in (status.loss, status.eval_loss)]
+        own = [word.partition("=")[2] for word in point["overrides"] if word.partition("=")[0] in differ]
+        rows.append((point["dir"], status.state, f"{status.step}/{status.total}", *losses, "  ".join(own)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _loss(status: Status) -> float:
+    known = [loss for loss in (status.eval_loss, status.loss) if loss is not None]
+    return known[0] if known else float("inf")
+
+
+def _differing(points: list[list[str]]) -> list[str]:
+    """The keys whose values are not the same everywhere, in the order of the command."""
+    values: dict[str, set[str]] = {}
+    for point in points:
+        for word in point:
+            key, _, value = word.partition("=")
+            values.setdefault(key, set()).add(value)
+    return [key for key, seen in values.items() if len(seen) > 1]
+
+
+def _lines(path: Path, tail: int = 0) -> list[dict[str, Any]]:
+    """The objects of a file, or of its end; what is no whole line is passed over."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - tail) if tail else 0)
+            data = file.read()
+    except OSError:
+        return []
+    found = []
+    for line in data.splitlines():
+        with contextlib.suppress(ValueError):
+            if isinstance(one := json.loads(line), dict):
+                found.append(one)
+    return found
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def _option(run: Path, key: str) -> Any:
+    """Of the run's resolved configuration; None where that cannot be read."""
+    with contextlib.suppress(OSError, ValueError, OmegaConfBaseException, YAMLError):
+        return OmegaConf.select(OmegaConf.load(run / "config.yaml"), key)
+    return None

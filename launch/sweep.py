@@ -1,0 +1,103 @@
+"""Sweeps: a run for every point that the overrides span, one after another here, or as an array of SLURM jobs.
+
+Each point trains in processes of its own, below the directory of the sweep.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from launch.command import Command, python
+from launch.options import Call, is_override
+from launch.status import POINTS, summary
+from trainer.compose import compose
+from trainer.errors import Refused
+
+
+def run_points(call: Call) -> int:
+    """Start them all; the first status that is not 0."""
+    target = importlib.import_module(f"launch.{call.target}")
+    calls = points(call)
+    for one in calls:
+        target.check(one)
+    home = Path(call.config.run.dir)
+    if call.target == "slurm":
+        return _as_jobs(calls, call)
+    commands = [_command(one) for one in calls]
+    if call.dry_run:
+        print("\n".join(map(str, commands)))
+        return 0
+    _write_down(home, calls)
+    status = 0
+    for one, command in zip(calls, commands, strict=True):
+        print(f"launch: {one.config.run.name}: {shlex.join(_own(one))}", flush=True)
+        status = subprocess.run(command.words).returncode or status
+    print(summary(home))
+    return status
+
+
+def points(call: Call) -> list[Call]:
+    """One call a point, with a name and a directory of its own. `Refused` where nothing is spanned."""
+    fixed = [w for w in call.overrides if not is_override(w) or not w.startswith(("run.name=", "run.dir="))]
+    parser, spans, rest = OverridesParser.create(), list[list[str]](), list[str]()
+    for word in fixed:
+        override = parser.parse_override(word) if is_override(word) else None
+        if override is None or not override.is_sweep_override():
+            rest.append(word)
+            continue
+        try:
+            values = list(override.sweep_string_iterator())
+        except HydraException as error:
+            raise Refused(f"{word} is no list of values: {error}. Type {word.partition('=')[0]}=A,B.") from None
+        spans.append([f"{override.get_key_element()}={value}" for value in values])
+    if not spans:
+        raise Refused("--multirun, and no override has several values. Type one such as optimizer.lr=1e-3,1e-4.")
+    name, home, found = call.config.run.name, Path(call.config.run.dir), list[Call]()
+    for number, point in enumerate(itertools.product(*spans)):
+        words = [*rest, *point, f"run.name={name}-{number}", f"run.dir={home / str(number)}"]
+        config = replace(compose([word for word in words if is_override(word)]), launch=call.config.launch)
+        found.append(replace(call, config=config, overrides=words, multirun=False))
+    return found
+
+
+def _own(call: Call) -> list[str]:
+    return [word for word in call.overrides if not word.startswith(("run.name=", "run.dir="))]
+
+
+def _command(call: Call) -> Command:
+    return Command(python("-m", "launch", call.target, *call.flags, "--", *call.overrides))
+
+
+def _write_down(home: Path, calls: Sequence[Call]) -> None:
+    told = [{"dir": Path(call.config.run.dir).name, "overrides": _own(call)} for call in calls]
+    home.mkdir(parents=True, exist_ok=True)
+    (home / POINTS).write_text(json.dumps(told, indent=1), encoding="utf-8")
+
+
+def _as_jobs(calls: Sequence[Call], call: Call) -> int:
+    from launch.scheduler import submit
+    from launch.slurm import hand_in, script
+
+    made = script(calls, call.config.run.name)
+    if call.dry_run:
+        print(made)
+        return 0
+    home = Path(call.config.run.dir).absolute()
+    _write_down(home, calls)
+    job = hand_in(made)
+    show = str(Command(python("-m", "launch", "status", str(home))))
+    last = submit(
+        f"--wrap={show}", ["--job-name=summary", f"--dependency=afterany:{job}", f"--output={home / 'summary.txt'}"]
+    )
+    print(f"submitted job {job}, {len(calls)} points, and job {last}, which writes {home / 'summary.txt'} when all end")
+    return 0

@@ -1,0 +1,102 @@
+"""What becomes of a job, from its run directory alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from checkpointing import save
+from launch.job import Decision, Job, decide, in_vain
+from launch.job import main as job_main
+from tests.launch.test_scheduler import commands, says  # noqa: F401
+from trainer.outcome import DIRECTORY, Outcome, leave
+
+KILLED = {"step": 10, "ended": "ended without a word"}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "attempts", "again", "status", "why"),
+    [
+        (Outcome(0, True), 9, False, 0, "finished"),
+        (Outcome(75, False, "preempted after step 12"), 9, True, 0, "preempted after step 12"),
+        (Outcome(2, True, "no such data"), 1, False, 1, "failed for good: no such data"),
+        (Outcome(1, True, "a loss of nan"), 1, False, 1, "failed for good: a loss of nan"),
+        (Outcome(1, False, "connection closed"), 1, True, 0, "failed: connection closed"),
+        (None, 3, True, 0, "ended without a word"),
+        (None, 4, False, 1, "Gives up after 4 attempts"),
+        (Outcome(1, False, "connection closed"), 4, False, 1, "Gives up after 4 attempts"),
+    ],
+)
+def test_decisions(outcome: Outcome | None, attempts: int, again: bool, status: int, why: str) -> None:
+    found = decide(outcome, [KILLED] * attempts, 10, 3)
+    assert (found.again, found.status) == (again, status) and why in found.why
+    if outcome is None or not outcome.final:  # progress: a newer step is committed than the last attempts began at
+        assert decide(outcome, [KILLED] * attempts, 11, 3).again
+
+
+def test_attempts_in_vain_are_those_at_the_end_that_were_not_preempted() -> None:
+    preempted = {"step": 10, "ended": "preempted after step 10"}
+    assert in_vain([], 10) == 0
+    assert in_vain([{"step": 10}, {"step": 9}, KILLED, preempted, KILLED], 10) == 2
+    assert in_vain([KILLED, KILLED], 11) == 0
+
+
+@pytest.fixture
+def run(tmp_path: Path, commands: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+    home = tmp_path / "run"
+    (home / "launch").mkdir(parents=True)
+    options = {"checkpoints": str(home / "checkpoints"), "max_requeues": 2, "exclude": "n9", "health": ""}
+    (home / "launch" / "job.json").write_text(json.dumps(options))
+    for key, value in {"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n[1-2]"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv(DIRECTORY, str(home / "launch" / "attempt-5-0"))
+    says(commands, "scontrol", f'[ "$1" = show ] && printf "n1\\nn2\\n" || echo "$@" >> {tmp_path}/told')
+    return home
+
+
+def told(run: Path) -> list[str]:
+    path = run.parent / "told"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_an_attempt_that_is_killed_again_and_again_gives_up(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(3):
+        assert job_main(["begin", str(run)]) == 0
+        assert job_main(["end", str(run)]) in (0, 1)
+    assert told(run) == ["requeue 5", "requeue 5"]
+    assert "Gives up after 3 attempts in a row without a new committed step" in capsys.readouterr().out
+    # Not even `end` is reached where the script is killed: the next attempt sees it.
+    assert job_main(["begin", str(run)]) == 1
+    save(run / "checkpoints", 7, [])
+    assert job_main(["begin", str(run)]) == 0
+    assert Job(run, {}).attempts()[-1]["step"] == 7
+
+
+def test_a_job_that_slurm_ends_does_not_bring_itself_back(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert job_main(["begin", str(run)]) == 0
+    leave(Outcome(75, False, "preempted after step 7"))
+    assert job_main(["leave", str(run)]) == 1
+    assert told(run) == [] and Job(run, {}).attempts()[-1]["ended"] == "preempted after step 7"
+
+
+def test_a_machine_that_is_not_healthy_is_excluded_and_reported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job_main(["begin", str(run)]) == 0
+    directory = run / "launch" / "attempt-5-0"
+    (directory / "health-n1.json").write_text(json.dumps({"why": "", "together": ""}))
+    assert job_main(["admit", str(run)]) == 1
+    assert "n2 is not healthy and is excluded: it did not report" in capsys.readouterr().out
+    assert told(run) == ["requeue 5", "update JobId=5 ExcNodeList=n9,n2"]
+    (directory / "health-n2.json").write_text(json.dumps({"why": "", "together": ""}))
+    assert job_main(["admit", str(run)]) == 0
+
+
+def test_no_healthy_machine_at_all_excludes_none(run: Path) -> None:
+    assert job_main(["begin", str(run)]) == 0
+    assert job_main(["admit", str(run)]) == 1
+    assert told(run) == []
+
+
+def test_a_decision_is_what_it_says() -> None:
+    assert decide(Outcome(0, True), [], 0, 0) == Decision(False, 0, "finished")

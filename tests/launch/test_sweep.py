@@ -1,0 +1,58 @@
+"""Sweeps: the points that overrides span, and each as a run of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.__main__ import main
+from launch.sweep import points
+from tests.launch.test_options import called
+from tests.runs import SMALL, rows
+from trainer.errors import Refused
+
+
+def test_every_combination_has_a_name_and_a_directory() -> None:
+    words = ["run.name=lr", "optimizer.lr=1e-3,1e-4", "method=lora,full", "optimizer.betas=[0.9,0.95]"]
+    found = points(called("local", "--multirun", "--nproc=2", "--", *words))
+    assert [one.config.run.dir for one in found] == [f"runs/lr/{n}" for n in range(4)]
+    assert [(one.config.optimizer.lr, one.config.run.name) for one in found[1:3]] == [(1e-3, "lr-1"), (1e-4, "lr-2")]
+    assert all(one.config.launch.nproc == 2 and not one.multirun for one in found)
+    assert "optimizer.betas=[0.9,0.95]" in found[0].overrides and "run.name=lr" not in found[0].overrides
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.steps=3"], "no override has several values"),
+        (["optimizer.lr=interval(0,1)"], "is no list of values"),
+        (["train.steps=3,x"], "x"),
+        (["train.steps=3,0"], "train.steps=0"),
+    ],
+)
+def test_what_spans_nothing_or_does_not_compose_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        points(called("local", "--multirun", "--", *words))
+
+
+def test_points_train_one_after_another_and_a_table_ends_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = [*SMALL, "train.steps=2", "optimizer.lr=1e-2,1e-3", f"run.dir={tmp_path}"]
+    assert main(["local", "--multirun", "--", *words]) == 0
+    table = capfd.readouterr().out.splitlines()[-3:]
+    assert table[0].split() == ["point", "state", "step", "loss", "held", "out", "optimizer.lr"]
+    assert all(line.split()[1:3] == ["finished", "2/2"] for line in table[1:])
+    assert [rows(tmp_path / n)[-1]["step"] for n in "01"] == [2, 2]
+
+
+def test_a_point_that_fails_is_the_status_of_the_sweep(tmp_path: Path) -> None:
+    words = [*SMALL, "train.steps=2", "optimizer.lr=1e-3,1e30", "optimizer.clip=0", "schedule.warmup_steps=0"]
+    assert main(["local", "--multirun", "--", *words, f"run.dir={tmp_path}"]) == 1
+
+
+def test_an_array_of_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"run.dir={tmp_path}", "optimizer.lr=1,2,3"]
+    assert main(["slurm", "--multirun", "--dry-run", "--parallel-points=2", "--", *words]) == 0
+    said = capsys.readouterr().out
+    assert "#SBATCH --array=0-2%2" in said and f"#SBATCH --output={tmp_path}/launch/job-%A_%a.log" in said
+    assert f"  2) run={tmp_path}/2; overrides=(launch=slurm optimizer.lr=3 run.name=main-2" in said
