@@ -11,6 +11,7 @@ import warnings
 from typing import NoReturn
 
 from checkpointing.errors import CheckpointError
+from trainer.elastic.preemption import listen_no_more
 from trainer.errors import Refused, TrainingFailed
 from trainer.outcome import Outcome, leave
 
@@ -48,6 +49,7 @@ def main() -> int:
         status = _compose_and_run()
     except BaseException as error:
         leave(Outcome.of(error))
+        listen_no_more()
         return _explain(error)
     if status == 0:  # one that was preempted has said so
         leave(Outcome(0, final=True))

@@ -110,7 +110,18 @@ _early: list[int] = []
 def note_early() -> None:
     """From the first moment of a process on: what comes before a run listens is kept for it."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda number, _: _early.append(number))
+        signal.signal(number, _note_early)
+
+
+def listen_no_more() -> None:
+    """At the end of a run: what comes now ends the process."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(number) is _note_early:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _note_early(number: int, _: object) -> None:
+    _early.append(number)
 
 
 def warnings_of(name: str) -> list[signal.Signals]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from benchmarks.processes import wait_for
 from tests.conftest import ROOT
 from tests.worlds import WORLD
-from trainer.elastic.preemption import ECHO_S, Preemption, warnings_of
+from trainer.elastic.preemption import ECHO_S, Preemption, listen_no_more, note_early, warnings_of
 
 SIGNALS = warnings_of("USR1")
 
@@ -72,6 +72,22 @@ with Preemption(0.5, give_up).listening(warnings_of("USR1")):
             assert process.wait(30) == 75 and process.stdout.read() == "gave up\n"
         finally:
             process.kill()
+
+
+def test_what_comes_before_a_run_listens_is_kept_for_it() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        note_early()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with listening(100, []) as preemption:
+            assert preemption.is_due() and preemption.signum == signal.SIGUSR1
+        with listening(100, []) as preemption:
+            assert not preemption.is_due()
+        listen_no_more()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def hear(rank: int) -> tuple[bool, bool, float, int]:
