@@ -26,10 +26,10 @@ def can_connect(root: Path) -> bool:
 
 
 def test_it_listens_and_signals_for_the_trainers_do_not_end_it(tmp_path: Path) -> None:
-    overrides = [f"run.dir={tmp_path}", "checkpoint.memory.every=1"]
+    shared = Path("/dev/shm") / f"evershard-keeper-{os.getpid()}"
+    overrides = [f"run.dir={tmp_path}", "checkpoint.memory.every=1", f"checkpoint.memory.dir={shared}"]
     keeper = [sys.executable, "-m", "launch.keeper", *overrides]
     process = subprocess.Popen(keeper, cwd=ROOT, env={**os.environ, "SLURM_PROCID": "0"})
-    root = None
     try:
         wait_for(lambda: (tmp_path / MEMORY_ID).exists(), 60)
         root = memory_directory(compose(overrides))
@@ -40,11 +40,10 @@ def test_it_listens_and_signals_for_the_trainers_do_not_end_it(tmp_path: Path) -
         # One on a second task of the same machine ends at once, and leaves the first at work.
         assert subprocess.run(keeper, cwd=ROOT, env={**os.environ, "SLURM_PROCID": "1"}, timeout=60).returncode == 0
         assert process.poll() is None and can_connect(root)
-        secret = next(path for path in root.iterdir() if path.name == SECRET)
+        secret = root / SECRET
         assert secret.stat().st_mode & 0o077 == 0
         assert secret.read_text().strip() not in Path(f"/proc/{process.pid}/cmdline").read_text()
     finally:
         kill_tree(process.pid)
         process.wait(10)
-        if root is not None:
-            shutil.rmtree(root, ignore_errors=True)
+        shutil.rmtree(shared, ignore_errors=True)
