@@ -11,18 +11,10 @@ from pathlib import Path
 
 from benchmarks.processes import kill_tree, wait_for
 from checkpointing.memory.directory import SECRET
-from checkpointing.memory.messages import connect
+from tests.checkpointing.memory.keepers import answers
 from tests.conftest import ROOT
 from trainer.compose import compose
 from trainer.resume import MEMORY_ID, memory_directory
-
-
-def can_connect(root: Path) -> bool:
-    try:
-        connect(root).close()
-    except OSError:
-        return False
-    return True
 
 
 def test_it_listens_and_signals_for_the_trainers_do_not_end_it(tmp_path: Path) -> None:
@@ -34,12 +26,12 @@ def test_it_listens_and_signals_for_the_trainers_do_not_end_it(tmp_path: Path) -
         wait_for(lambda: (tmp_path / MEMORY_ID).exists(), 60)
         root = memory_directory(compose(overrides))
         assert root is not None
-        wait_for(lambda: can_connect(root), 60)
+        wait_for(lambda: answers(root), 60)
         for signum in (signal.SIGTERM, signal.SIGUSR1):
             process.send_signal(signum)
         # One on a second task of the same machine ends at once, and leaves the first at work.
         assert subprocess.run(keeper, cwd=ROOT, env={**os.environ, "SLURM_PROCID": "1"}, timeout=60).returncode == 0
-        assert process.poll() is None and can_connect(root)
+        assert process.poll() is None and answers(root)
         secret = root / SECRET
         assert secret.stat().st_mode & 0o077 == 0
         assert secret.read_text().strip() not in Path(f"/proc/{process.pid}/cmdline").read_text()

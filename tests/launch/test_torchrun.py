@@ -6,7 +6,6 @@ import pytest
 
 from launch.__main__ import main
 from launch.torchrun import find_cause, patient
-from trainer.config import TorchrunLaunch
 
 TWO = ["torchrun", "--nodes", "1:2", "--endpoint", "localhost:29400", "--nproc", "2", "--dry-run"]
 
@@ -34,10 +33,6 @@ def test_what_cannot_meet_is_refused(flags: list[str], message: str, capsys: pyt
     assert main(["torchrun", *flags]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-
-
-def test_restarts_are_for_machines_that_may_be_lost() -> None:
-    assert TorchrunLaunch().restarts == 3
 
 
 @pytest.mark.parametrize(
