@@ -37,14 +37,19 @@ class Stop:
     def __init__(self, step: int, marker: Path) -> None:
         self.step, self._marker = step, marker
         self.now = 0
+        self.copied = 0  # the step whose snapshot is on its way; the one that computes may be the next already
 
     @property
     def due(self) -> bool:
         return self.now == self.step and os.environ["RANK"] == "0"
 
+    @property
+    def copy_due(self) -> bool:
+        return self.copied == self.step and os.environ["RANK"] == "0"
+
     def mark(self, point: str) -> None:
         draft = self._marker.with_suffix(".draft")
-        draft.write_text(f"{point} of step {self.now}")
+        draft.write_text(f"{point} of step {self.step}")
         draft.rename(self._marker)
 
     def here(self, point: str) -> None:
@@ -60,7 +65,11 @@ def arm(point: str, stop: Stop) -> None:
         stop.now = step
         return train_step(config, engine, feed, step, *rest)
 
+    def submitted(_: Any, snapshot: copying.Snapshot) -> None:
+        stop.copied = snapshot.step
+
     vars(loop)["train_step"] = counted
+    _before(copying.Copier, "submit", submitted)
     if point == "forward":
         _before(torch_engine, "summed_loss", lambda *_: stop.here(point) if stop.due else None)
     elif point == "backward":
@@ -101,14 +110,14 @@ def arm(point: str, stop: Stop) -> None:
 
         def copies(*_: Any) -> None:
             copied[0] += 1
-            if stop.due and copied[0] % 2 == 0:
+            if stop.copy_due and copied[0] % 2 == 0:
                 stop.here(point)
 
         _before(copying, "copy_part", copies)
     elif point == "between prepare and commit":  # the other rank has told the keeper, this one has only copied
 
         def sends(_: Any, *messages: dict[str, Any]) -> None:
-            if stop.due and any(message["kind"] == "prepared" for message in messages):
+            if stop.copy_due and any(message["kind"] == "prepared" for message in messages):
                 stop.here(point)
 
         _before(client.Client, "send", sends)

@@ -11,7 +11,7 @@ import warnings
 from typing import NoReturn
 
 from checkpointing.errors import CheckpointError
-from trainer.elastic.preemption import listen_no_more
+from trainer.elastic.preemption import listen_no_more, was_warned
 from trainer.errors import Refused, TrainingFailed
 from trainer.outcome import Outcome, leave
 
@@ -101,10 +101,12 @@ def without_local_rank(arguments: list[str]) -> list[str]:
 def say(what: object, status: int) -> int:
     """To stderr, once a machine: what is refused on one process is mostly refused on its neighbours as well.
 
-    The others let the first one speak, whose end makes the launcher end them too. Who is still there after that says
-    what it has to say itself.
+    The others let the first one speak, whose end makes the launcher end them too, or has done so already. Who is still
+    there after that says what it has to say itself.
     """
     if (rank := os.environ.get("LOCAL_RANK", "0")) != "0":
+        if was_warned():
+            return status
         time.sleep(PATIENCE_S)
         what = f"local rank {rank}: {what}"
     print(f"trainer: {what}", file=sys.stderr, flush=True)

@@ -80,11 +80,16 @@ def test_statuses(
     monkeypatch.setenv("LOCAL_RANK", "1")
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr(cli, "was_warned", lambda: False)
     assert cli.main() == status
     if status == 130:
         assert not waited and capsys.readouterr().err == ""
     else:
         assert waited == [cli.PATIENCE_S] and capsys.readouterr().err == f"trainer: local rank 1: {error}\n"
+        # The launcher has ended it while it read its data: the first has spoken.
+        monkeypatch.setattr(cli, "was_warned", lambda: True)
+        assert cli.main() == status
+        assert len(waited) == 1 and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("ending", "status"), [("lambda: 3", 3), ("lambda: 1 / 0", 1), ("lambda: sys.exit(2)", 2)])

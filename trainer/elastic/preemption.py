@@ -97,6 +97,7 @@ class Preemption:
                     return
                 if byte not in signals:
                     continue
+                _heard.append(byte)
                 if self._deadline is None:
                     self._note(byte, self._grace_s)
                 elif time.monotonic() - self._first > ECHO_S:
@@ -104,7 +105,8 @@ class Preemption:
                     return
 
 
-_early: list[int] = []
+_early: list[int] = []  # what no run has taken up yet
+_heard: list[int] = []  # all of it
 
 
 def note_early() -> None:
@@ -120,8 +122,14 @@ def listen_no_more() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
+def was_warned() -> bool:
+    """Whether a signal came at any time: a launcher ends the others so when the first of its processes has failed."""
+    return bool(_heard)
+
+
 def _note_early(number: int, _: object) -> None:
     _early.append(number)
+    _heard.append(number)
 
 
 def warnings_of(name: str) -> list[signal.Signals]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from benchmarks.processes import wait_for
 from tests.conftest import ROOT
 from tests.worlds import WORLD
-from trainer.elastic.preemption import ECHO_S, Preemption, listen_no_more, note_early, warnings_of
+from trainer.elastic.preemption import ECHO_S, Preemption, listen_no_more, note_early, warnings_of, was_warned
 
 SIGNALS = warnings_of("USR1")
 
@@ -79,6 +79,7 @@ def test_what_comes_before_a_run_listens_is_kept_for_it() -> None:
     try:
         note_early()
         os.kill(os.getpid(), signal.SIGUSR1)
+        assert was_warned()
         with listening(100, []) as preemption:
             assert preemption.is_due() and preemption.signum == signal.SIGUSR1
         with listening(100, []) as preemption:
