@@ -36,8 +36,9 @@ from checkpointing.diff import compare
 from checkpointing.generations import newest
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
+from trainer.choices import Lora, Selective
 from trainer.compose import compose
-from trainer.config import Config, Lora, Selective
+from trainer.config import Config
 from trainer.data.dataset import Windows
 from trainer.data.feed import Feed
 from trainer.loop import optimize

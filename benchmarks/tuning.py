@@ -29,8 +29,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.report import Row, finish
+from trainer.choices import Reselection, Sparse
 from trainer.compose import compose
-from trainer.config import Config, Reselection, Sparse, method_name
+from trainer.config import Config, method_name
 from trainer.data.feed import Feed
 from trainer.data.sources import Corpus, load_corpus, stdlib_files
 from trainer.data.tokenizer import ByteTokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 from launch.command import TRAINER, Command, python, threads
 from launch.deepspeed import run_program
 from launch.options import Call, check_sizes
-from trainer.config import AccelerateLaunch
+from trainer.choices import AccelerateLaunch
 from trainer.errors import Refused
 
 

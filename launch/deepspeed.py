@@ -11,7 +11,7 @@ import torch
 from launch.command import TRAINER, Command, python, threads
 from launch.options import Call, check_sizes
 from launch.supervise import supervise
-from trainer.config import DeepspeedLaunch
+from trainer.choices import DeepspeedLaunch
 from trainer.errors import Refused
 
 

@@ -11,8 +11,9 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trainer.choices import CHOICES, Launch
 from trainer.compose import compose
-from trainer.config import CHOICES, Config, Launch
+from trainer.config import Config
 from trainer.errors import Refused
 from trainer.plan import plan_batch, resolve_topology
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from launch.command import ROOT
 from launch.options import Call
-from trainer.config import SlurmLaunch, as_yaml
+from trainer.choices import SlurmLaunch
+from trainer.config import as_yaml
 from trainer.errors import Refused
 
 

@@ -13,7 +13,7 @@ from launch.command import ROOT
 from launch.options import Call, bounds, check_sizes
 from launch.provenance import leave_behind
 from launch.scheduler import ask, submit
-from trainer.config import SlurmLaunch
+from trainer.choices import SlurmLaunch
 from trainer.errors import Refused
 
 TEMPLATE = Path(__file__).with_name("job.sbatch")

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from launch.command import TRAINER, Command, python, threads
 from launch.options import Call, bounds, check_sizes
 from launch.supervise import MORE_S, say_how, supervise
-from trainer.config import Config, TorchrunLaunch
+from trainer.choices import TorchrunLaunch
+from trainer.config import Config
 from trainer.errors import Refused
 
 # A machine that is lost is noticed after three heartbeats; one that comes late is waited for this long.

@@ -13,7 +13,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config import Config, from_hydra, register, unknown_key
+from trainer.check import from_hydra, register, unknown_key
+from trainer.config import Config
 from trainer.errors import Refused
 
 # A path, not a package name: a directory or package called `conf` elsewhere must not be taken for ours.

@@ -25,7 +25,8 @@ from checkpointing.generations import Generation, abandon, candidates, read_inde
 from checkpointing.memory.directory import why_not_private
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage
-from trainer.config import CHOICES, Config, Jsonl, Sparse, as_json, choice_of, flatten
+from trainer.choices import CHOICES, Jsonl, Sparse
+from trainer.config import Config, as_json, choice_of, flatten
 from trainer.errors import Refused
 from trainer.methods import build
 from trainer.methods.sparse.attach import grows_by_gradient, sizes_in

@@ -21,7 +21,7 @@ from checkpointing.format import DTYPES
 from checkpointing.generations import newest
 from checkpointing.storage import FileStorage
 from tests.runs import assert_same_run, events, kill_when, launch, rows
-from trainer.config import Jsonl
+from trainer.choices import Jsonl
 from trainer.data.order import samples_of_step
 from trainer.data.sources import load_corpus
 from trainer.data.tokenizer import ByteTokenizer

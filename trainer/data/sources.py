@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from trainer.config import Data, Jsonl, Stdlib, Text
+from trainer.choices import Data, Jsonl, Stdlib, Text
 from trainer.data.dataset import Dataset, Records, Windows
 from trainer.data.tokenizer import Tokenizer, Tokens
 from trainer.errors import Refused

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from trainer.config import Config, Lora, Method, Reselection, Selective, Sparse
+from trainer.choices import Lora, Method, Reselection, Selective, Sparse
+from trainer.config import Config
 from trainer.models import build_model
 
 

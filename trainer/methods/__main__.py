@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from checkpointing import CheckpointError, parameter_names
-from trainer.config import HuggingFace
+from trainer.choices import HuggingFace
 from trainer.errors import Refused
 from trainer.methods.deltas import Applied, Delta, compose, take_out
 from trainer.methods.statistics import as_rows, changes, compare

@@ -8,7 +8,8 @@ from torch import nn
 
 from checkpointing import External, Piece, external_of, parameter_names
 from checkpointing.collective import Team
-from trainer.config import Config, HuggingFace
+from trainer.choices import HuggingFace
+from trainer.config import Config
 from trainer.methods.sparse.layer import VALUES
 
 

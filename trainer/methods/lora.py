@@ -5,7 +5,7 @@ from __future__ import annotations
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from trainer.config import Lora
+from trainer.choices import Lora
 from trainer.elastic.randomness import reseed
 from trainer.errors import Refused
 from trainer.methods.targets import ALL, check_targets

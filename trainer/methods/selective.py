@@ -8,7 +8,7 @@ import re
 from torch import nn
 
 from checkpointing import parameter_names
-from trainer.config import Selective
+from trainer.choices import Selective
 from trainer.errors import Refused
 
 

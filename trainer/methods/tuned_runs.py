@@ -16,7 +16,8 @@ from checkpointing.format import DTYPES, Manifest
 from checkpointing.generations import newest, read_index, read_manifest, scan
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
-from trainer.config import Config, Granularity, Lora, Sparse, from_json, method_name
+from trainer.choices import Granularity, Lora, Sparse
+from trainer.config import Config, from_json, method_name
 from trainer.errors import Refused
 from trainer.methods import build
 from trainer.methods.deltas import Applied, Delta, LowRank, difference

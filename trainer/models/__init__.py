@@ -9,7 +9,7 @@ import xxhash
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
-from trainer.config import HuggingFace, Model, TinyLlama
+from trainer.choices import HuggingFace, Model, TinyLlama
 from trainer.data.tokenizer import Tokenizer
 from trainer.models import huggingface, tiny_llama
 

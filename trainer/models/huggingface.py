@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from checkpointing.errors import first_few
-from trainer.config import HuggingFace
+from trainer.choices import HuggingFace
 from trainer.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from trainer.errors import Refused
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trainer.config import TinyLlama
+from trainer.choices import TinyLlama
 from trainer.data.tokenizer import ByteTokenizer, Tokenizer
 from trainer.elastic.randomness import reseed
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from checkpointing import External, Piece
 from checkpointing.format import Manifest
-from trainer.config import Config, Engine, Lora, Selective, Sparse
+from trainer.choices import Lora, Selective, Sparse
+from trainer.config import Config, Engine
 from trainer.data.dataset import Batch
 from trainer.methods import build
 from trainer.methods.externals import frozen_of

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from checkpointing import parameter_names
-from trainer.config import Config, Growth, Optimizer, Reselection, Sparse, rates_by_pattern
+from trainer.check import rates_by_pattern
+from trainer.choices import Growth, Reselection, Sparse
+from trainer.config import Config, Optimizer
 from trainer.errors import Refused
 from trainer.methods.sparse.entry_optimizers import EntryAdamW, EntrySM3
 from trainer.methods.sparse.layer import VALUES

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainer.config import Jsonl, Stdlib, Text
+from trainer.choices import Jsonl, Stdlib, Text
 from trainer.data.dataset import IGNORE, collate
 from trainer.data.sources import STDLIB_HELD_OUT_BYTES, STDLIB_LEFT_OUT, Corpus, held_out_files, load_corpus
 from trainer.data.tokenizer import ByteTokenizer

@@ -17,8 +17,9 @@ from checkpointing import Piece, load, parameter_names, save
 from checkpointing.generations import newest
 from checkpointing.storage import FileStorage
 from tests.conftest import ROOT
+from trainer.choices import Reselection, Selective, Sparse
 from trainer.compose import compose
-from trainer.config import Config, Reselection, Selective, Sparse, as_json
+from trainer.config import Config, as_json
 from trainer.methods.tuned_runs import Tuned
 from trainer.models import build_model
 from trainer.parallel.computing import logits_of

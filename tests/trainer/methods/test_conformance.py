@@ -28,8 +28,8 @@ from tests.trainer.methods.conformance import (
     trainable,
 )
 from tests.worlds import WORLD
+from trainer.choices import Lora, Reselection, Sparse
 from trainer.compose import compose
-from trainer.config import Lora, Reselection, Sparse
 from trainer.methods.tuned_runs import Tuned
 
 SPARSE = [m for m in METHODS if isinstance(compose(overrides(m)).method, Sparse)]

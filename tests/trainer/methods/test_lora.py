@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.config import Lora, TinyLlama
+from trainer.choices import Lora, TinyLlama
 from trainer.errors import Refused
 from trainer.methods import apply_method
 from trainer.models import build_model, draws_randomness

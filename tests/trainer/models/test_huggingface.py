@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, T5Config
 
 from tests.models import VOCABULARY, save_tiny_model
-from trainer.config import HuggingFace, TinyLlama
+from trainer.choices import HuggingFace, TinyLlama
 from trainer.errors import Refused
 from trainer.models import architecture, build_model, draws_randomness, load_tokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trainer.config import TinyLlama
+from trainer.choices import TinyLlama
 from trainer.models import build_model
 
 

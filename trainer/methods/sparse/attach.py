@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from checkpointing.errors import first_few
 from checkpointing.format import Manifest
-from trainer.config import Allocator, Granularity, Growth, Method, Reselection, Selector, Sparse
+from trainer.choices import Allocator, Granularity, Growth, Method, Reselection, Selector, Sparse
 from trainer.elastic.randomness import reseed
 from trainer.errors import Refused
 from trainer.methods.sparse.budgets import Target, counts_of, dense_hits, together

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trainer.config import Allocator, Granularity, Sparse
+from trainer.choices import Allocator, Granularity, Sparse
 from trainer.errors import Refused
 
 

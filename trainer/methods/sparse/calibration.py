@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from trainer.config import Selector, Sparse
+from trainer.choices import Selector, Sparse
 from trainer.data.dataset import Batch
 from trainer.methods.sparse.attach import targets_of
 from trainer.methods.sparse.choosing import Ranks

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from trainer.config import Config, Growth, Reselection
+from trainer.choices import Growth, Reselection
+from trainer.config import Config
 from trainer.methods.sparse.layer import index_dtype
 from trainer.methods.sparse.reselect import Candidates
 from trainer.methods.sparse.reselecting import is_due, to_replace

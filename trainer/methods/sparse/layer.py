@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from checkpointing import Held
 from checkpointing.geometry import Interval
-from trainer.config import Granularity
+from trainer.choices import Granularity
 
 VALUES, INDICES, ORIGINALS = "sparse_values", "sparse_indices", "sparse_originals"
 # Above this share of entries a dense product costs less than one at the entries alone: measured on CPUs, where the

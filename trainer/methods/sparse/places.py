@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from checkpointing import Piece
-from trainer.config import Granularity
+from trainer.choices import Granularity
 
 # What an element is where a rank does not hold it, in a maximum over the bits of all ranks: minus zero, as an integer
 # the least there is.

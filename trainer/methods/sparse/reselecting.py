@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from checkpointing import Piece
-from trainer.config import Config, Growth, Reselection, Sparse
+from trainer.choices import Growth, Reselection, Sparse
+from trainer.config import Config
 from trainer.methods.sparse.choosing import best
 from trainer.methods.sparse.entry_optimizers import accumulators
 from trainer.methods.sparse.layer import SparseLayer

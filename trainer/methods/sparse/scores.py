@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.config import Granularity, Selector
+from trainer.choices import Granularity, Selector
 from trainer.elastic.randomness import derive
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from checkpointing import Piece
-from trainer.config import Granularity, Growth, Reselection, Sparse
+from trainer.choices import Granularity, Growth, Reselection, Sparse
 from trainer.methods.sparse.attach import targets_of
 from trainer.methods.sparse.choosing import Ranks
 from trainer.methods.sparse.entry_optimizers import EntryAdamW, accumulators

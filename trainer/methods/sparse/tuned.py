@@ -17,7 +17,8 @@ from torch import nn
 
 from checkpointing import External, Piece
 from checkpointing.format import Manifest
-from trainer.config import Config, Reselection, Sparse
+from trainer.choices import Reselection, Sparse
+from trainer.config import Config
 from trainer.data.dataset import Batch
 from trainer.elastic.randomness import derive
 from trainer.errors import TrainingFailed

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from trainer.config import Granularity
+from trainer.choices import Granularity
 from trainer.methods.sparse.choosing import best
 from trainer.methods.sparse.layer import SparseConv1D, SparseLayer, Support
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from tests.models import save_tiny_model
+from trainer.choices import Sparse
 from trainer.compose import compose
-from trainer.config import Sparse
 from trainer.errors import Refused
 from trainer.methods import build
 from trainer.methods.sparse.attach import (

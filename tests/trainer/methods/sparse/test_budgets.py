@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.config import Allocator, Granularity, Sparse
+from trainer.choices import Allocator, Granularity, Sparse
 from trainer.errors import Refused
 from trainer.methods.sparse.budgets import Target, counts_of, dense_hits, densities_by_pattern, together
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.worlds import WORLD
-from trainer.config import Granularity
+from trainer.choices import Granularity
 from trainer.methods.sparse.entry_optimizers import EntryAdamW, EntrySM3, Slice, accumulators
 from trainer.methods.sparse.layer import choose, make_sparse
 

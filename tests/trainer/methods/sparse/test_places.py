@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from checkpointing import Piece
 from tests.worlds import WORLD
-from trainer.config import Granularity
+from trainer.choices import Granularity
 from trainer.methods.sparse.layer import at, values_shape
 from trainer.methods.sparse.places import Place, added, assemble, put_back
 

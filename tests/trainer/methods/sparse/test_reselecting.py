@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.matrix import start
 from tests.trainer.methods.conformance import base_model, overrides
+from trainer.choices import Sparse
 from trainer.compose import compose
-from trainer.config import Sparse
 from trainer.methods.sparse.reselecting import is_due
 from trainer.methods.sparse.scores import SCORES, Subject
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.config import Granularity, Selector
+from trainer.choices import Granularity, Selector
 from trainer.methods.sparse.scores import SCORES, Subject, scores_of, selection_key
 
 

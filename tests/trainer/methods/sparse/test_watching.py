@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.config import Granularity
+from trainer.choices import Granularity
 from trainer.methods.sparse.layer import choose, make_sparse
 from trainer.methods.sparse.watching import (
     CandidateWatch,

@@ -1,0 +1,159 @@
+"""What Hydra composed as plain dataclasses, and the rules that it must keep: no DictConfig travels further."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, is_dataclass, replace
+from difflib import get_close_matches
+from math import isfinite
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from trainer.choices import CHOICES, Full, Growth, LocalLaunch, Reselection, Selector, Sparse, Stdlib, TinyLlama
+from trainer.config import Compute, Config, as_json, flatten
+from trainer.elastic.preemption import warnings_of
+from trainer.errors import Refused
+
+
+def register() -> None:
+    """Make the schemas known to Hydra, so that unknown keys and wrong types are refused when it composes."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, choices in CHOICES.items():
+        for name, schema in choices.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+
+
+def from_hydra(composed: DictConfig) -> Config:
+    """The composed configuration as dataclasses, checked. `Refused` names the override to type."""
+    try:
+        config = OmegaConf.to_object(composed)
+    except MissingMandatoryValue as error:
+        key = getattr(error, "full_key", None) or "an option"
+        raise Refused(f"{key} has no value and no default. Add {key}=... to the command.") from None
+    assert isinstance(config, Config)
+    # `+key=value` adds to a Hydra configuration even where the schema knows no such key, and `~key` takes away.
+    given, known = set(flatten(OmegaConf.to_container(composed))), option_keys(config)
+    if unknown := sorted(given - known):
+        raise Refused(unknown_key(unknown[0]))
+    if removed := sorted(known - given):
+        raise Refused(f"{removed[0]} was removed from the configuration. Leave out the override that starts with ~.")
+    check(config)
+    return config
+
+
+def option_keys(config: Config) -> set[str]:
+    """The dotted names of all options under the choices that were made."""
+    return set(flatten({key: value for key, value in as_json(config).items() if key != "choices"}))
+
+
+def unknown_key(key: str) -> str:
+    """Why an option is refused, and what may have been meant."""
+    group, _, name = key.partition(".")
+    owners = [
+        f"{group}={c}" for c, schema in CHOICES.get(group, {}).items() if name in {f.name for f in fields(schema)}
+    ]
+    if owners:
+        return f"{key} is an option of {' and '.join(owners)} only. Choose {' or '.join(owners)}, or leave it out."
+    known = set().union(*(option_keys(config) for config in _one_of_each_choice()))
+    close = get_close_matches(key, sorted(known), n=3, cutoff=0.6)
+    hint = f"Did you mean {' or '.join(close)}?" if close else "`python -m trainer --cfg job` prints every option."
+    return f"There is no option {key}. {hint}"
+
+
+def _one_of_each_choice() -> list[Config]:
+    default = Config(model=TinyLlama(), data=Stdlib(), method=Full(), launch=LocalLaunch())
+    return [replace(default, **{group: schema()}) for group, choices in CHOICES.items() for schema in choices.values()]
+
+
+def check(config: Config) -> None:
+    """The bounds of every number, and the rules across fields. Sizes of the world are checked in plan.py."""
+    _check_bounds(config, "")
+    if not config.run.name.strip() or not config.run.dir.strip():
+        raise Refused("run.name and run.dir must not be empty. Type run.name=NAME.")
+    known = option_keys(config) | set(CHOICES)
+    for key in config.resume_allow:
+        if not any(k == key or k.startswith(f"{key}.") for k in known):
+            raise Refused(f"resume_allow names {key}. {unknown_key(key)}")
+    betas, model = config.optimizer.betas, config.model
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise Refused(f"optimizer.betas={betas} must be two numbers in [0, 1), such as optimizer.betas=[0.9,0.95].")
+    rates_by_pattern(config.optimizer.lr_scale)
+    try:
+        warnings_of(config.elastic.signal)
+    except ValueError:
+        raise Refused(
+            f"elastic.signal={config.elastic.signal} is no signal that can warn. Type USR1 or USR2."
+        ) from None
+    if isinstance(model, TinyLlama):
+        _check_heads(model)
+    _check_fp16(config)
+    parallel = config.parallel
+    for name in ("zero_stage", "offload", "deepspeed"):
+        if (value := getattr(parallel, name)) and not parallel.uses_deepspeed:
+            raise Refused(
+                f"parallel.{name}={value} is an option of DeepSpeed only. Type parallel=zero1, parallel=zero2 "
+                f"or parallel=zero3 with it, or leave it out."
+            )
+
+
+def _check_fp16(config: Config) -> None:
+    """A gradient that overflowed would decide for good what trains, and a loss scale would shrink penalties."""
+    method = config.method
+    if config.precision.compute is not Compute.fp16 or not isinstance(method, Sparse):
+        return
+    early = method.selector in (Selector.gradient, Selector.squared_gradient)
+    grows = method.schedule is Reselection.regrow and method.growth is Growth.gradient
+    if early or grows or method.l1 or method.nuclear:
+        raise Refused(
+            f"method={method.name} looks at gradients or adds a penalty to them, which precision=fp16 scales. Type "
+            "precision=bf16."
+        )
+
+
+def _check_bounds(options: Any, prefix: str) -> None:
+    for f in fields(options):
+        value, key = getattr(options, f.name), f"{prefix}{f.name}"
+        if is_dataclass(value):
+            _check_bounds(value, f"{key}.")
+        elif "low" in f.metadata and not (f.metadata["low"] <= value <= f.metadata["high"] and isfinite(value)):
+            low, high = f.metadata["low"], f.metadata["high"]
+            wanted = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+            wanted = wanted if isfinite(value) else f"a finite number, {wanted}"
+            raise Refused(f"{key}={value} must be {wanted}. Type {key}={low} or more.")
+
+
+def rates_by_pattern(lr_scale: list[str]) -> dict[str, float]:
+    """What optimizer.lr_scale says, in its order. `Refused` for what is no pattern:factor."""
+    found = {}
+    for given in lr_scale:
+        pattern, _, factor = given.rpartition(":")
+        try:
+            re.compile(pattern)
+            found[pattern] = float(factor)
+            flaw = "" if pattern and isfinite(found[pattern]) and found[pattern] >= 0 else "it has no factor from 0 on"
+        except (re.error, ValueError) as error:
+            flaw = str(error)
+        if flaw:
+            raise Refused(
+                f"optimizer.lr_scale={given} is no pattern:factor ({flaw}). Type one such as "
+                "'optimizer.lr_scale=[\"lm_head:0.1\"]'."
+            )
+    return found
+
+
+def _check_heads(model: TinyLlama) -> None:
+    if model.hidden_size % (2 * model.num_heads):
+        fitting = 2 * model.num_heads * max(1, model.hidden_size // (2 * model.num_heads))
+        raise Refused(
+            f"model.hidden_size={model.hidden_size} does not split into model.num_heads={model.num_heads} heads of an "
+            f"even size. Type model.hidden_size={fitting}."
+        )
+    if model.num_heads % model.num_kv_heads:
+        raise Refused(
+            f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={model.num_kv_heads}. "
+            f"Type model.num_kv_heads={model.num_heads} or another divisor."
+        )
