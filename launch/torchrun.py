@@ -6,7 +6,9 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
 from launch.command import TRAINER, Command, python, threads
@@ -17,6 +19,8 @@ from trainer.config import Config
 from trainer.errors import Refused
 
 # A machine that is lost is noticed after three heartbeats; one that comes late is waited for this long.
+MEET_S = 60.0  # how long a machine may be out of reach, as one that still boots
+PROBE_S = 20.0  # most of it is the import of torch
 RENDEZVOUS = "join_timeout=600,last_call_timeout=15,keep_alive_interval=3,keep_alive_max_attempt=3"
 
 
@@ -82,7 +86,46 @@ def _flags() -> set[str]:
 
 
 def run(call: Call, command: Command) -> int:
+    options = call.config.launch
+    assert isinstance(options, TorchrunLaunch)
+    if options.endpoint:
+        _check_way(options.endpoint)
     return run_torchrun(command, call.config)
+
+
+def _check_way(endpoint: str) -> None:
+    """That the place to meet is within reach, and nothing else is there. Nobody yet is fine: one of them is first.
+
+    torchrun waits for a stranger on its port without end, and prints the stack of every attempt.
+    """
+    host, _, port = endpoint.rpartition(":")
+    deadline = time.monotonic() + MEET_S
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            break
+        except ConnectionRefusedError:
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise Refused(
+                    f"--endpoint {endpoint} cannot be reached from here ({error.strerror or error}). Start the command "
+                    "on that machine too, see that no firewall is between, and try `python -m launch doctor`."
+                ) from None
+            time.sleep(1)
+    probe = (
+        "from datetime import timedelta; from torch.distributed import TCPStore; "
+        f"TCPStore({host!r}, {int(port)}, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))"
+    )
+    try:
+        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, timeout=PROBE_S)
+    except subprocess.TimeoutExpired:
+        done = None
+    if done is None or done.returncode:
+        raise Refused(
+            f"--endpoint {endpoint} is taken: something listens there that is no torchrun. Type another port, the same "
+            "on every machine."
+        )
 
 
 def command_of(

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import socket
+import threading
+from pathlib import Path
+
 import pytest
+from torch.distributed import TCPStore
 
 from launch.__main__ import main
-from launch.torchrun import find_cause, patient
+from launch.torchrun import _check_way, find_cause, patient
 
 TWO = ["torchrun", "--nodes", "1:2", "--endpoint", "localhost:29400", "--nproc", "2", "--dry-run"]
 
@@ -33,6 +40,50 @@ def test_what_cannot_meet_is_refused(flags: list[str], message: str, capsys: pyt
     assert main(["torchrun", *flags]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("says", ["nothing", "something else"])
+def test_a_port_that_is_taken_is_refused(says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        answering = threading.Thread(target=_answer if says != "nothing" else lambda _: None, args=(stranger,))
+        answering.start()
+        endpoint = f"127.0.0.1:{stranger.getsockname()[1]}"
+        assert main(["torchrun", "--nodes", "2", "--endpoint", endpoint, "--", f"run.dir={tmp_path}"]) == 2
+        stranger.shutdown(socket.SHUT_RDWR)
+        answering.join(10)
+    error = capsys.readouterr().err
+    assert f"--endpoint {endpoint} is taken" in error and error.count("\n") == 1
+
+
+def _answer(server: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            caller, _ = server.accept()
+            with caller, contextlib.suppress(OSError):
+                caller.sendall(b"220 mail.example.org\r\n")
+
+
+def test_one_of_us_who_was_first_is_no_stranger() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    _check_way(f"127.0.0.1:{store.port}")
+
+
+def test_a_host_out_of_reach_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def in_vain(*_: object, **__: object) -> socket.socket:
+        tried.append(1)
+        raise OSError(errno.EHOSTUNREACH, "No route to host")
+
+    tried: list[int] = []
+    monkeypatch.setattr("launch.torchrun.MEET_S", 1.5)  # more than one attempt
+    monkeypatch.setattr("socket.create_connection", in_vain)  # networks differ in what they do with an absent host
+    assert main(["torchrun", "--nodes", "2", "--endpoint", "240.0.0.1:29400", "--", f"run.dir={tmp_path}"]) == 2
+    assert len(tried) > 1
+    error = capsys.readouterr().err
+    assert (
+        "--endpoint 240.0.0.1:29400 cannot be reached from here (No route to host)" in error and error.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize(
