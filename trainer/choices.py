@@ -77,6 +77,16 @@ class Jsonl(Data):
 
 
 @dataclass
+class Chat(Data):
+    """Conversations, through the model's chat template; what the assistant says is learned."""
+
+    path: str = MISSING  # one JSON object a line: messages, conversations, or instruction, input and output
+    eval_path: Optional[str] = None  # held-out conversations; without it they are held out by a hash of their line
+    eval_fraction: float = option(0.02, low=0, high=0.9)  # how many of them
+    template: str = ""  # a file with a Jinja template, or chatml; empty: the tokenizer's own
+
+
+@dataclass
 class Method:
     """What of a model trains. The options of the optimizer that a method suggests count where they are not given."""
 
@@ -240,7 +250,7 @@ class SlurmLaunch(Launch):
 # Choices of a group whose options differ: each has a YAML of the same name in conf/, which brings in its schema.
 CHOICES: dict[str, dict[str, type]] = {
     "model": {"tiny_llama": TinyLlama, "hf": HuggingFace},
-    "data": {"stdlib": Stdlib, "text": Text, "jsonl": Jsonl},
+    "data": {"stdlib": Stdlib, "text": Text, "jsonl": Jsonl, "chat": Chat},
     "launch": {
         "local": LocalLaunch,
         "torchrun": TorchrunLaunch,

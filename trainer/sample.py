@@ -35,8 +35,8 @@ def sample_text(
 
 def choose_prompt(dataset: Dataset, eos: int, longest: int) -> Tokens:
     """The end of a record's prompt, which the completion should follow; of running text the beginning."""
-    tokens, first = dataset.sample(0)
-    if first > 1:
+    tokens, targets = dataset.sample(0)
+    if (first := int(targets.argmax())) > 1:
         return tokens[:first][-longest:]
     start = tokens[:longest]
     return start[:-1] if len(start) > 1 and start[-1] == eos else start  # nothing follows the end

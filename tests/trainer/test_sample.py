@@ -9,7 +9,7 @@ import numpy as np
 from tests.models import save_tiny_model
 from tests.runs import SMALL
 from tests.worlds import WORLD, train
-from trainer.data.dataset import Records
+from trainer.data.dataset import Records, predicted
 from trainer.sample import choose_prompt
 
 
@@ -36,13 +36,13 @@ def test_without_anything_held_out_the_prompt_is_training_text(tmp_path: Path) -
 
 def test_a_records_prompt_is_what_the_completion_follows() -> None:
     tokens = np.arange(10)
-    records = Records([(tokens, 6)], 16)
+    records = Records([predicted(tokens, 6)], 16)
     assert choose_prompt(records, 9, 48).tolist() == [0, 1, 2, 3, 4, 5]
     assert choose_prompt(records, 9, 2).tolist() == [4, 5]
-    text = Records([(tokens, 1)], 16)
+    text = Records([predicted(tokens, 1)], 16)
     assert choose_prompt(text, 9, 48).tolist() == list(range(9))  # without its end
     assert choose_prompt(text, 9, 4).tolist() == [0, 1, 2, 3]
-    assert choose_prompt(Records([(tokens[-2:], 1)], 16), 9, 1).tolist() == [8]
+    assert choose_prompt(Records([predicted(tokens[-2:], 1)], 16), 9, 1).tolist() == [8]
 
 
 def test_the_text_stays_within_the_models_positions(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +15,23 @@ from trainer.data.order import Ids
 from trainer.data.tokenizer import Tokens
 
 IGNORE = -100  # the label of a position that is no target, as torch's cross entropy has it
+Mask = npt.NDArray[np.bool_]
+
+
+class Sample(NamedTuple):
+    """Tokens, and which of them are targets: predicted from those before, and counted in the loss. Never the first."""
+
+    tokens: Tokens
+    targets: Mask
+
+
+def predicted(tokens: Tokens, first: int = 1) -> Sample:
+    """With all tokens from `first` on as targets."""
+    return Sample(tokens, np.arange(len(tokens)) >= max(first, 1))
 
 
 class Dataset(Protocol):
-    """Samples of at most seq_len + 1 tokens; in each, the tokens from a first target on are predicted."""
+    """Samples of at most seq_len + 1 tokens."""
 
     @property
     def fingerprint(self) -> str:
@@ -29,8 +42,7 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def sample(self, index: int) -> tuple[Tokens, int]:
-        """The tokens of a sample, and the position of the first token that is a target (at least 1)."""
+    def sample(self, index: int) -> Sample: ...
 
     def num_tokens(self, ids: Ids) -> int:
         """How many input tokens these samples have, without padding."""
@@ -50,9 +62,9 @@ class Windows:
     def __len__(self) -> int:
         return -(-max(len(self.tokens) - 1, 0) // self.seq_len)
 
-    def sample(self, index: int) -> tuple[Tokens, int]:
+    def sample(self, index: int) -> Sample:
         start = index * self.seq_len
-        return self.tokens[start : start + self.seq_len + 1], 1
+        return predicted(self.tokens[start : start + self.seq_len + 1])
 
     def num_tokens(self, ids: Ids) -> int:
         short = (len(self) * self.seq_len) - (len(self.tokens) - 1)  # what the last window lacks
@@ -63,28 +75,30 @@ class Windows:
 
 
 class Records:
-    """Samples of different lengths, each with its own first target."""
+    """Samples of different lengths, each with its own targets."""
 
-    def __init__(self, samples: Sequence[tuple[Tokens, int]], seq_len: int) -> None:
+    def __init__(self, samples: Sequence[Sample], seq_len: int) -> None:
         lengths = np.array([len(tokens) for tokens, _ in samples], dtype=np.int64)
-        self._first = np.array([first for _, first in samples], dtype=np.int64)
         self._ends = np.cumsum(lengths)
         self._starts = self._ends - lengths
         self._tokens = np.concatenate([tokens for tokens, _ in samples]) if samples else np.zeros(0, np.int32)
-        self.fingerprint = _hash([self._tokens, self._ends, self._first], f"records of {seq_len}")
+        self._targets = np.concatenate([targets for _, targets in samples]) if samples else np.zeros(0, np.bool_)
+        self._num_targets = np.array([targets.sum() for _, targets in samples], dtype=np.int64)
+        self.fingerprint = _hash([self._tokens, self._ends, np.packbits(self._targets)], f"records of {seq_len}")
         self.largest_token = int(self._tokens.max(initial=0))
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    def sample(self, index: int) -> tuple[Tokens, int]:
-        return self._tokens[self._starts[index] : self._ends[index]], int(self._first[index])
+    def sample(self, index: int) -> Sample:
+        part = slice(self._starts[index], self._ends[index])
+        return Sample(self._tokens[part], self._targets[part])
 
     def num_tokens(self, ids: Ids) -> int:
         return int((self._ends[ids] - self._starts[ids] - 1).sum())
 
     def num_targets(self, ids: Ids) -> int:
-        return int((self._ends[ids] - self._starts[ids] - self._first[ids]).sum())
+        return int(self._num_targets[ids].sum())
 
 
 @dataclass(frozen=True)
@@ -115,9 +129,9 @@ def collate(dataset: Dataset, ids: Ids, pad: int) -> Batch:
     width = max(len(tokens) for tokens, _ in samples) - 1
     inputs = np.full((len(ids), width), pad, dtype=np.int64)
     labels = np.full((len(ids), width), IGNORE, dtype=np.int64)
-    for row, (tokens, first) in enumerate(samples):
+    for row, (tokens, targets) in enumerate(samples):
         inputs[row, : len(tokens) - 1] = tokens[:-1]
-        labels[row, first - 1 : len(tokens) - 1] = tokens[first:]
+        labels[row, : len(tokens) - 1][targets[1:]] = tokens[targets]
     return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), ids)
 
 

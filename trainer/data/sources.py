@@ -1,4 +1,4 @@
-"""Where text comes from: the standard library, text files, JSON lines; each a training and a held-out set."""
+"""Where text comes from: the standard library, text files, lines of records; each a training and a held-out set."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from trainer.choices import Data, Jsonl, Stdlib, Text
-from trainer.data.dataset import Dataset, Records, Windows
+from trainer.choices import Chat, Data, Jsonl, Stdlib, Text
+from trainer.data.conversations import Conversations
+from trainer.data.dataset import Dataset, Records, Sample, Windows
+from trainer.data.records import Fields, Record, RecordReader, append
 from trainer.data.tokenizer import Tokenizer, Tokens
 from trainer.errors import Refused
 
@@ -48,9 +50,12 @@ def load_corpus(config: Data, tokenizer: Tokenizer, seq_len: int) -> Corpus:
         corpus = _stdlib(tokenizer, seq_len)
     elif isinstance(config, Text):
         corpus = _text(config, tokenizer, seq_len)
+    elif isinstance(config, Jsonl):
+        fields = Fields(config.text_field, config.prompt_field, config.completion_field, tokenizer, seq_len)
+        corpus = _records(config, fields, seq_len)
     else:
-        assert isinstance(config, Jsonl)
-        corpus = _jsonl(config, tokenizer, seq_len)
+        assert isinstance(config, Chat)
+        corpus = _records(config, Conversations(config.template, tokenizer, seq_len), seq_len)
     if len(corpus.train) == 0:
         raise Refused(f"{corpus.name} holds nothing to train on. Give more data, or a smaller data.eval_fraction.")
     if len(corpus.held_out) == 0:
@@ -99,93 +104,33 @@ def _text(config: Text, tokenizer: Tokenizer, seq_len: int) -> Corpus:
     return Corpus(Windows(tokens, seq_len), Windows(test, seq_len), config.path)
 
 
-def _jsonl(config: Jsonl, tokenizer: Tokenizer, seq_len: int) -> Corpus:
-    reader = _RecordReader(config, tokenizer, seq_len)
-    train: list[tuple[Tokens, int]] = []
-    test: list[tuple[Tokens, int]] = []
-    for line in _lines(config.path, "data.path"):
+def _records(config: Jsonl | Chat, reader: RecordReader, seq_len: int) -> Corpus:
+    """Lines of JSON, each a record."""
+    train: list[Sample] = []
+    test: list[Sample] = []
+    for number, line in _lines(config.path, "data.path"):
         # By content, so that a line that stands in the file twice does not land on both sides.
-        share = xxhash.xxh3_64_intdigest(line[1]) / 2**64
+        share = xxhash.xxh3_64_intdigest(line) / 2**64
         held_out = config.eval_path is None and share < config.eval_fraction
-        (test if held_out else train).extend(reader.samples(config.path, *line))
+        where = f"{config.path}, line {number}"
+        (test if held_out else train).extend(reader.samples(where, _parse(where, line)))
     if config.eval_path is not None:
-        for line in _lines(config.eval_path, "data.eval_path"):
-            test.extend(reader.samples(config.eval_path, *line))
+        for number, line in _lines(config.eval_path, "data.eval_path"):
+            where = f"{config.eval_path}, line {number}"
+            test.extend(reader.samples(where, _parse(where, line)))
     return Corpus(Records(train, seq_len), Records(test, seq_len), config.path, reader.notes())
 
 
-class _RecordReader:
-    """Lines of JSON to samples, counting what had to be cut or left out."""
-
-    def __init__(self, config: Jsonl, tokenizer: Tokenizer, seq_len: int) -> None:
-        self.config, self.tokenizer, self.seq_len = config, tokenizer, seq_len
-        self.truncated = self.empty = 0
-
-    def notes(self) -> list[str]:
-        found = []
-        if self.truncated:
-            found.append(
-                f"{self.truncated} records are longer than train.seq_len={self.seq_len} and are cut, "
-                "prompts first and from the left"
-            )
-        if self.empty:
-            found.append(f"{self.empty} empty records are left out")
-        return found
-
-    def samples(self, path: str, number: int, line: bytes) -> list[tuple[Tokens, int]]:
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            # Of a syntax error the column alone: its own "line 1" is not the file's.
-            why = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise Refused(f"{where} is not JSON: {why}. Mend or remove the line; nothing was started.") from None
-        config = self.config
-        if not isinstance(record, dict):
-            raise Refused(f'{where} is a JSON {type(record).__name__}, not an object such as {{"text": ...}}.')
-        if config.prompt_field in record and config.completion_field in record:
-            prompt, completion = (
-                self._string(record, key, where) for key in (config.prompt_field, config.completion_field)
-            )
-            return self._pair(prompt, completion)
-        if config.text_field in record:
-            return self._document(self._string(record, config.text_field, where))
-        raise Refused(
-            f"{where} has the fields {sorted(record)}, but neither {config.text_field} nor {config.prompt_field} and "
-            f"{config.completion_field}. Name them: data.text_field=..., or data.prompt_field=... and "
-            "data.completion_field=..."
-        )
-
-    def _string(self, record: dict[str, object], key: str, where: str) -> str:
-        value = record[key]
-        if not isinstance(value, str):
-            raise Refused(f"{where}: the field {key} is a {type(value).__name__}, not a text. Mend or remove the line.")
-        return value
-
-    def _document(self, text: str) -> list[tuple[Tokens, int]]:
-        """A document and its end; longer ones in consecutive samples, so that nothing is lost."""
-        if not text:
-            self.empty += 1
-            return []
-        tokens = _append(self.tokenizer.encode(text), self.tokenizer.eos)
-        starts = range(0, len(tokens) - 1, self.seq_len)
-        return [(tokens[start : start + self.seq_len + 1], 1) for start in starts]
-
-    def _pair(self, prompt: str, completion: str) -> list[tuple[Tokens, int]]:
-        """A prompt, without loss, and its completion with its end. The completion has the first claim to the room."""
-        if not completion:
-            self.empty += 1
-            return []
-        given = self.tokenizer.encode(prompt)
-        wanted = _append(self.tokenizer.encode(completion, start=len(given) == 0), self.tokenizer.eos)
-        if len(given) + len(wanted) > self.seq_len + 1:
-            self.truncated += 1
-        wanted = wanted[: self.seq_len]
-        given = given[max(0, len(given) - (self.seq_len + 1 - len(wanted))) :]
-        if len(given) == 0 and len(wanted) < 2:  # seq_len is 1: nothing precedes the only token
-            self.empty += 1
-            return []
-        return [(np.concatenate([given, wanted]), max(1, len(given)))]
+def _parse(where: str, line: bytes) -> Record:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        # Of a syntax error the column alone: its own "line 1" is not the file's.
+        why = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise Refused(f"{where} is not JSON: {why}. Mend or remove the line; nothing was started.") from None
+    if not isinstance(record, dict):
+        raise Refused(f'{where} is a JSON {type(record).__name__}, not an object such as {{"text": ...}}.')
+    return record
 
 
 def _lines(path: str, key: str) -> Iterable[tuple[int, bytes]]:
@@ -249,9 +194,5 @@ def _unreadable(path: Path, error: OSError) -> Refused:
 
 def _join(tokenizer: Tokenizer, documents: Iterable[str]) -> Tokens:
     """Documents one after the other, each with its end."""
-    parts = [_append(tokenizer.encode(text), tokenizer.eos) for text in documents if text]
+    parts = [append(tokenizer.encode(text), tokenizer.eos) for text in documents if text]
     return np.concatenate(parts) if parts else np.zeros(0, np.uint8)
-
-
-def _append(tokens: Tokens, token: int) -> Tokens:
-    return np.append(tokens, np.asarray([token], dtype=tokens.dtype))

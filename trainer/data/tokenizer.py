@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from trainer.errors import Refused
+
 Tokens = npt.NDArray[np.integer[Any]]
+Spans = npt.NDArray[np.integer[Any]]  # of shape [tokens, 2]: from, and up to
 
 
 class Tokenizer(Protocol):
     eos: int  # ends a document, and pads
     unit: str  # what one token is called where a loss is printed
+    chat_template: str | None  # Jinja, as transformers has it
+    named_specials: Mapping[str, str]  # such as bos_token, as templates call them
+    specials: tuple[str, ...]  # tokens that stand for no text
 
     def encode(self, text: str, *, start: bool = True) -> Tokens:
         """The tokens of a text; `start` puts in front whatever the model expects there."""
 
-    def decode(self, tokens: Sequence[int]) -> str: ...
+    def encode_at(self, text: str) -> tuple[Tokens, Spans]:
+        """The tokens of a text that has special tokens in it as text, and the characters that each comes from."""
+
+    def decode(self, tokens: Sequence[int], *, specials: bool = False) -> str: ...
 
 
 class ByteTokenizer:
@@ -26,11 +35,19 @@ class ByteTokenizer:
 
     eos = 0
     unit = "byte"
+    chat_template: str | None = None
+    named_specials: Mapping[str, str] = {}
+    specials: tuple[str, ...] = ()
 
     def encode(self, text: str, *, start: bool = True) -> Tokens:
         return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8)
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def encode_at(self, text: str) -> tuple[Tokens, Spans]:
+        widths = [len(character.encode("utf-8", "replace")) for character in text]
+        starts = np.repeat(np.arange(len(text)), widths)
+        return self.encode(text), np.stack([starts, starts + 1], axis=1)
+
+    def decode(self, tokens: Sequence[int], *, specials: bool = False) -> str:
         return bytes(t for t in tokens if t < 256).decode("utf-8", "replace")
 
 
@@ -43,6 +60,14 @@ class HuggingFaceTokenizer:
         self._tokenizer = tokenizer
         end = tokenizer.eos_token_id
         self.eos: int = end if end is not None else tokenizer.pad_token_id
+        self.named_specials: Mapping[str, str] = tokenizer.special_tokens_map
+        self.specials: tuple[str, ...] = tuple(tokenizer.all_special_tokens) + tuple(
+            str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
+        )
+        try:
+            self.chat_template: str | None = tokenizer.get_chat_template()
+        except ValueError:  # none, or several of which none is the default
+            self.chat_template = None
 
     def encode(self, text: str, *, start: bool = True) -> Tokens:
         # Not every tokenizer that puts a start token in front also leaves the end alone.
@@ -51,5 +76,14 @@ class HuggingFaceTokenizer:
             ids = ids[:-1]
         return np.asarray(ids, dtype=np.int32)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+    def encode_at(self, text: str) -> tuple[Tokens, Spans]:
+        if not self._tokenizer.is_fast:
+            raise Refused(
+                f"{type(self._tokenizer).__name__} does not tell which characters a token comes from, which data=chat "
+                "needs. Save the model with a fast tokenizer (a tokenizer.json)."
+            )
+        made = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return np.asarray(made["input_ids"], dtype=np.int32), np.asarray(made["offset_mapping"]).reshape(-1, 2)
+
+    def decode(self, tokens: Sequence[int], *, specials: bool = False) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=not specials))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.dataset import IGNORE, Records, Windows, collate
+from trainer.data.dataset import IGNORE, Records, Sample, Windows, collate, predicted
 
 
 @given(st.integers(0, 60), st.integers(1, 9))
@@ -26,7 +26,7 @@ records = st.lists(st.integers(2, 12).flatmap(lambda n: st.tuples(st.just(n), st
 
 @given(records)
 def test_records_count_what_they_hold(shape: list[tuple[int, int]]) -> None:
-    dataset = Records([(np.arange(n, dtype=np.int32), first) for n, first in shape], seq_len=11)
+    dataset = Records([predicted(np.arange(n, dtype=np.int32), first) for n, first in shape], seq_len=11)
     ids = np.arange(len(dataset))
     batch = collate(dataset, ids, pad=99)
     assert dataset.num_targets(ids) == int((batch.labels != IGNORE).sum()) == sum(n - first for n, first in shape)
@@ -34,7 +34,7 @@ def test_records_count_what_they_hold(shape: list[tuple[int, int]]) -> None:
 
 
 def test_labels_are_the_next_tokens_with_the_prompt_masked() -> None:
-    dataset = Records([(np.array([5, 6, 7, 8]), 2), (np.array([1, 2]), 1)], seq_len=8)
+    dataset = Records([predicted(np.array([5, 6, 7, 8]), 2), predicted(np.array([1, 2]))], seq_len=8)
     batch = collate(dataset, np.array([0, 1]), pad=0)
     assert batch.inputs.tolist() == [[5, 6, 7], [1, 0, 0]]
     assert batch.labels.tolist() == [[IGNORE, 7, 8], [2, IGNORE, IGNORE]]
@@ -60,7 +60,8 @@ def test_fingerprints_follow_content_and_cut() -> None:
     changed = tokens.copy()
     changed[30] += 1
     prints = [Windows(tokens, 8), Windows(tokens, 9), Windows(changed, 8), Windows(tokens.astype(np.int64), 8)]
-    prints += [Records([(tokens, 1)], 8), Records([(tokens, 2)], 8), Records([(tokens[:20], 1), (tokens[20:], 1)], 8)]
+    halves, hole = [predicted(tokens[:20]), predicted(tokens[20:])], [Sample(tokens, np.arange(50) % 7 > 2)]
+    prints += [Records(samples, 8) for samples in ([predicted(tokens)], [predicted(tokens, 2)], halves, hole)]
     assert len({d.fingerprint for d in prints}) == len(prints)
     assert Windows(tokens.copy(), 8).fingerprint == Windows(tokens, 8).fingerprint
 
