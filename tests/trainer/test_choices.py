@@ -14,6 +14,7 @@ REQUIRED = {
     "hf": ["model.path=x"],
     "text": ["data.path=x"],
     "jsonl": ["data.path=x"],
+    "chat": ["data.path=x"],
 }
 
 

@@ -45,5 +45,5 @@ def test_own_field_names() -> None:
 
 @pytest.mark.parametrize("record", [{"messages": []}, {"conversations": []}, {"instruction": "", "output": ""}])
 def test_conversations_are_sent_where_they_are_read(record: dict[str, Any]) -> None:
-    with pytest.raises(Refused, match="line 1 has the fields .* Type data=chat for conversations, or name them"):
+    with pytest.raises(Refused, match=r"line 1 has the fields .* Type data=chat for conversations, or name them"):
         read(8, record)
