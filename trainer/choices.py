@@ -51,6 +51,7 @@ class HuggingFace(Model):
 @dataclass
 class Data:
     log_ids: bool = False  # write the ids of the samples that each step consumed into metrics.jsonl
+    pack: bool = False  # several samples in one row of train.seq_len, none of which sees another
 
 
 @dataclass

@@ -37,7 +37,7 @@ from trainer.errors import Refused
 from trainer.loop import train
 from trainer.memory import footprint, plan_memory
 from trainer.methods import build, build_largest
-from trainer.models import architecture, load_tokenizer
+from trainer.models import architecture, check_packing, load_tokenizer
 from trainer.outcome import Outcome, leave
 from trainer.parallel.auto import Cluster, choose, memory_of
 from trainer.parallel.compiling import check_compiling
@@ -111,6 +111,8 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
     corpus = load_corpus(config.data, tokenizer, config.train.seq_len)
     model = build(config, "meta")
     check_vocabulary(corpus, model)
+    if config.data.pack:
+        check_packing(model)
     lr_scales(model, config.optimizer)
     sizes, why = footprint(config, build_largest(config)), list[str]()
     if config.parallel.auto:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import xxhash
+from torch.nn import functional
 
 from trainer.data.order import Ids
 from trainer.data.tokenizer import Tokens
@@ -33,6 +34,8 @@ def predicted(tokens: Tokens, first: int = 1) -> Sample:
 class Dataset(Protocol):
     """Samples of at most seq_len + 1 tokens."""
 
+    packs: bool  # whether rows may hold several samples
+
     @property
     def fingerprint(self) -> str:
         """A hash of all tokens and of how they are cut: equal fingerprints, equal training."""
@@ -44,6 +47,9 @@ class Dataset(Protocol):
 
     def sample(self, index: int) -> Sample: ...
 
+    def row(self, index: int) -> list[Sample]:
+        """What is computed in one row under this id: a sample, or several that do not see each other."""
+
     def num_tokens(self, ids: Ids) -> int:
         """How many input tokens these samples have, without padding."""
 
@@ -54,9 +60,11 @@ class Dataset(Protocol):
 class Windows:
     """A stream of tokens cut into windows of `seq_len` targets; each token but the first is a target once."""
 
+    packs = False
+
     def __init__(self, tokens: Tokens, seq_len: int) -> None:
         self.tokens, self.seq_len = tokens, seq_len
-        self.fingerprint = _hash([tokens], f"windows of {seq_len}")
+        self.fingerprint = hashed([tokens], f"windows of {seq_len}")
         self.largest_token = int(tokens.max(initial=0))
 
     def __len__(self) -> int:
@@ -65,6 +73,9 @@ class Windows:
     def sample(self, index: int) -> Sample:
         start = index * self.seq_len
         return predicted(self.tokens[start : start + self.seq_len + 1])
+
+    def row(self, index: int) -> list[Sample]:
+        return [self.sample(index)]
 
     def num_tokens(self, ids: Ids) -> int:
         short = (len(self) * self.seq_len) - (len(self.tokens) - 1)  # what the last window lacks
@@ -77,6 +88,8 @@ class Windows:
 class Records:
     """Samples of different lengths, each with its own targets."""
 
+    packs = False
+
     def __init__(self, samples: Sequence[Sample], seq_len: int) -> None:
         lengths = np.array([len(tokens) for tokens, _ in samples], dtype=np.int64)
         self._ends = np.cumsum(lengths)
@@ -84,7 +97,7 @@ class Records:
         self._tokens = np.concatenate([tokens for tokens, _ in samples]) if samples else np.zeros(0, np.int32)
         self._targets = np.concatenate([targets for _, targets in samples]) if samples else np.zeros(0, np.bool_)
         self._num_targets = np.array([targets.sum() for _, targets in samples], dtype=np.int64)
-        self.fingerprint = _hash([self._tokens, self._ends, np.packbits(self._targets)], f"records of {seq_len}")
+        self.fingerprint = hashed([self._tokens, self._ends, np.packbits(self._targets)], f"records of {seq_len}")
         self.largest_token = int(self._tokens.max(initial=0))
 
     def __len__(self) -> int:
@@ -93,6 +106,9 @@ class Records:
     def sample(self, index: int) -> Sample:
         part = slice(self._starts[index], self._ends[index])
         return Sample(self._tokens[part], self._targets[part])
+
+    def row(self, index: int) -> list[Sample]:
+        return [self.sample(index)]
 
     def num_tokens(self, ids: Ids) -> int:
         return int((self._ends[ids] - self._starts[ids] - 1).sum())
@@ -103,39 +119,69 @@ class Records:
 
 @dataclass(frozen=True)
 class Batch:
-    """`inputs` and `labels` of shape [samples, positions]: a label is the next token, or IGNORE if it is no target."""
+    """`inputs` and `labels` of shape [rows, width]: a label is the next token, or IGNORE if it is no target.
+
+    Where rows hold several samples, `positions` of the same shape begin at 0 with each of them.
+    """
 
     inputs: torch.Tensor
     labels: torch.Tensor
     ids: Ids
+    positions: torch.Tensor | None = None
 
     def without_targets(self) -> Batch:
         """The same inputs with nothing to predict: its loss and its gradients are exactly zero."""
-        return Batch(self.inputs, torch.full_like(self.labels, IGNORE), self.ids[:0])
+        return replace(self, labels=torch.full_like(self.labels, IGNORE), ids=self.ids[:0])
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.inputs.to(device), self.labels.to(device), self.ids)
+        positions = None if self.positions is None else self.positions.to(device)
+        return Batch(self.inputs.to(device), self.labels.to(device), self.ids, positions)
 
     def split(self, size: int | None) -> Iterable[Batch]:
-        """Parts of at most `size` samples; padded alike, so that they compute what the whole would."""
+        """Parts of at most `size` rows; padded alike, so that they compute what the whole would."""
         for start in range(0, len(self.inputs), size or len(self.inputs)):
             rows = slice(start, start + (size or len(self.inputs)))
-            yield Batch(self.inputs[rows], self.labels[rows], self.ids[rows])
+            positions = None if self.positions is None else self.positions[rows]
+            yield Batch(self.inputs[rows], self.labels[rows], self.ids[rows], positions)
+
+    def widened(self, rows: int, width: int, pad: int = 0) -> Batch:
+        """With rows and columns added that have no targets, and that nothing before them looks at."""
+        more = (0, width - self.inputs.shape[1], 0, rows - self.inputs.shape[0])
+        positions = self.positions
+        if positions is not None:  # what is added is a sample of its own
+            added = torch.arange(width, device=positions.device).repeat(rows, 1)
+            added[: len(positions), positions.shape[1] :] -= positions.shape[1]
+            added[: len(positions), : positions.shape[1]] = positions
+            positions = added
+        return Batch(
+            functional.pad(self.inputs, more, value=pad),
+            functional.pad(self.labels, more, value=IGNORE),
+            self.ids,
+            positions,
+        )
 
 
 def collate(dataset: Dataset, ids: Ids, pad: int) -> Batch:
-    """Samples padded on the right to the longest of them. Causal attention never looks there."""
-    samples = [dataset.sample(int(i)) for i in ids]
-    width = max(len(tokens) for tokens, _ in samples) - 1
+    """Rows padded on the right to the longest of them. Causal attention never looks there."""
+    rows = [dataset.row(int(i)) for i in ids]
+    width = max(sum(len(tokens) - 1 for tokens, _ in row) for row in rows)
     inputs = np.full((len(ids), width), pad, dtype=np.int64)
     labels = np.full((len(ids), width), IGNORE, dtype=np.int64)
-    for row, (tokens, targets) in enumerate(samples):
-        inputs[row, : len(tokens) - 1] = tokens[:-1]
-        labels[row, : len(tokens) - 1][targets[1:]] = tokens[targets]
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), ids)
+    positions = np.zeros((len(ids), width), dtype=np.int64)
+    for row, samples in enumerate(rows):
+        start = 0
+        for tokens, targets in samples:
+            part = slice(start, start + len(tokens) - 1)
+            inputs[row, part] = tokens[:-1]
+            labels[row, part][targets[1:]] = tokens[targets]
+            positions[row, part] = np.arange(len(tokens) - 1)
+            start = part.stop
+        positions[row, start:] = np.arange(width - start)
+    begun_again = torch.from_numpy(positions) if dataset.packs else None
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), ids, begun_again)
 
 
-def _hash(arrays: Iterable[npt.NDArray[np.generic]], how: str) -> str:
+def hashed(arrays: Iterable[npt.NDArray[np.generic]], how: str) -> str:
     hasher = xxhash.xxh3_128(how.encode())
     for array in arrays:
         hasher.update(f"{array.dtype.str}{array.shape}".encode())

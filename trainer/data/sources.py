@@ -6,7 +6,7 @@ import hashlib
 import json
 import sysconfig
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import xxhash
 from trainer.choices import Chat, Data, Jsonl, Stdlib, Text
 from trainer.data.conversations import Conversations
 from trainer.data.dataset import Dataset, Records, Sample, Windows
+from trainer.data.packing import Packed
 from trainer.data.records import Fields, Record, RecordReader, append
 from trainer.data.tokenizer import Tokenizer, Tokens
 from trainer.errors import Refused
@@ -58,9 +59,20 @@ def load_corpus(config: Data, tokenizer: Tokenizer, seq_len: int) -> Corpus:
         corpus = _records(config, Conversations(config.template, tokenizer, seq_len), seq_len)
     if len(corpus.train) == 0:
         raise Refused(f"{corpus.name} holds nothing to train on. Give more data, or a smaller data.eval_fraction.")
+    if config.pack:
+        corpus = _packed(corpus, seq_len)
     if len(corpus.held_out) == 0:
         corpus.notes.append("nothing is held out, so there is no evaluation")
     return corpus
+
+
+def _packed(corpus: Corpus, seq_len: int) -> Corpus:
+    """With packed rows to train on; what is held out stays as it is, and its loss comparable."""
+    rows = Packed(corpus.train, seq_len)
+    count = len(corpus.train)
+    padded = corpus.train.num_tokens(np.arange(count)) / (count * seq_len)
+    note = f"{count:,} samples in {len(rows):,} rows that are {rows.filled:.0%} full ({padded:.0%} with one in each)"
+    return replace(corpus, train=rows, notes=[*corpus.notes, note])
 
 
 def stdlib_files() -> dict[str, Path]:

@@ -11,6 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 
 from trainer.choices import HuggingFace, Model, TinyLlama
 from trainer.data.tokenizer import Tokenizer
+from trainer.errors import Refused
 from trainer.models import huggingface, tiny_llama
 
 
@@ -42,6 +43,23 @@ def architecture(model: nn.Module) -> str:
 
 
 _NOT_THE_MODEL = {"name_or_path", "transformers_version", "dtype", "torch_dtype", "attn_implementation", "commit_hash"}
+
+
+# Models that look at nothing before a sample's start where positions begin again; tests compare each.
+PACKS = {
+    *("cohere", "gemma", "gemma2", "gemma3_text", "glm", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite", "llama"),
+    *("mistral", "mixtral", "olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
+}
+
+
+def check_packing(model: nn.Module) -> None:
+    """`Refused` where samples in one row would see each other."""
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind not in PACKS:
+        raise Refused(
+            f"A {kind} model is not known to keep samples in one row apart (those that are: "
+            f"{', '.join(sorted(PACKS))}). Type data.pack=false."
+        )
 
 
 def draws_randomness(model: nn.Module) -> bool:

@@ -41,9 +41,13 @@ def computed_in(low: torch.dtype | None, device: torch.device) -> torch.autocast
     return torch.autocast(device.type, dtype=low or torch.bfloat16, enabled=low is not None)
 
 
-def logits_of(model: nn.Module, inputs: torch.Tensor, *, low: torch.dtype | None) -> torch.Tensor:
+def logits_of(
+    model: nn.Module, inputs: torch.Tensor, positions: torch.Tensor | None = None, *, low: torch.dtype | None
+) -> torch.Tensor:
+    """Of shape [rows, width, vocabulary]. Where `positions` begin again, attention does (see data/packing.py)."""
+    more = {} if positions is None else {"position_ids": positions}
     with computed_in(low, inputs.device):
-        logits: torch.Tensor = model(input_ids=inputs, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=inputs, use_cache=False, **more).logits
     return logits
 
 

@@ -80,7 +80,8 @@ class DeepSpeedEngine:
             for turn, part in enumerate(parts, start=1):
                 self._engine.set_gradient_accumulation_boundary(turn == len(parts))
                 self._draws.start(part)
-                loss = summed_loss(logits_of(self._engine, part.batch.inputs, low=None), part.batch.labels)
+                batch = part.batch
+                loss = summed_loss(logits_of(self._engine, batch.inputs, batch.positions, low=None), batch.labels)
                 self._engine.backward(loss * weight)
                 total += loss.detach()
         return total
@@ -119,7 +120,8 @@ class DeepSpeedEngine:
         total = torch.zeros(1, device=self.device, dtype=torch.float64)
         with self._evaluating() as model:
             for part in parts_of([(0, batch) for batch in batches], self._local_batch, self.device):
-                total += summed_loss(logits_of(model, part.batch.inputs, low=None), part.batch.labels)
+                batch = part.batch
+                total += summed_loss(logits_of(model, batch.inputs, batch.positions, low=None), batch.labels)
         return total
 
     def reduce(self, values: torch.Tensor) -> torch.Tensor:

@@ -17,12 +17,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from checkpointing import Piece, parameter_names
 from trainer.config import PipelineSchedule
-from trainer.data.dataset import IGNORE, Batch
 from trainer.errors import Refused
 from trainer.models import blocks
 from trainer.parallel.computing import Draws, Part, computed_in, summed_loss
@@ -38,11 +36,6 @@ class Shape:
 
     samples: int
     positions: int
-
-    def fit(self, batch: Batch) -> Batch:
-        """With samples and positions added that have no targets. Causal attention never looks there."""
-        more = (0, self.positions - batch.inputs.shape[1], 0, self.samples - batch.inputs.shape[0])
-        return Batch(pad(batch.inputs, more), pad(batch.labels, more, value=IGNORE), batch.ids)
 
 
 class Absent(nn.Module):
@@ -166,15 +159,20 @@ class Stage(nn.Module):
         self.model, self.first, self.last, self.low = model, first, last, low
         self._draws = draws
         self._coming: Iterator[Part] = iter(())
+        self.positions: torch.Tensor | None = None  # of an evaluation's rows that hold several samples
 
     def expect(self, parts: Sequence[Part]) -> None:
         """Those of a step; every schedule hands them to a stage in this order."""
         self._coming = iter(parts)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        positions = self.positions
         if (part := next(self._coming, None)) is not None:  # none in an evaluation, which draws nothing
             self._draws.start(part)
-        given = {"input_ids" if self.first else "inputs_embeds": inputs, "use_cache": False}
+            positions = part.batch.positions
+        given: dict[str, Any] = {"input_ids" if self.first else "inputs_embeds": inputs, "use_cache": False}
+        if positions is not None:
+            given["position_ids"] = positions
         with computed_in(self.low, inputs.device):
             if self.last:
                 logits: torch.Tensor = self.model(**given).logits
@@ -229,7 +227,8 @@ class Pipeline:
 
     def accumulate(self, parts: Sequence[Part], weight: float) -> torch.Tensor:
         """As `TrainingEngine.accumulate`."""
-        parts = [Part(self._shape.fit(part.batch), part.key, part.number) for part in parts]
+        rows, width = self._shape.samples, self._shape.positions
+        parts = [Part(part.batch.widened(rows, width), part.key, part.number) for part in parts]
         least = self.num_stages if self._schedule is not PipelineSchedule.interleaved else self.size
         while len(parts) < least or (self._schedule is PipelineSchedule.interleaved and len(parts) % self.size):
             parts.append(Part(parts[0].batch.without_targets(), parts[0].key, parts[0].number))
@@ -281,7 +280,7 @@ class Pipeline:
             group=self.group,
         )
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor | None:
+    def logits(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor | None:
         """A forward through all stages, on the last of them; None elsewhere. `tokens` are the same on all ranks."""
         hidden: torch.Tensor = tokens
         for index in range(self.num_stages):
@@ -292,6 +291,7 @@ class Pipeline:
                 width = stage.model.config.hidden_size
                 hidden = torch.empty(*tokens.shape, width, device=self._device)
                 dist.recv(hidden, group=self.group, group_src=(index - 1) % self.size)
+            stage.positions = positions
             hidden = stage(hidden)
             if index < self.num_stages - 1:
                 dist.send(hidden.float().contiguous(), group=self.group, group_dst=(index + 1) % self.size)

@@ -102,7 +102,8 @@ class TorchEngine:
         for turn, part in enumerate(parts, start=1):
             self._draws.start(part)
             with self._synchronise(turn == len(parts)):
-                loss = summed_loss(logits_of(self._model, part.batch.inputs, low=self.low), part.batch.labels)
+                batch = part.batch
+                loss = summed_loss(logits_of(self._model, batch.inputs, batch.positions, low=self.low), batch.labels)
                 (loss * weight).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
@@ -132,7 +133,7 @@ class TorchEngine:
         total = torch.zeros(1, device=self.device, dtype=torch.float64)
         with self._evaluating():
             for part in parts_of([(0, batch) for batch in batches], self._local_batch, self.device):
-                if (logits := self._forward(part.batch.inputs)) is not None:
+                if (logits := self._forward(part.batch.inputs, part.batch.positions)) is not None:
                     total += summed_loss(logits, part.batch.labels)
         self._say_what_was_compiled()
         return total
@@ -238,11 +239,11 @@ class TorchEngine:
         squares = torch.stack([torch.zeros((), device=self.device, dtype=torch.float64), *norms]).square().sum()
         return self._mesh.sum(squares, "pp", "dp_shard", "tp").sqrt().float()
 
-    def _forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
+    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor | None:
         """In evaluation; None on ranks that do not compute the last layer."""
         if self._pipeline is not None:
-            return self._pipeline.logits(tokens)
-        return logits_of(self._bare, tokens, low=self.low)
+            return self._pipeline.logits(tokens, positions)
+        return logits_of(self._bare, tokens, positions, low=self.low)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -185,3 +185,12 @@ def test_a_pattern_that_is_none_is_refused(tmp_path: Path, pattern: str) -> None
 def test_a_file_that_cannot_be_read_is_refused() -> None:
     with pytest.raises(Refused, match="/proc/self/mem cannot be read"):
         load_corpus(Jsonl(path="/proc/self/mem"), BYTES, 8)
+
+
+def test_packed_rows_are_trained_on_and_what_is_held_out_stays_as_it_is(tmp_path: Path) -> None:
+    lines = [{"text": "abc"}] * 8 + [{"text": "held out"}]
+    loose = load_corpus(jsonl(tmp_path, *lines), BYTES, 16)
+    packed = load_corpus(jsonl(tmp_path, *lines, pack=True), BYTES, 16)
+    assert (len(loose.train), len(packed.train)) == (9, 3)  # of 3 and of 8 inputs
+    assert "9 samples in 3 rows that are 67% full (22% with one in each)" in packed.notes
+    assert packed.held_out.fingerprint == loose.held_out.fingerprint
