@@ -13,6 +13,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from trainer.elastic.preemption import listen_no_more, note_early
+
+if __name__ == "__main__":
+    note_early()  # seconds of imports and checks, until the trainers can be told
+
 from launch.options import TARGETS, add_targets, read
 from trainer.errors import Refused
 
@@ -23,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, overrides = parse(argv[:cut]), argv[cut + 1 :]
     try:
         if options.command not in TARGETS:
+            listen_no_more()
             return int(importlib.import_module(f"launch.{options.command}").main(options))
         return start(options, overrides)
     except Refused as error:
@@ -32,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     call = read(options.command, options, overrides)
+    if call.dry_run or call.multirun:
+        listen_no_more()
     # A module a target: `check` refuses, `plan` says what is run, `run` runs it.
     target = importlib.import_module(f"launch.{call.target}")
     if call.multirun:

@@ -8,6 +8,7 @@ from launch.command import TRAINER, Command, python, threads
 from launch.deepspeed import run_program
 from launch.options import Call, check_sizes
 from trainer.choices import AccelerateLaunch
+from trainer.config import Compute
 from trainer.errors import Refused
 
 
@@ -15,7 +16,7 @@ def check(call: Call) -> None:
     options = call.config.launch
     assert isinstance(options, AccelerateLaunch)
     if not options.config_file:
-        check_sizes(call.config, options.nproc, options.nproc)
+        check_sizes(call.config, [options.nproc])
     elif not Path(options.config_file).is_file():
         raise Refused(f"--config-file {options.config_file} is not there. `accelerate config` writes one.")
 
@@ -24,7 +25,9 @@ def plan(call: Call) -> Command:
     options = call.config.launch
     assert isinstance(options, AccelerateLaunch)
     where = [f"--num_processes={options.nproc}", f"--main_process_port={options.port}"]
-    where += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_ip=127.0.0.1"]
+    low = call.config.precision.compute
+    where += [f"--mixed_precision={'no' if low is Compute.fp32 else low.name}", "--dynamo_backend=no"]
+    where += ["--num_machines=1", "--main_process_ip=127.0.0.1"]
     where += ["--multi_gpu"] if options.nproc > 1 else []  # its name for several processes, on CPUs as well
     if options.config_file:
         where = [f"--config_file={options.config_file}"]

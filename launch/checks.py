@@ -30,7 +30,7 @@ class Check:
 
 
 def memory() -> Check:
-    """That is free, of this machine or of its container."""
+    """That is free on this machine."""
     free = next(
         int(line.split()[1]) * 1024
         for line in Path("/proc/meminfo").read_text().splitlines()
@@ -97,6 +97,31 @@ def disk(path: Path) -> list[Check]:
     ]
 
 
+def visible(directory: Path, token: str, rank: int, size: int, seconds: float = 30) -> Check:
+    """That what every machine of `size` writes there is seen by this one, as checkpoints must be."""
+    own = [directory / f".seen-{token}-{number}" for number in range(size)]
+    remedy = "Runs need a directory that all machines share"
+    try:
+        own[rank].write_text(str(rank), encoding="utf-8")
+        deadline = time.monotonic() + seconds
+        while (absent := [n for n, path in enumerate(own) if not path.exists()]) and time.monotonic() < deadline:
+            os.listdir(directory)  # some file systems look again only then
+            time.sleep(0.1)
+    except OSError as error:
+        return Check("shared", False, f"{directory}: {error.strerror or error}", remedy)
+    if absent:
+        return Check("shared", False, f"what machines {absent} write to {directory} is not seen", remedy)
+    # The others may still look.
+    gone = [directory / f".seen-{token}-{number}-done" for number in range(size)]
+    gone[rank].touch()
+    if rank == 0:
+        while not all(path.exists() for path in gone) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for path in [*own, *gone]:
+            path.unlink(missing_ok=True)
+    return Check("shared", True, f"{size} machines see each other's files in {directory}")
+
+
 def ports() -> Check:
     """That processes of this machine can reach each other under its name."""
     name = socket.gethostname()
@@ -108,12 +133,15 @@ def ports() -> Check:
         return Check("ports", False, f"{name} does not reach itself: {error.strerror or error}", remedy)
 
 
-def devices() -> list[Check]:
-    """Every one computes; and what processes talk over."""
+def devices(wanted: int = 0) -> list[Check]:
+    """There are as many GPUs as are wanted, and every one computes; and what processes talk over."""
     import torch
     import torch.distributed as dist
 
     found = [Check("torch", True, f"torch {torch.__version__}")]
+    if wanted:
+        there = torch.cuda.device_count()
+        found.append(Check("GPUs", there >= wanted, f"{there} of {wanted} are seen", "Look at `nvidia-smi` there"))
     for index in range(torch.cuda.device_count()):
         name = torch.cuda.get_device_name(index)
         try:
@@ -126,9 +154,9 @@ def devices() -> list[Check]:
                 Check(f"cuda:{index}", False, f"{name}: {said}", "Reset it, or hide it by CUDA_VISIBLE_DEVICES")
             )
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    there = dist.is_nccl_available() if backend == "nccl" else dist.is_gloo_available()
+    has = dist.is_nccl_available() if backend == "nccl" else dist.is_gloo_available()
     where = "for GPUs" if backend == "nccl" else "no GPU is seen, so the CPU trains"
-    found.append(Check("backend", there, f"{backend}, {where}", "Install a torch that has it"))
+    found.append(Check("backend", has, f"{backend}, {where}", "Install a torch that has it"))
     return found
 
 
@@ -144,9 +172,9 @@ def command(line: str) -> Check:
         return Check("command", False, f"{line}: no answer in 60 s")
 
 
-def of_a_machine(directory: Path, own: str = "") -> list[Check]:
+def of_a_machine(directory: Path, own: str = "", gpus: int = 0) -> list[Check]:
     """What is looked at before every job, in some seconds."""
-    found = [memory(), shared_memory(), *disk(directory), ports(), *devices()]
+    found = [memory(), shared_memory(), *disk(directory), ports(), *devices(gpus)]
     return [*found, command(own)] if own else found
 
 

@@ -19,7 +19,7 @@ def check(call: Call) -> None:
     options = call.config.launch
     assert isinstance(options, DeepspeedLaunch)
     if not options.hostfile:
-        check_sizes(call.config, options.nproc, options.nproc)
+        check_sizes(call.config, [options.nproc])
     elif not Path(options.hostfile).is_file():
         raise Refused(f"--hostfile {options.hostfile} is not there. Give DeepSpeed's list of `HOST slots=N` lines.")
 

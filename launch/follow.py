@@ -8,25 +8,36 @@ import time
 from pathlib import Path
 
 from launch.job import ATTEMPTS
-from launch.scheduler import release, state_of
+from launch.scheduler import OVER, release, state_of
 from launch.status import Status, _lines
 from trainer.errors import Refused
 
 POLL_S = 1.0
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE", "")
+AWAY = 60  # looks in a row at a controller that does not answer, before it is given up
 
 
 def main(options: argparse.Namespace) -> int:
     run = Path(options.run)
     job = job_of(run)
-    log = run / "launch" / f"job-{job}.log"
-    said, seen = "", 0
+    # The log of a point is the sweep's.
+    log = next((p for p in (run, run.parent) if (p / "launch" / f"job-{job}.log").exists()), run)
+    log = log / "launch" / f"job-{job}.log"
+    said, seen, away = "", 0, 0
     while True:
-        state, reason = state_of(job)
+        try:
+            state, reason = state_of(job)
+            away = 0
+        except Refused:
+            away += 1
+            if away > AWAY:
+                raise
+            time.sleep(POLL_S)
+            continue
         if (now := f"{state} ({reason})" if state == "PENDING" else state) != said:
             print(f"launch: job {job}: {now or 'SLURM has forgotten it'}", file=sys.stderr, flush=True)
             said = now
-        if (state, reason) == ("PENDING", "BeginTime"):  # it was requeued, and SLURM would wait for two minutes
+        # It was requeued, and SLURM would wait for two minutes. One that has not begun may be told to begin later.
+        if (state, reason) == ("PENDING", "BeginTime") and (run / "launch" / ATTEMPTS).exists():
             release(job)
         if log.exists():
             with open(log, "rb") as file:

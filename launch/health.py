@@ -12,29 +12,30 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from launch.checks import failed, of_a_machine
 from trainer.outcome import DIRECTORY
 
 PATIENCE_S = 60
+OPTIONS = "EVERSHARD_JOB"  # the variable of the script that holds what its commands need to know, as JSON
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     run, endpoint = (sys.argv[1:] if argv is None else argv)[:2]
     node, rank, size = os.environ["SLURMD_NODENAME"], *(int(os.environ[f"SLURM_{k}"]) for k in ("PROCID", "NTASKS"))
     report = Path(os.environ[DIRECTORY]) / f"health-{node}.json"
-    own = json.loads((Path(run) / "launch" / "job.json").read_text(encoding="utf-8"))["health"]
-    why = failed(of_a_machine(Path(run), own))
-    together = meet(endpoint, rank, size, why)
-    report.with_suffix(".new").write_text(
-        json.dumps({"node": node, "why": why, "together": together}), encoding="utf-8"
-    )
+    options = json.loads(os.environ[OPTIONS])
+    why = failed(of_a_machine(Path(run), options["health"], options["gpus"]))
+    together, missing = meet(endpoint, rank, size, why)
+    said = {"node": node, "rank": rank, "why": why, "together": together, "missing": missing}
+    report.with_suffix(".new").write_text(json.dumps(said), encoding="utf-8")
     report.with_suffix(".new").replace(report)
     return 0
 
 
-def meet(endpoint: str, rank: int, size: int, why: str) -> str:
-    """A sum over all machines, unless one of them is not well by itself; why it failed."""
+def meet(endpoint: str, rank: int, size: int, why: str) -> tuple[str, list[int]]:
+    """A sum over all machines, unless one of them is not well by itself; why it failed, and which did not come."""
     import torch
     import torch.distributed as dist
 
@@ -43,10 +44,17 @@ def meet(endpoint: str, rank: int, size: int, why: str) -> str:
         store = dist.TCPStore(  # type: ignore[attr-defined]
             host, int(port), size, rank == 0, timedelta(seconds=PATIENCE_S), wait_for_workers=False
         )
-        store.set(f"well-{rank}", "" if why else "yes")
-        store.wait([f"well-{other}" for other in range(size)], timedelta(seconds=PATIENCE_S))
-        if all(store.get(f"well-{other}") for other in range(size)):
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        store.set(f"well-{rank}", "" if why else backend)
+        try:
+            store.wait([f"well-{other}" for other in range(size)], timedelta(seconds=PATIENCE_S))
+        except RuntimeError:
+            missing = [other for other in range(size) if not store.check([f"well-{other}"])]
+            return f"machines {missing} of {size} did not come to {endpoint} within {PATIENCE_S} s", missing
+        said = {store.get(f"well-{other}").decode() for other in range(size)}
+        if said == {"nccl", "gloo"}:
+            return "some machines have GPUs, and others none", []
+        if "" not in said:
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE_S)
             )
@@ -55,15 +63,15 @@ def meet(endpoint: str, rank: int, size: int, why: str) -> str:
             right = bool((ones == size).all())
             dist.destroy_process_group()
             if not right:
-                return f"a sum over {size} machines is wrong"
+                return f"a sum over {size} machines is wrong", []
         # The first machine keeps the store until all have read it.
         store.add("done", 1)
         if rank == 0:
             with contextlib.suppress(RuntimeError):
                 _await(store, size)
     except (RuntimeError, ValueError) as error:  # of which torch's are
-        return f"the machines do not reach each other at {endpoint}: {str(error).splitlines()[0]}"
-    return ""
+        return f"the machines do not reach each other at {endpoint}: {str(error).splitlines()[0]}", []
+    return "", []
 
 
 def _await(store: object, size: int) -> None:
@@ -74,20 +82,20 @@ def _await(store: object, size: int) -> None:
         time.sleep(0.05)
 
 
-def reports(directory: Path, nodes: Sequence[str]) -> dict[str, str]:
-    """Why each machine cannot be used; empty where it can. One without a report could not even say so."""
-    found: dict[str, dict[str, str]] = {}
+def reports(directory: Path, nodes: Sequence[str]) -> tuple[dict[str, str], str]:
+    """Why machines cannot be used, those that cannot; and why all of them fail together, where none can be blamed.
+
+    One without a report could not even say so. One that the others waited for in vain is blamed, and not the others.
+    """
+    found: dict[str, dict[str, Any]] = {}
     for node in nodes:
         with contextlib.suppress(OSError, ValueError):
             found[node] = json.loads((directory / f"health-{node}.json").read_text(encoding="utf-8"))
-    alone = {node: found[node]["why"] if node in found else "it did not report" for node in nodes}
-    if any(alone.values()):
-        return alone
-    together = {node: found[node]["together"] for node in nodes}
-    if all(together.values()) and len(nodes) > 1:
-        # All say that they reach nobody: without the first, where they would have met, the others may.
-        return {node: why if node != nodes[0] else "" for node, why in together.items()}
-    return together
+    if bad := {node: why for node in nodes if (why := found[node]["why"] if node in found else "it did not report")}:
+        return bad, ""
+    together = next((one["together"] for one in found.values() if one["together"]), "")
+    absent = {rank for one in found.values() for rank in one["missing"]}
+    return {node: one["together"] or together for node, one in found.items() if one["rank"] in absent}, together
 
 
 if __name__ == "__main__":

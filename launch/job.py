@@ -1,10 +1,11 @@
-"""`python -m launch.job begin|admit|end|leave RUN`: what the script of a SLURM job asks, on its first machine.
+"""`python -m launch.job begin|admit|early|end|leave RUN`: what the script of a SLURM job asks, on its first machine.
 
 Everything is decided from the run directory: torchrun and srun exit with statuses of their own.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -16,13 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpointing.generations import newest
+from checkpointing.generations import Generation, newest
 from checkpointing.storage import FileStorage
-from launch.health import reports
+from launch.health import OPTIONS, reports
 from trainer.elastic.preemption import AGAIN
 from trainer.outcome import DIRECTORY, Outcome, read
 
 ATTEMPTS = "attempts.jsonl"
+BEGUN = "begun"  # holds the number of a job that has saved something of its own
+REQUEUE_S = 60.0  # a controller that is started again answers by then
 EXCLUDE_S = 20.0  # below the time that SLURM leaves a script which it ends
 
 
@@ -41,22 +44,18 @@ def decide(outcome: Outcome | None, attempts: Sequence[Mapping[str, Any]], step:
         return Decision(False, 0, "finished")
     if outcome is not None and outcome.final:
         return Decision(False, 1, f"failed for good: {outcome.why}")
-    if outcome is not None and outcome.status == AGAIN:
-        return Decision(True, 0, outcome.why or "preempted")
-    why = f"failed: {outcome.why}" if outcome is not None else "ended without a word, as of SIGKILL or a lost machine"
+    if outcome is None:
+        why = "ended without a word, as of SIGKILL or a lost machine"
+    else:
+        why = outcome.why if outcome.status == AGAIN else f"failed: {outcome.why}"
     if (tries := in_vain(attempts, step)) > most:
         return Decision(False, 1, f"{why}. Gives up after {tries} attempts in a row without a new committed step")
     return Decision(True, 0, why)
 
 
 def in_vain(attempts: Sequence[Mapping[str, Any]], step: int) -> int:
-    """The last attempts that began where the run still is. One that was preempted could not help it."""
-    count = 0
-    for one in reversed(attempts):
-        if one.get("step") != step:
-            break
-        count += not str(one.get("ended", "")).startswith("preempted")
-    return count
+    """The last attempts that began where the run still is, whatever ended them."""
+    return len(list(itertools.takewhile(lambda one: one.get("step") == step, reversed(attempts))))
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ class Job:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What `python -m launch slurm` left for its job."""
-        found: dict[str, Any] = json.loads((self.run / "launch" / "job.json").read_text(encoding="utf-8"))
+        """What the script tells its commands."""
+        found: dict[str, Any] = json.loads(self.environment[OPTIONS])
         return found
 
     @property
@@ -78,21 +77,33 @@ class Job:
         path = self.run / "launch" / ATTEMPTS
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
+    def own(self) -> list[dict[str, Any]]:
+        """Those of this job: an earlier one of the run may have given up, and what it gave up on been mended."""
+        return [one for one in self.attempts() if one["job"] == self.number]
+
     def note(self, attempts: Sequence[Mapping[str, Any]]) -> None:
         path = self.run / "launch" / ATTEMPTS
         path.with_suffix(".new").write_text("".join(f"{json.dumps(one)}\n" for one in attempts), encoding="utf-8")
         path.with_suffix(".new").replace(path)
 
+    def newest(self) -> Generation | None:
+        return newest(FileStorage(Path(self.options["checkpoints"])))
+
     def step(self) -> int:
         """The newest committed one; 0 without any."""
-        found = newest(FileStorage(Path(self.options["checkpoints"])))
+        found = self.newest()
         return 0 if found is None else found.step
 
     def begin(self) -> int:
-        attempts, step = self.attempts(), self.step()
-        if (tries := in_vain(attempts, step)) > self.options["max_requeues"]:
+        attempts, own, found = self.attempts(), self.own(), self.newest()
+        step = 0 if found is None else found.step
+        if (tries := in_vain(own, step)) > self.options["max_requeues"]:
             self.say(f"gives up after {tries} attempts in a row without a new committed step (step {step})")
             return 1
+        (self.run / "launch").mkdir(parents=True, exist_ok=True)
+        if own and found is not None and found.manifest is not None and found.manifest.created > own[0]["time"]:
+            # What this job has saved is what it goes on from, wherever it was told to start: the script looks for this.
+            (self.run / "launch" / BEGUN).write_text(f"{self.number}\n", encoding="utf-8")
         nodes = self.environment.get("SLURM_JOB_NODELIST", "")
         attempts.append(
             {"attempt": len(attempts) + 1, "job": self.number, "nodes": nodes, "step": step, "time": time.time()}
@@ -104,21 +115,25 @@ class Job:
 
     def admit(self) -> int:
         """Whether every machine is healthy; if not, the job goes on without those that are not."""
-        bad = {node: why for node, why in reports(Path(self.environment[DIRECTORY]), self.nodes()).items() if why}
-        if not bad:
+        nodes = self.nodes()
+        bad, together = reports(Path(self.environment[DIRECTORY]), nodes)
+        if not bad and not together:
             return 0
+        everywhere = len(bad) == len(nodes) > 1  # what all have in common is rather to be mended
         for node, why in bad.items():
-            self.say(f"{node} is not healthy and is excluded: {why}")
+            self.say(f"{node} is not healthy{'' if everywhere else ' and is excluded'}: {why}")
+        if not bad:
+            self.say(f"every machine is well by itself, and they fail together: {together}")
         attempts = self.attempts()
-        attempts[-1] |= {"ended": "unhealthy", "excluded": bad}
+        attempts[-1] |= {"ended": "unhealthy", "excluded": {} if everywhere else bad, "together": together}
         self.note(attempts)
-        known = {node for one in attempts for node in one.get("excluded", {})}
-        if len(bad) == len(self.nodes()) > 1:  # what all have in common is rather to be mended
+        if everywhere:
             self.say("no machine is healthy: nothing is started, and nothing is excluded")
             return 1
-        if in_vain(attempts, self.step()) > self.options["max_requeues"]:
-            self.say("gives up: too many attempts in a row without a new committed step")
+        if (tries := in_vain(self.own(), self.step())) > self.options["max_requeues"]:
+            self.say(f"gives up after {tries} attempts in a row without a new committed step")
             return 1
+        known = {node for one in self.own() for node in one.get("excluded", {})}
         given = [node for node in self.options["exclude"].split(",") if node]
         self.requeue(",".join([*given, *sorted(known)]))
         return 1
@@ -131,44 +146,72 @@ class Job:
 
     def end(self) -> int:
         outcome, attempts, step = read(Path(self.environment[DIRECTORY])), self.attempts(), self.step()
-        decision = decide(outcome, attempts, step, self.options["max_requeues"])
+        decision = decide(outcome, self.own(), step, self.options["max_requeues"])
         attempts[-1] |= {"ended": decision.why, "reached": step, "again": decision.again}
         self.note(attempts)
-        self.say(f"{decision.why}; step {step} is saved" + ("; the job is requeued" if decision.again else ""))
-        if decision.again:
-            self.requeue()
+        self.say(f"{decision.why}; {saved(step)}" + ("; the job is requeued" if decision.again else ""))
+        if decision.again and not self.requeue():
+            return 1
         return decision.status
+
+    def early(self) -> int:
+        """The warning came before training did: nothing is lost, and there is no time for more."""
+        attempts, step = self.attempts(), self.step()
+        attempts[-1] |= {"ended": "preempted before training", "reached": step, "again": True}
+        self.note(attempts)
+        if (tries := in_vain(self.own(), step)) > self.options["max_requeues"]:
+            self.say(f"gives up after {tries} attempts in a row without a new committed step")
+            return 1
+        self.say("preempted before training; the job is requeued")
+        return 0 if self.requeue() else 1
 
     def leave(self) -> int:
         """SLURM ends the job, and whether it comes back is not for the script to say."""
         outcome, attempts, step = read(Path(self.environment[DIRECTORY])), self.attempts(), self.step()
+        if outcome is not None and outcome.status == 0:
+            return self.end()
         why = outcome.why if outcome is not None and outcome.why else "no rank said how it ended"
         attempts[-1] |= {"ended": why, "reached": step, "again": False}
         self.note(attempts)
-        self.say(f"ended by SLURM, {why}; step {step} is saved")
+        self.say(f"ended by SLURM, {why}; {saved(step)}")
         return 1
 
-    def requeue(self, exclude: str = "") -> None:
-        """SLURM ends the script of a job that it requeues, and only then lets machines be excluded."""
+    def requeue(self, exclude: str = "") -> bool:
+        """Whether SLURM takes the job back. It ends the script of one, and only then lets machines be excluded."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        subprocess.run(["scontrol", "requeue", self.number])
-        deadline = time.monotonic() + EXCLUDE_S
-        while exclude and time.monotonic() < deadline:
-            done = subprocess.run(
-                ["scontrol", "update", f"JobId={self.number}", f"ExcNodeList={exclude}"], capture_output=True
-            )
+        if why := self._told(REQUEUE_S, "requeue", self.number):
+            self.say(f"SLURM does not requeue it ({why}). Type the command that submitted it again")
+            attempts = self.attempts()
+            attempts[-1] |= {"again": False, "requeue": why}
+            self.note(attempts)
+            return False
+        if exclude and (why := self._told(EXCLUDE_S, "update", f"JobId={self.number}", f"ExcNodeList={exclude}")):
+            self.say(f"SLURM does not exclude {exclude} ({why})")
+        return True
+
+    def _told(self, seconds: float, *words: str) -> str:
+        """What `scontrol` says against it to the last, tried for so long: its controller may be starting."""
+        deadline = time.monotonic() + seconds
+        while True:
+            done = subprocess.run(["scontrol", *words], capture_output=True, text=True)
             if done.returncode == 0:
-                return
+                return ""
+            if time.monotonic() >= deadline:
+                return done.stderr.strip() or f"status {done.returncode}"
             time.sleep(0.2)
 
     def say(self, text: str) -> None:
         print(f"launch: job {self.number}: {text}", flush=True)
 
 
+def saved(step: int) -> str:
+    return f"step {step} is saved" if step else "nothing is saved yet"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     command, run = (sys.argv[1:] if argv is None else argv)[:2]
     job = Job(Path(run), os.environ)
-    return {"begin": job.begin, "admit": job.admit, "end": job.end, "leave": job.leave}[command]()
+    return {"begin": job.begin, "admit": job.admit, "early": job.early, "end": job.end, "leave": job.leave}[command]()
 
 
 if __name__ == "__main__":

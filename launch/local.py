@@ -8,7 +8,7 @@ from launch.torchrun import command_of, patient, run_torchrun
 
 
 def check(call: Call) -> None:
-    check_sizes(call.config, call.config.launch.nproc, call.config.launch.nproc)
+    check_sizes(call.config, [call.config.launch.nproc])
 
 
 def plan(call: Call) -> Command:

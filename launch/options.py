@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trainer.check import check
 from trainer.choices import CHOICES, Launch
 from trainer.compose import compose
 from trainer.config import Config
@@ -69,15 +70,17 @@ def read(target: str, flags: argparse.Namespace, overrides: Sequence[str]) -> Ca
         if not any(word.startswith("experiment=") for word in words):
             raise
         config, chosen = compose(fixed), []  # an experiment with options of another launcher
-    if type(config.launch) is not TARGETS[target]:
+    if type(config.launch) is not TARGETS[target] or not chosen:
         config = replace(config, launch=_of_another(config, target, given))
+        check(config)
     passed = list(overrides) if target == "local" else [*chosen, *overrides]
     return Call(target, config, passed, list(_as_flags(given)), flags.dry_run, flags.multirun)
 
 
 def _of_another(config: Config, target: str, given: Mapping[str, str | list[str]]) -> Launch:
     """The target's own options, where the overrides chose another's: as many processes, and what the flags say."""
-    structured = OmegaConf.structured(TARGETS[target](nproc=config.launch.nproc))
+    same = type(config.launch) is TARGETS[target]
+    structured = OmegaConf.structured(config.launch if same else TARGETS[target](nproc=config.launch.nproc))
     try:
         tree = OmegaConf.create({"run": vars(config.run), "launch": OmegaConf.merge(structured, dict(given))})
         found = OmegaConf.to_object(tree)["launch"]  # type: ignore[call-overload,index]
@@ -122,7 +125,7 @@ def bounds(nodes: str, option: str) -> tuple[int, int]:
     return least, most
 
 
-def check_sizes(config: Config, least: int, most: int) -> None:
-    """What the trainer would refuse about the number of processes, refused once and early."""
-    for num_processes in sorted({least, most}):
+def check_sizes(config: Config, sizes: Sequence[int]) -> None:
+    """What the trainer would refuse about any number of processes that it may have, refused once and early."""
+    for num_processes in sizes:
         plan_batch(config, resolve_topology(config.parallel, num_processes).data_size)

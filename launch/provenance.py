@@ -13,26 +13,15 @@ from pathlib import Path
 
 from launch.command import ROOT
 from launch.options import Call
-from trainer.choices import SlurmLaunch
 from trainer.config import as_yaml
 from trainer.errors import Refused
 
 
 def leave_behind(call: Call) -> None:
-    """In `launch/` of the run directory: the job's options, configuration, code and environment."""
+    """In `launch/` of the run directory: configuration, code and environment."""
     home = Path(call.config.run.dir).absolute() / "launch"
-    options = call.config.launch
-    assert isinstance(options, SlurmLaunch)
-    job = {
-        "checkpoints": str(Path(call.config.checkpoint.dir).absolute()),
-        "max_requeues": options.max_requeues,
-        "exclude": options.exclude,
-        "health": options.health,
-        "overrides": call.overrides,
-    }
     try:
         home.mkdir(parents=True, exist_ok=True)
-        (home / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
         (home / "config.yaml").write_text(as_yaml(call.config), encoding="utf-8")
         (home / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
         revision, difference = code(ROOT)

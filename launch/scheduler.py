@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from trainer.errors import Refused
 
 WAIT_S = 60
+# States that a job does not leave, and that of one that SLURM has forgotten.
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE", "")
 
 
-def ask(*words: str, check: bool = True) -> str:
-    """What a command prints; `Refused` with what it says where it fails."""
+def ask(*words: str, check: bool = True, forgive: str = "") -> str:
+    """What a command prints; `Refused` with what it says where it fails, unless that is to be forgiven."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=WAIT_S, stdin=subprocess.DEVNULL)
     except FileNotFoundError:
@@ -21,7 +23,7 @@ def ask(*words: str, check: bool = True) -> str:
         ) from None
     except subprocess.TimeoutExpired:
         raise Refused(f"{words[0]} does not answer: SLURM's controller is away. Try again.") from None
-    if check and done.returncode:
+    if check and done.returncode and not (forgive and forgive in done.stderr):
         raise Refused(f"{words[0]} says: {_said(done.stderr)}. Mend that, and type the same command.")
     return done.stdout.strip()
 
@@ -38,7 +40,7 @@ def submit(script: str, flags: Sequence[str] = ()) -> str:
 
 def state_of(job: str) -> tuple[str, str]:
     """The state and its reason, such as PENDING and BeginTime; of a job that SLURM has forgotten nothing."""
-    out = ask("squeue", "--noheader", "--states=all", "--jobs", job, "--format=%T|%r", check=False)
+    out = ask("squeue", "--noheader", "--states=all", "--jobs", job, "--format=%T|%r", forgive="Invalid job id")
     lines = [line.partition("|") for line in out.splitlines()]
     # Of an array the task that is furthest from its end.
     order = ("RUNNING", "COMPLETING", "PENDING")

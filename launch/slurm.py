@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from launch.command import ROOT
+from launch.health import OPTIONS
 from launch.options import Call, bounds, check_sizes
 from launch.provenance import leave_behind
-from launch.scheduler import ask, submit
+from launch.scheduler import OVER, ask, state_of, submit
 from trainer.choices import SlurmLaunch
+from trainer.config import Elastic
 from trainer.errors import Refused
 
 TEMPLATE = Path(__file__).with_name("job.sbatch")
+ALLOWED = ("partition", "account", "qos")  # without which some clusters take no job
 MARGIN_S = 20  # of the warning's time, for what comes before and after the save
 
 
@@ -35,7 +41,15 @@ def check(call: Call) -> None:
     options = call.config.launch
     assert isinstance(options, SlurmLaunch)
     least, most = bounds(options.nodes, "launch.nodes")
-    check_sizes(call.config, least * options.nproc, most * options.nproc)
+    check_sizes(call.config, [nodes * options.nproc for nodes in range(least, most + 1)])
+    if _warning(call) == "TERM":
+        raise Refused(
+            "elastic.signal=TERM cannot warn a job of SLURM, which ends jobs by it. Type elastic.signal=USR1 or USR2."
+        )
+
+
+def _warning(call: Call) -> str:
+    return call.config.elastic.signal.upper().removeprefix("SIG")
 
 
 def plan(call: Call) -> Script:
@@ -47,12 +61,13 @@ def script(calls: Sequence[Call], name: str) -> Script:
     options, memory = calls[0].config.launch, calls[0].config.checkpoint.memory
     assert isinstance(options, SlurmLaunch)
     runs = [patient(call) for call in calls]
-    setup = "\n".join(options.setup)
     keeper = '"${each[@]}" "$python" -m launch.keeper "${overrides[@]}" &' if memory.every else ""
     values = {
         "options": "\n".join(f"#SBATCH {flag}" for flag in flags(options, name, runs)),
         "directory": shlex.quote(str(Path.cwd())),
-        "setup": setup,
+        "setup": "\n".join(options.setup),
+        "home": shlex.quote(str(_home(runs) / "launch")),
+        "warning": _warning(calls[0]),
         "python": shlex.quote(sys.executable),
         "root": shlex.quote(str(ROOT)),
         "runs": which_run(runs),
@@ -63,14 +78,14 @@ def script(calls: Sequence[Call], name: str) -> Script:
         "nproc": str(options.nproc),
     }
     text = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
-    return Script(re.sub(r"\n{3,}|(?<=exit 1)\n\n(?=python)", "\n", text), runs)
+    return Script(re.sub(r"\n\n(?=set -u)|\n{3,}", "\n", text), runs)
 
 
 def patient(call: Call) -> Call:
-    """With as much time to save as SLURM gives, unless the command says how much."""
+    """With as much time to save as SLURM gives, unless it is configured how much."""
     options = call.config.launch
     assert isinstance(options, SlurmLaunch)
-    if any(word.startswith("elastic.grace_s=") for word in call.overrides):
+    if call.config.elastic.grace_s != Elastic().grace_s:
         return call
     grace_s = max(options.warn_s - MARGIN_S, options.warn_s // 2)
     return replace(call, overrides=[*call.overrides, f"elastic.grace_s={grace_s}"])
@@ -81,8 +96,8 @@ def flags(options: SlurmLaunch, name: str, runs: Sequence[Call]) -> list[str]:
     least, most = bounds(options.nodes, "launch.nodes")
     nodes = f"{least}" if least == most else f"{least}-{most}"
     where = _home(runs) / "launch" / ("job-%A_%a.log" if len(runs) > 1 else "job-%j.log")
-    found = [f"--job-name={_word(name)}", f"--nodes={nodes}", "--ntasks-per-node=1", f"--output={where}"]
-    found += ["--requeue", "--open-mode=append", f"--signal=B:USR1@{options.warn_s}"]
+    found = [f"--job-name={_word(name)}", f"--nodes={nodes}", "--ntasks-per-node=1", f"--output={_quoted(where)}"]
+    found += ["--requeue", "--open-mode=append", f"--signal=B:{_warning(runs[0])}@{options.warn_s}"]
     if len(runs) > 1:
         at_once = f"%{options.parallel_points}" if options.parallel_points else ""
         found.append(f"--array=0-{len(runs) - 1}{at_once}")
@@ -105,21 +120,39 @@ def _home(runs: Sequence[Call]) -> Path:
     return first.parent if len(runs) > 1 else first
 
 
+def _quoted(path: Path) -> str:
+    """As sbatch reads it on a line of its own."""
+    return f'"{path}"' if re.search(r"\s", str(path)) else str(path)
+
+
 def _word(name: str) -> str:
     return re.sub(r"[^\w.+-]", "_", name)
 
 
 def which_run(runs: Sequence[Call]) -> str:
-    """Bash that sets `run` and `overrides`; of an array those of the task."""
+    """Bash that sets `run`, `overrides`, and what the job's commands need to know; of an array those of the task."""
 
     def one(call: Call) -> str:
         run = shlex.quote(str(Path(call.config.run.dir).absolute()))
-        return f"run={run}; overrides=({shlex.join(call.overrides)})"
+        told = shlex.quote(json.dumps(_told(call)))
+        return f"run={run}; overrides=({shlex.join(call.overrides)}); export {OPTIONS}={told}"
 
     if len(runs) == 1:
         return one(runs[0])
     cases = "\n".join(f"  {number}) {one(call)} ;;" for number, call in enumerate(runs))
     return f"case $SLURM_ARRAY_TASK_ID in\n{cases}\nesac"
+
+
+def _told(call: Call) -> dict[str, Any]:
+    options = call.config.launch
+    assert isinstance(options, SlurmLaunch)
+    return {
+        "checkpoints": str(Path(call.config.checkpoint.dir).absolute()),
+        "max_requeues": options.max_requeues,
+        "exclude": options.exclude,
+        "health": options.health,
+        "gpus": options.gpus,
+    }
 
 
 def run(call: Call, script: Script) -> int:
@@ -129,12 +162,23 @@ def run(call: Call, script: Script) -> int:
     return 0
 
 
+def _refuse_second(directory: Path) -> None:
+    """Two jobs of one run would take each other's attempts for their own."""
+    with contextlib.suppress(OSError):
+        job = (directory / "job").read_text(encoding="utf-8").strip()
+        if (state := state_of(job)[0]) not in OVER:
+            raise Refused(
+                f"{directory.parent} has a job already: {job} is {state}. `python -m launch cancel {directory.parent}` "
+                "ends it, and `follow` prints what it prints."
+            )
+
+
 def hand_in(script: Script) -> str:
     """Write down what the job needs, and submit it; its number."""
     ask("sbatch", "--version")
     home = _home(script.runs) / "launch"
-    for call in script.runs:
-        leave_behind(call)
+    for directory in dict.fromkeys([home, *(Path(call.config.run.dir).absolute() / "launch" for call in script.runs)]):
+        _refuse_second(directory)
     path = home / "job.sbatch"
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -145,7 +189,10 @@ def hand_in(script: Script) -> str:
             "one that can."
         ) from None
     ask("sbatch", "--test-only", str(path))  # which sees what a submission would let wait for ever
+    for call in script.runs:
+        leave_behind(call)
     job = submit(str(path))
+    (home / "job").write_text(f"{job}\n", encoding="utf-8")
     for number, call in enumerate(script.runs):
         own = f"{job}_{number}" if len(script.runs) > 1 else job
         (Path(call.config.run.dir) / "launch" / "job").write_text(f"{own}\n", encoding="utf-8")

@@ -48,6 +48,9 @@ class Status:
         job = _text(run / "launch" / "job")
         if not events:
             if job:
+                attempts = _lines(run / "launch" / "attempts.jsonl")
+                if attempts and attempts[-1].get("again") is False:
+                    return Status("failed", job=job, why=str(attempts[-1].get("ended", "")))
                 return Status("waiting", job=job)
             raise Refused(f"{run} is no run: it has no events.jsonl. Type the directory of one, such as runs/main.")
         rows = _lines(run / "metrics.jsonl", TAIL)
@@ -91,7 +94,7 @@ class Status:
             "durable": step(self.durable),
             "restarts": str(self.restarts),
         }
-        if self.state == "waiting":
+        if not self.total:
             lines = {"state": lines["state"]}
         return "\n".join(f"  {label:10} {text}" for label, text in lines.items())
 

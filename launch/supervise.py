@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launch.command import TRAINER
-from trainer.elastic.preemption import AGAIN, warnings_of
+from trainer.elastic.preemption import AGAIN, take_early, warnings_of
 from trainer.outcome import DIRECTORY, Outcome, read
 
 MORE_S = 15.0  # beyond the grace, for what closes after a run: then SIGKILL
@@ -94,6 +94,8 @@ class _Forward:
 
     def __enter__(self) -> _Forward:
         self._before = {number: signal.signal(number, self._hand_on) for number in self._signals}
+        for number in take_early():  # while this command was read and checked
+            self._hand_on(number, None)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -9,7 +9,9 @@ import importlib
 import itertools
 import json
 import shlex
+import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +20,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from launch.command import Command, python
-from launch.options import Call, is_override
+from launch.options import Call, is_override, quote
 from launch.status import POINTS, summary
 from trainer.compose import compose
+from trainer.elastic.preemption import AGAIN, warnings_of
 from trainer.errors import Refused
 
 
@@ -41,9 +44,25 @@ def run_points(call: Call) -> int:
     status = 0
     for one, command in zip(calls, commands, strict=True):
         print(f"launch: {one.config.run.name}: {shlex.join(_own(one))}", flush=True)
-        status = subprocess.run(command.words).returncode or status
+        ended = _run(command, call.config.elastic.signal)
+        status = ended or status
+        if ended in (AGAIN, 130) or ended > 128:  # somebody wants the machine: the others do not start
+            return ended
     print(summary(home))
     return status
+
+
+def _run(command: Command, warning: str) -> int:
+    """In a session of its own, where a terminal's signals do not reach it twice: all come by way of this process."""
+    with subprocess.Popen(command.words, start_new_session=True) as process:
+        numbers = [*warnings_of(warning), signal.SIGINT, signal.SIGHUP]
+        before = {n: signal.signal(n, lambda number, _: process.send_signal(number)) for n in numbers}
+        try:
+            ended = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return ended if ended >= 0 else 128 - ended
 
 
 def points(call: Call) -> list[Call]:
@@ -51,7 +70,10 @@ def points(call: Call) -> list[Call]:
     fixed = [w for w in call.overrides if not is_override(w) or not w.startswith(("run.name=", "run.dir="))]
     parser, spans, rest = OverridesParser.create(), list[list[str]](), list[str]()
     for word in fixed:
-        override = parser.parse_override(word) if is_override(word) else None
+        try:
+            override = parser.parse_override(word) if is_override(word) else None
+        except HydraException as error:
+            raise Refused(f"{word} cannot be read: {str(error).splitlines()[0]}. Quote it, or mend it.") from None
         if override is None or not override.is_sweep_override():
             rest.append(word)
             continue
@@ -64,7 +86,7 @@ def points(call: Call) -> list[Call]:
         raise Refused("--multirun, and no override has several values. Type one such as optimizer.lr=1e-3,1e-4.")
     name, home, found = call.config.run.name, Path(call.config.run.dir), list[Call]()
     for number, point in enumerate(itertools.product(*spans)):
-        words = [*rest, *point, f"run.name={name}-{number}", f"run.dir={home / str(number)}"]
+        words = [*rest, *point, f"run.name={quote(f'{name}-{number}')}", f"run.dir={quote(str(home / str(number)))}"]
         config = replace(compose([word for word in words if is_override(word)]), launch=call.config.launch)
         found.append(replace(call, config=config, overrides=words, multirun=False))
     return found
@@ -86,7 +108,7 @@ def _write_down(home: Path, calls: Sequence[Call]) -> None:
 
 def _as_jobs(calls: Sequence[Call], call: Call) -> int:
     from launch.scheduler import submit
-    from launch.slurm import hand_in, script
+    from launch.slurm import ALLOWED, hand_in, script
 
     made = script(calls, call.config.run.name)
     if call.dry_run:
@@ -95,9 +117,14 @@ def _as_jobs(calls: Sequence[Call], call: Call) -> int:
     home = Path(call.config.run.dir).absolute()
     _write_down(home, calls)
     job = hand_in(made)
-    show = str(Command(python("-m", "launch", "status", str(home))))
-    last = submit(
-        f"--wrap={show}", ["--job-name=summary", f"--dependency=afterany:{job}", f"--output={home / 'summary.txt'}"]
-    )
-    print(f"submitted job {job}, {len(calls)} points, and job {last}, which writes {home / 'summary.txt'} when all end")
+    print(f"submitted job {job}, {len(calls)} points")
+    command = Command(python("-m", "launch", "status", str(home)))
+    where = ["--job-name=summary", f"--dependency=afterany:{job}", f"--output={home / 'summary.txt'}", "--ntasks=1"]
+    where += [f"--{key}={value}" for key in ALLOWED if (value := getattr(call.config.launch, key))]
+    try:
+        last = submit(f"--wrap={command}", where)
+    except Refused as error:  # the points are on their way
+        print(f"launch: no job for the summary: {error} Type `{command}` when all have ended.", file=sys.stderr)
+    else:
+        print(f"submitted job {last}, which writes {home / 'summary.txt'} when all have ended")
     return 0

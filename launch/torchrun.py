@@ -8,19 +8,22 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from launch.command import TRAINER, Command, python, threads
 from launch.options import Call, bounds, check_sizes
 from launch.supervise import MORE_S, say_how, supervise
 from trainer.choices import TorchrunLaunch
 from trainer.config import Config
+from trainer.elastic.preemption import was_warned
 from trainer.errors import Refused
 
 # A machine that is lost is noticed after three heartbeats; one that comes late is waited for this long.
 MEET_S = 60.0  # how long a machine may be out of reach, as one that still boots
-PROBE_S = 20.0  # most of it is the import of torch
+PROBE_S = 10.0  # one of us answers at once
 RENDEZVOUS = "join_timeout=600,last_call_timeout=15,keep_alive_interval=3,keep_alive_max_attempt=3"
 
 
@@ -28,7 +31,7 @@ def check(call: Call) -> None:
     options = call.config.launch
     assert isinstance(options, TorchrunLaunch)
     least, most = bounds(options.nodes, "launch.nodes")
-    check_sizes(call.config, least * options.nproc, most * options.nproc)
+    check_sizes(call.config, [nodes * options.nproc for nodes in range(least, most + 1)])
     if most > 1 and not options.endpoint:
         raise Refused(
             f"launch.nodes={options.nodes} machines have no place to meet. Type --endpoint HOST:PORT, with a host of "
@@ -36,6 +39,11 @@ def check(call: Call) -> None:
         )
     if options.endpoint:
         _check_endpoint(options.endpoint)
+    if options.restarts and call.config.resume != "auto":
+        raise Refused(
+            f"resume={call.config.resume} would start there again whenever processes are started again. Type "
+            "--restarts 0 with it, or leave it out once the run has saved something."
+        )
 
 
 def _check_endpoint(endpoint: str) -> None:
@@ -88,8 +96,17 @@ def _flags() -> set[str]:
 def run(call: Call, command: Command) -> int:
     options = call.config.launch
     assert isinstance(options, TorchrunLaunch)
-    if options.endpoint:
+    if options.endpoint and "SLURM_JOB_ID" not in os.environ:  # where the port is the job's own
         _check_way(options.endpoint)
+    try:
+        Path(options.log_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.log_dir):
+            pass
+    except OSError as error:
+        raise Refused(
+            f"--log-dir {options.log_dir} cannot be written: {error.strerror or error}. Make it writable, or type "
+            "--log-dir=DIRECTORY with one that can."
+        ) from None
     return run_torchrun(command, call.config)
 
 
@@ -100,7 +117,7 @@ def _check_way(endpoint: str) -> None:
     """
     host, _, port = endpoint.rpartition(":")
     deadline = time.monotonic() + MEET_S
-    while True:
+    while not was_warned():
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
             break
@@ -113,15 +130,16 @@ def _check_way(endpoint: str) -> None:
                     "on that machine too, see that no firewall is between, and try `python -m launch doctor`."
                 ) from None
             time.sleep(1)
+    if was_warned():
+        return
+    # Its time begins when torch is imported, which may take minutes on a cold file system.
     probe = (
-        "from datetime import timedelta; from torch.distributed import TCPStore; "
-        f"TCPStore({host!r}, {int(port)}, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))"
+        "import os, threading; from datetime import timedelta; from torch.distributed import TCPStore; "
+        f"threading.Timer({PROBE_S}, os._exit, [1]).start(); "
+        f"TCPStore({host!r}, {int(port)}, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5)); "
+        "os._exit(0)"
     )
-    try:
-        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, timeout=PROBE_S)
-    except subprocess.TimeoutExpired:
-        done = None
-    if done is None or done.returncode:
+    if subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode:
         raise Refused(
             f"--endpoint {endpoint} is taken: something listens there that is no torchrun. Type another port, the same "
             "on every machine."

@@ -75,11 +75,13 @@ def launch(num_processes: int, overrides: Sequence[str]) -> subprocess.Completed
 
 
 @contextlib.contextmanager
-def launched(num_processes: int, overrides: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def launched(
+    num_processes: int, overrides: Sequence[str], log: Path, flags: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
     """A launch in the background; whatever is left of it is killed at the end."""
     with open(log, "ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "launch", "local", "--nproc", str(num_processes), "--", *overrides],
+            [sys.executable, "-m", "launch", "local", "--nproc", str(num_processes), *flags, "--", *overrides],
             cwd=ROOT,
             env=environment(),
             stdout=output,

@@ -36,10 +36,10 @@ def train(
 
     After a warning the step that was under way is the last one, and is saved.
     """
-    first, last, losses = done.step, config.train.steps, dict[str, float]()
-    for step in range(first + 1, last + 1):
+    last, losses = config.train.steps, dict[str, float]()
+    for step in range(done.step + 1, last + 1):
         if preemption.is_due():
-            if done.step > first:
+            if done.step > 0:  # also where it has just come from memory, which goes with the machine
                 saver.leave(done, losses)
             return False
         row = train_step(config, engine, feed, step, done.loss_scale)

@@ -18,12 +18,13 @@ DIRECTORY = "EVERSHARD_OUTCOME"
 
 @dataclass(frozen=True)
 class Outcome:
-    """`status` is the process's; a run that would end like this again is `final`."""
+    """`status` is the process's; a run that would end like this again is `final`. `saved`: preempted after a save."""
 
     status: int
     final: bool
     why: str = ""
     rank: int = 0
+    saved: bool = False
 
     @staticmethod
     def of(error: BaseException) -> Outcome:
@@ -51,6 +52,12 @@ def read(directory: Path) -> Outcome | None:
     for path in sorted(directory.glob("rank-*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError):
             found.append(Outcome(**json.loads(path.read_text(encoding="utf-8"))))
-    # A refusal explains what others fail of, and a failure that would come again one that follows from it.
-    order = {2: 0, 0: 2, AGAIN: 1}
-    return min(found, key=lambda one: (not one.final, order.get(one.status, 1), one.rank), default=None)
+
+    # A refusal explains what others fail of, and a failure that would come again one that follows from it. All save
+    # together; one that left without was told to because another had failed, or had too little time.
+    def weight(one: Outcome) -> int:
+        if one.status == AGAIN:
+            return 1 if one.saved else 3
+        return {2: 0, 0: 4}.get(one.status, 2)
+
+    return min(found, key=lambda one: (not one.final, weight(one), one.rank), default=None)

@@ -262,30 +262,34 @@ def train_and_finish(
             else:
                 status = AGAIN
                 tracker.emit("preempt", step=done.step, signal=Signals(preemption.signum).name)
-                leave(Outcome(status, final=False, why=f"preempted after step {done.step}"))
+                leave(Outcome(status, final=False, why=f"preempted after step {done.step}", saved=True))
                 if world.rank == 0:
-                    print(f"  {'preempted':10} after step {done.step}, which is saved. Run the same command again.")
+                    where = f"after step {done.step}, which is saved" if done.step else "before the first step"
+                    print(f"  {'preempted':10} {where}. Run the same command again.")
         except LeaseHeldError:
             raise
         except Exception as error:
             tracker.emit("failure", step=done.step, reason=f"{type(error).__name__}: {error}")
             raise
+    if status == AGAIN:
+        # A launcher ends the others when the first has left, also one that still uploads what it logged.
+        Team().together(lambda: None)
     return status
 
 
 def give_up(tracker: RunTracker, saver: Saver, done: Progress, why: str) -> None:
     """Leave in the middle of whatever is being done. Nothing committed is touched."""
     if saver.durable_step == done.step:
-        end_at_once(AGAIN, why)
+        end_at_once(AGAIN, why, saved=True)
     with contextlib.suppress(Exception):  # the trainer may be writing this very moment
         tracker.emit("preempt", step=done.step, abandoned=why)
     end_at_once(AGAIN, f"{why}, and step {done.step} is not saved. The run goes on from what was saved before")
 
 
-def end_at_once(status: int, why: str) -> NoReturn:
+def end_at_once(status: int, why: str, *, saved: bool = False) -> NoReturn:
     """From another thread, whatever the main one does."""
     print(f"trainer: preempted: {why}.", file=sys.stderr, flush=True)
-    leave(Outcome(status, final=False, why=f"preempted: {why}"))
+    leave(Outcome(status, final=False, why=f"preempted: {why}", saved=saved))
     os._exit(status)
 
 

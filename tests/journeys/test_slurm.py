@@ -90,9 +90,9 @@ def test_requeued_warned_and_losing_a_node_it_is_the_same_run(cluster: Cluster, 
         place.reach(30, job)
         cluster.run("scontrol", "requeue", job)
         wait_for(lambda: not any("trainer/__main__" in command(pid) for pid in cluster.processes()), 60)
-        for pid in cluster.processes():
-            if "keeper" in command(pid):
-                os.kill(pid, 9)
+        keepers = [pid for pid in cluster.processes() if "launch.keeper" in command(pid)]
+        for pid in keepers:
+            os.kill(pid, 9)
         shutil.rmtree(memory, ignore_errors=True)
         preempted = events(place.run)[-1]
         assert preempted[0] == "preempt" and preempted[1] >= 30
@@ -205,14 +205,17 @@ def test_cancelled_and_checked_by_the_doctor(cluster: Cluster, tmp_path: Path) -
     place.reach(12, job)
     doctor = [sys.executable, "-m", "launch", "doctor", "--allocation", "--dir", str(tmp_path)]
     wrapped = subprocess.run(
-        ["srun", "--overlap", f"--jobid={job}", "-N1", "-n1", "-w", "n1", "env", "-u", "SLURM_PROCID", *doctor],
+        doctor,
         cwd=ROOT,
-        env=place.environment,
+        env={**place.environment, "SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "n[1-2]"},  # as in the shell of salloc
         capture_output=True,
         text=True,
         timeout=WAIT_S,
     )
-    assert "n1\n" in wrapped.stdout and "ok    backend" in wrapped.stdout, wrapped.stdout + wrapped.stderr
+    said = wrapped.stdout + wrapped.stderr
+    assert "n1\n" in wrapped.stdout and "n2\n" in wrapped.stdout and wrapped.stdout.count("ok    backend") == 2, said
+    assert wrapped.stdout.count("2 machines see each other's files") == 2, said
+    assert wrapped.stdout.count("2 machines sum together") == 2, said
     assert place.launch("cancel", str(place.run)).returncode == 0
     assert place.follow().returncode == 1
     assert any(event == "commit" for event, _ in events(place.run))

@@ -12,7 +12,9 @@ from launch.__main__ import main
 def test_its_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["accelerate", "--nproc", "2", "--dry-run"]) == 0
     words = capsys.readouterr().out.split()
-    assert {"--num_processes=2", "--multi_gpu", "parallel=accelerate"} <= set(words)
+    assert {"--num_processes=2", "--multi_gpu", "parallel=accelerate", "--mixed_precision=no"} <= set(words)
+    assert main(["accelerate", "--dry-run", "--", "precision=bf16"]) == 0
+    assert "--mixed_precision=bf16" in capsys.readouterr().out.split()
     (tmp_path / "a.yaml").write_text("")
     assert main(["accelerate", "--config-file", str(tmp_path / "a.yaml"), "--dry-run", "--", "parallel=fsdp"]) == 0
     words = capsys.readouterr().out.split()

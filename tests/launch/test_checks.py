@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from launch.checks import (
     of_a_machine,
     ports,
     shared_memory,
+    visible,
 )
 
 
@@ -55,9 +57,26 @@ def test_a_name_that_leads_nowhere_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     assert ports().ok is False and "/etc/hosts" in str(ports())
 
 
-def test_a_limit_and_devices_are_told() -> None:
-    assert locked_memory().ok in (True, None)
+def test_a_limit_and_devices_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (1 << 20, 1 << 20))
+    assert locked_memory().ok is None and "ulimit -l unlimited" in str(locked_memory())
+    monkeypatch.setattr("resource.getrlimit", lambda _: (-1, -1))
+    assert locked_memory().ok is True
     assert devices()[0].name == "torch"
+    absent = next(one for one in devices(2) if one.name == "GPUs")
+    assert absent.ok is False and "0 of 2 are seen" in str(absent)
+
+
+def test_machines_see_each_others_files(tmp_path: Path) -> None:
+    found: dict[int, Check] = {}
+    threads = [threading.Thread(target=lambda n=n: found.update({n: visible(tmp_path, "x", n, 3)})) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert all(found[n].ok for n in range(3)) and list(tmp_path.iterdir()) == []
+    alone = visible(tmp_path, "y", 0, 2, seconds=0.3)
+    assert alone.ok is False and "what machines [1] write" in str(alone) and "all machines share" in str(alone)
 
 
 def test_a_command_of_the_users_own() -> None:

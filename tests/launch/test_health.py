@@ -6,64 +6,83 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from benchmarks.report import free_port
-from launch.health import main, meet, reports
+from launch.health import OPTIONS, main, meet, reports
 from tests.conftest import ROOT
 from trainer.outcome import DIRECTORY
 
 
-def look(tmp_path: Path, health: str = "", size: int = 2, missing: int = -1) -> dict[str, str]:
-    """As the step of a job, a process a machine; why each cannot be used."""
-    (tmp_path / "launch").mkdir(exist_ok=True)
-    (tmp_path / "launch" / "job.json").write_text(json.dumps({"health": health}))
+def look(tmp_path: Path, health: str = "", size: int = 2, gpus: int = 0) -> tuple[dict[str, str], str]:
+    """As the step of a job, a process a machine; why machines cannot be used."""
+    options = json.dumps({"health": health, "gpus": gpus})
     directory = tmp_path / "reports"
     directory.mkdir()
     endpoint = f"127.0.0.1:{free_port()}"
     processes = []
     for rank in range(size):
-        if rank != missing:
-            place = {"SLURMD_NODENAME": f"n{rank}", "SLURM_PROCID": str(rank), "SLURM_NTASKS": str(size)}
-            environment = {**os.environ, **place, DIRECTORY: str(directory)}
-            command = [sys.executable, "-m", "launch.health", str(tmp_path), endpoint]
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment))
+        place = {"SLURMD_NODENAME": f"n{rank}", "SLURM_PROCID": str(rank), "SLURM_NTASKS": str(size)}
+        environment = {**os.environ, **place, DIRECTORY: str(directory), OPTIONS: options}
+        command = [sys.executable, "-m", "launch.health", str(tmp_path), endpoint]
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment))
     assert all(process.wait(120) == 0 for process in processes)
     return reports(directory, [f"n{rank}" for rank in range(size)])
 
 
 def test_healthy_machines_sum_together(tmp_path: Path) -> None:
-    assert look(tmp_path) == {"n0": "", "n1": ""}
+    assert look(tmp_path) == ({}, "")
 
 
 def test_one_that_is_not_well_is_told_from_the_others(tmp_path: Path) -> None:
-    found = look(tmp_path, health='echo no GPU >&2; test "$SLURMD_NODENAME" != n1')
-    assert found["n0"] == "" and "status 1: no GPU" in found["n1"]
+    found, _ = look(tmp_path, health='echo no GPU >&2; test "$SLURMD_NODENAME" != n1')
+    assert list(found) == ["n1"] and "status 1: no GPU" in found["n1"]
 
 
-def test_one_that_never_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.health.PATIENCE_S", 1)
-    said = meet(f"127.0.0.1:{free_port()}", 0, 2, "")
-    assert said.startswith("the machines do not reach each other")
-    assert meet("127.0.0.1:1", 1, 2, "").startswith("the machines do not reach each other at 127.0.0.1:1")
+def test_machines_without_their_gpus_are_not_well(tmp_path: Path) -> None:
+    found, _ = look(tmp_path, size=1, gpus=8)
+    assert "GPUs: 0 of 8 are seen" in found["n0"]
+
+
+def test_one_that_never_comes_is_the_one_that_is_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three machines wait for the third."""
+    monkeypatch.setattr("launch.health.PATIENCE_S", 3)
+    endpoint, said = f"127.0.0.1:{free_port()}", dict[int, tuple[str, list[int]]]()
+    threads = [threading.Thread(target=lambda n=n: said.update({n: meet(endpoint, n, 3, "")})) for n in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [missing for _, missing in said.values()] == [[2], [2]]
+    assert said[0][0].startswith("machines [2] of 3 did not come to")
+    assert meet("127.0.0.1:1", 1, 2, "")[0].startswith("the machines do not reach each other at 127.0.0.1:1")
 
 
 def test_reports_put_together(tmp_path: Path) -> None:
-    def write(node: str, why: str = "", together: str = "") -> None:
-        (tmp_path / f"health-{node}.json").write_text(json.dumps({"why": why, "together": together}))
+    def write(rank: int, why: str = "", together: str = "", missing: Sequence[int] = ()) -> None:
+        said = {"rank": rank, "why": why, "together": together, "missing": list(missing)}
+        (tmp_path / f"health-n{rank}.json").write_text(json.dumps(said))
 
-    write("a")
-    assert reports(tmp_path, ["a", "b"]) == {"a": "", "b": "it did not report"}
-    (tmp_path / "health-b.json").write_text("{")
-    assert reports(tmp_path, ["a", "b"])["b"] == "it did not report"
-    write("b", together="unreachable")
-    assert reports(tmp_path, ["a", "b"]) == {"a": "", "b": "unreachable"}
-    write("a", together="nobody came")
-    assert reports(tmp_path, ["a", "b"]) == {"a": "", "b": "unreachable"}
-    write("a", why="disk: full", together="")
-    assert reports(tmp_path, ["a", "b"]) == {"a": "disk: full", "b": ""}  # alone it is well
+    nodes = ["n0", "n1", "n2"]
+    for rank in (0, 1):
+        write(rank)
+    assert reports(tmp_path, nodes) == ({"n2": "it did not report"}, "")
+    (tmp_path / "health-n2.json").write_text("{")
+    assert reports(tmp_path, nodes)[0] == {"n2": "it did not report"}
+    # It cannot reach the others, which wait for it in vain.
+    write(2, together="unreachable")
+    for rank in (0, 1):
+        write(rank, together="n2 did not come", missing=[2])
+    assert reports(tmp_path, nodes) == ({"n2": "unreachable"}, "n2 did not come")
+    for rank in range(3):
+        write(rank, together="a sum is wrong")
+    assert reports(tmp_path, nodes) == ({}, "a sum is wrong")
+    write(0, why="disk: full")
+    assert reports(tmp_path, nodes) == ({"n0": "disk: full"}, "")  # alone it explains the rest
 
 
 def test_its_words_are_its_place(monkeypatch: pytest.MonkeyPatch) -> None:

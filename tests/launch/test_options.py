@@ -80,8 +80,18 @@ def test_what_is_no_number_of_machines(text: str) -> None:
         bounds(text, "launch.nodes")
 
 
-def test_both_ends_of_the_bounds_must_fit() -> None:
+def test_every_size_must_fit() -> None:
     config = compose(["parallel.dp_shard=2"])
-    check_sizes(config, 2, 4)
+    check_sizes(config, [2, 4])
     with pytest.raises(Refused, match="does not divide the 3"):
-        check_sizes(config, 2, 3)
+        check_sizes(config, [2, 3, 4])
+
+
+def test_flags_count_and_are_checked_whatever_an_experiment_says() -> None:
+    experiment = ["experiment=stdlib_lora"]
+    assert called("local", "--nproc=3", "--", *experiment).config.launch.nproc == 3
+    for flags in (["local", "--nproc=abc"], ["local", "--nproc=0"], ["slurm", "--warn-s=1"]):
+        with pytest.raises(Refused):
+            called(*flags, "--", *experiment)
+    with pytest.raises(Refused, match=r"launch\.warn_s=1 must be at least 10"):
+        called("slurm", "--warn-s=1", "--", "launch=local")

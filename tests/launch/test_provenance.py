@@ -45,9 +45,7 @@ def test_it_is_all_in_the_run_directory(tmp_path: Path) -> None:
     call = called("slurm", "--exclude", "n7", "--", f"run.dir={tmp_path / 'run'}", "train.steps=7")
     leave_behind(call)
     home = tmp_path / "run" / "launch"
-    assert {p.name for p in home.iterdir()} == {"job.json", "config.yaml", "environment.json", "revision", "code.diff"}
-    job = json.loads((home / "job.json").read_text())
-    assert job["exclude"] == "n7" and job["checkpoints"] == str(tmp_path / "run" / "checkpoints")
+    assert {p.name for p in home.iterdir()} == {"config.yaml", "environment.json", "revision", "code.diff"}
     assert "steps: 7" in (home / "config.yaml").read_text()
     (tmp_path / "file").write_text("")
     with pytest.raises(Refused, match="cannot be written"):

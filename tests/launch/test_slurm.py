@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch.__main__ import main
-from launch.slurm import plan, which_run
+from launch.slurm import check, plan, which_run
 from tests.launch.test_options import called
 from tests.launch.test_scheduler import commands, says  # noqa: F401
+from trainer.compose import compose
+from trainer.errors import Refused
 
+OUT: dict[str, Any] = {"capture_output": True, "text": True}
 WORDS = ['run.name="it\'s mine"', "train.steps=5", "optimizer.lr=1e-3"]
 
 
@@ -34,8 +40,102 @@ def test_the_script_says_what_was_asked(tmp_path: Path) -> None:
         assert f"#SBATCH {flag}" in lines
     assert "module load cuda" in lines and "'--container-image=a b')" in text and "--nproc 8" in text
     assert "elastic.grace_s=180" in text and "launch.keeper" in text and "{{" not in text
+    assert f"mkdir -p {tmp_path}/launch && sbatch" in text
     plain = plan(called("slurm", "--", *WORDS, "elastic.grace_s=7")).text
     assert "launch.keeper" not in plain and plain.count("grace_s") == 1
+
+
+def test_the_warning_is_the_one_that_is_configured() -> None:
+    text = plan(called("slurm", "--", "elastic.signal=SIGUSR2")).text
+    assert "#SBATCH --signal=B:USR2@120" in text and "' USR2\n" in text and "USR1" not in text
+    with pytest.raises(Refused, match=r"elastic\.signal=TERM cannot warn a job of SLURM"):
+        check(called("slurm", "--", "elastic.signal=TERM"))
+
+
+def test_a_path_with_a_blank_is_quoted_as_sbatch_reads_it() -> None:
+    text = plan(called("slurm", "--", "run.dir='/a b'")).text
+    assert '#SBATCH --output="/a b/launch/job-%j.log"' in text and "mkdir -p '/a b/launch'" in text
+
+
+@pytest.mark.parametrize(
+    ("signals", "commands_", "ran"),
+    [
+        ([], [], ["begin", "health", "admit", "train", "end"]),
+        (["USR1 health"], [], ["begin", "health", "early"]),
+        (["TERM health"], [], ["begin", "health", "leave"]),
+        (["USR1 train"], [], ["begin", "health", "admit", "train", "warned", "end"]),
+        (["TERM train"], [], ["begin", "health", "admit", "train", "leave"]),
+        # Cancelled soon after the warning; and ended by the time limit, as long after it as was told.
+        (["USR1 train", "TERM train"], [], ["begin", "health", "admit", "train", "warned", "leave"]),
+        (["USR1 train", "TERM train"], ["--warn-s=10"], ["begin", "health", "admit", "train", "warned", "end"]),
+        ([], ["begin"], ["begin"]),
+        ([], ["admit"], ["begin", "health", "admit"]),
+    ],
+)
+def test_what_the_script_does(tmp_path: Path, signals: list[str], commands_: list[str], ran: list[str]) -> None:
+    """The script itself, with commands in the place of SLURM's and of ours that note that they were run."""
+    flags = [word for word in commands_ if word.startswith("--")]
+    text = plan(called("slurm", *flags, "--", f"run.dir={tmp_path}/run")).text
+    (tmp_path / "script").write_text(text)
+    say = f"echo $word >> {tmp_path}/ran"
+    signalling = "\n".join(
+        f'[ "$word" = {s.split()[1]} ] && {{ sleep 0.3; kill -{s.split()[0]} $PPID; sleep 0.3; }}' for s in signals
+    )
+    for name, body in {
+        "scontrol": "echo n1",
+        "srun": f"""
+case "$*" in *launch.health*) word=health ;; *"launch torchrun"*) word=train ;; *) exit ;; esac
+{say}
+trap 'echo warned >> {tmp_path}/ran' USR1
+{signalling}
+exit 0""",
+        "python": f"""
+[ "$2" = launch.job ] || {{ echo 1; exit; }}
+word=$3
+{say}
+{"".join(f"[ $word = {word} ] && exit 1; " for word in commands_ if not word.startswith("--"))}
+exit 0""",
+    }.items():
+        says(tmp_path, name, body)
+    text = (tmp_path / "script").read_text().replace(sys.executable, f"{tmp_path}/python")
+    place = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}
+    environment = {**os.environ, **place, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", text], env=environment, timeout=60)
+    assert (tmp_path / "ran").read_text().split() == ran
+
+
+def test_after_something_is_saved_the_job_goes_on_from_it(tmp_path: Path) -> None:
+    text = plan(called("slurm", "--", f"run.dir={tmp_path}", "resume=none")).text
+    lines = [line for line in text.splitlines() if line.startswith(("run=", '[ "$(cat "$run/launch/begun"'))]
+    script = "\n".join([*lines, 'printf "%s\n" "${overrides[@]}"'])
+    (tmp_path / "launch").mkdir()
+
+    def overrides() -> list[str]:
+        done = subprocess.run(["bash", "-c", script], env={"SLURM_JOB_ID": "7", "PATH": os.environ["PATH"]}, **OUT)
+        return done.stdout.split()
+
+    assert compose(overrides()).resume == "none"
+    (tmp_path / "launch" / "begun").write_text("6\n")
+    assert compose(overrides()).resume == "none"
+    (tmp_path / "launch" / "begun").write_text("7\n")
+    assert compose(overrides()).resume == "auto"
+
+
+def test_a_run_that_has_a_job_gets_no_second_one(
+    tmp_path: Path,
+    commands: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    (run / "launch").mkdir(parents=True)
+    (run / "launch" / "job").write_text("3\n")
+    says(commands, "sbatch", "echo 4")
+    says(commands, "squeue", 'echo "PENDING|Resources"')
+    assert main(["slurm", "--", f"run.dir={run}"]) == 2
+    assert "has a job already: 3 is PENDING" in capsys.readouterr().err and len(list((run / "launch").iterdir())) == 1
+    says(commands, "squeue", 'echo "COMPLETED|None"')
+    assert main(["slurm", "--", f"run.dir={run}"]) == 0
+    assert (run / "launch" / "job").read_text() == "4\n"
 
 
 def test_it_is_a_script_and_its_overrides_arrive(tmp_path: Path) -> None:

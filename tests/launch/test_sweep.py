@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import wait_for
 from launch.__main__ import main
+from launch.options import quote
 from launch.sweep import points
 from tests.launch.test_options import called
-from tests.runs import SMALL, rows
+from tests.runs import SMALL, launched, rows
+from trainer.elastic.preemption import AGAIN
 from trainer.errors import Refused
 
 
@@ -50,9 +54,24 @@ def test_a_point_that_fails_is_the_status_of_the_sweep(tmp_path: Path) -> None:
     assert main(["local", "--multirun", "--", *words, f"run.dir={tmp_path}"]) == 1
 
 
+def test_a_point_that_is_preempted_is_the_last(tmp_path: Path) -> None:
+    log, words = tmp_path / "log", [*SMALL, "train.steps=100000,200000", f"run.dir={tmp_path}/sweep"]
+    with launched(1, words, log, ["--multirun"]) as process:
+        wait_for(lambda: bool(rows(tmp_path / "sweep" / "0")))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == AGAIN
+    assert "which is saved" in log.read_text() and not (tmp_path / "sweep" / "1").exists()
+
+
+@pytest.mark.parametrize("name", ["it's mine", "a=1"])
+def test_names_with_any_character(name: str, tmp_path: Path) -> None:
+    (first, _) = points(called("local", "--multirun", "--", f"run.name={quote(name)}", "train.steps=1,2"))
+    assert first.config.run.name == f"{name}-0" and first.config.run.dir == f"runs/{name}/0"
+
+
 def test_an_array_of_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"run.dir={tmp_path}", "optimizer.lr=1,2,3"]
     assert main(["slurm", "--multirun", "--dry-run", "--parallel-points=2", "--", *words]) == 0
     said = capsys.readouterr().out
     assert "#SBATCH --array=0-2%2" in said and f"#SBATCH --output={tmp_path}/launch/job-%A_%a.log" in said
-    assert f"  2) run={tmp_path}/2; overrides=(launch=slurm optimizer.lr=3 run.name=main-2" in said
+    assert f"  2) run={tmp_path}/2; overrides=(launch=slurm optimizer.lr=3 " in said

@@ -34,6 +34,9 @@ def test_a_machine_of_two_meets_the_other_and_gives_its_trainers_time(capsys: py
         (["--nodes", "2", "--endpoint", "nowhere"], "is no HOST:PORT"),
         (["--nodes", "2", "--endpoint", "no-such-host.invalid:29400"], "cannot be found"),
         (["--nodes", "3", "--endpoint", "localhost:1", "--", "parallel.dp_shard=2"], "does not divide the 3"),
+        (["--nodes", "2:4", "--endpoint", "localhost:1", "--", "parallel.dp_shard=2"], "does not divide the 3"),
+        (["--", "resume=none"], "resume=none would start there again"),
+        (["--log-dir", "/dev/null/logs", "--"], "--log-dir /dev/null/logs cannot be written"),
     ],
 )
 def test_what_cannot_meet_is_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,24 @@ def test_the_rank_that_explains_the_others(tmp_path: Path, monkeypatch: pytest.M
     assert found is not None and found.status == 1
 
 
+def test_one_that_left_without_a_save_explains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun tells the others to leave when one has failed, and they may leave as if they were preempted."""
+    monkeypatch.setenv(DIRECTORY, str(tmp_path))
+
+    def ended(*outcomes: Outcome) -> Outcome | None:
+        for rank, outcome in enumerate(outcomes):
+            monkeypatch.setenv("RANK", str(rank))
+            leave(outcome)
+        return read(tmp_path)
+
+    failed, alone = Outcome(1, False, "out of memory"), Outcome(75, False, "preempted: 30 seconds have passed")
+    found = ended(alone, alone, failed)
+    assert found is not None and found.why == "out of memory"
+    together = Outcome(75, False, "preempted after step 7", saved=True)
+    found = ended(together, alone, failed)  # rank 2 failed after all had saved
+    assert found is not None and found.saved
+
+
 def test_nobody_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(DIRECTORY, raising=False)
     leave(Outcome(0, True))

@@ -38,11 +38,11 @@ class Preemption:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
+        # Python runs handlers between two instructions, and a step may be one long call. This pipe is written at once.
+        woken = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         before = {number: signal.signal(number, lambda *_: None) for number in signals}
         for number in signals:
             signal.siginterrupt(number, False)  # calls of libraries go on where they were
-        # Python runs handlers between two instructions, and a step may be one long call. This pipe is written at once.
-        woken = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         watching = threading.Thread(target=self._watch, args=(frozenset(signals),), name="preemption", daemon=True)
         watching.start()
         if early := [number for number in _early if number in signals]:
@@ -120,6 +120,13 @@ def listen_no_more() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(number) is _note_early:
             signal.signal(number, signal.SIG_DFL)
+
+
+def take_early() -> list[int]:
+    """What came before anybody listened, once."""
+    taken = list(_early)
+    _early.clear()
+    return taken
 
 
 def was_warned() -> bool:
