@@ -88,6 +88,7 @@ def test_requeued_warned_and_losing_a_node_it_is_the_same_run(cluster: Cluster, 
     try:
         job = place.submit(own, "--nodes=2")
         place.reach(30, job)
+        assert any("launch.keeper" in command(pid) for pid in cluster.processes())
         cluster.run("scontrol", "requeue", job)
         wait_for(lambda: not any("trainer/__main__" in command(pid) for pid in cluster.processes()), 60)
         keepers = [pid for pid in cluster.processes() if "launch.keeper" in command(pid)]
