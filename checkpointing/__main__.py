@@ -1,4 +1,4 @@
-"""`python -m checkpointing ls|inspect|verify|diff DIR [--json]`: look at checkpoints from the command line.
+"""`python -m checkpointing ls|inspect|verify|diff|export DIR [--json]`: look at checkpoints, and take models out.
 
 DIR is a run directory, a directory of generations, or one generation. Exit status: 0 sound, 1 damage found, nothing
 to verify, or (diff) a difference, 2 DIR cannot be used. With --json an error is an object too.
@@ -18,8 +18,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from checkpointing.diff import compare
 from checkpointing.errors import CheckpointError, DamagedError, NotFoundError, VersionError
+from checkpointing.export import export_hugging_face, export_torch
 from checkpointing.format import DTYPES
 from checkpointing.generations import Generation, scan
 from checkpointing.lease import hold
@@ -27,6 +30,8 @@ from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
 from checkpointing.tensors import scalar_from_hex
 from checkpointing.tree import human_bytes, render_boxes, render_tree
+
+KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("diff", help="compare two generations tensor by tensor, however they were sharded")
     for side in ("a", "b"):
         command.add_argument(side, type=Path, metavar=side.upper())
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    command = commands.add_parser(
+        "export", help="write the model for other programs, whatever layout it was saved under"
+    )
+    command.add_argument("dir", type=Path, metavar="DIR")
+    command.add_argument(
+        "--to", choices=("hf", "torch"), default="hf", help="a Hugging Face directory, or a torch file"
+    )
+    command.add_argument("out", type=Path, metavar="OUT")
+    command.add_argument("--dtype", choices=tuple(KINDS), help="round to this type (default: as it was trained)")
+    command.add_argument("--config", type=Path, metavar="DIR", help="where config.json and the tokenizer are (hf)")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     arguments = parser.parse_args(argv)
     try:
@@ -66,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
         with hold(a.storage, a.manifest.generation), hold(b.storage, b.manifest.generation):
             return diff(a, b, arguments.json)
     storage, found = find(arguments.dir)
+    if arguments.command == "export":
+        return export(open_newest(storage, found), arguments)
     if arguments.command == "inspect":
         return inspect(open_newest(storage, found), arguments.json, arguments.tensor)
     return {"ls": ls, "verify": verify}[arguments.command](storage, found, arguments.json)
@@ -207,6 +225,23 @@ def diff(a: GenerationReader, b: GenerationReader, as_json: bool) -> int:
         print(f"  {d.name}: {d.state}{by}")
     print(f"{len(found) - len(differing)} of {len(found)} tensors are equal, bit for bit")
     return int(bool(differing))
+
+
+def export(reader: GenerationReader, arguments: argparse.Namespace) -> int:
+    dtype = KINDS[arguments.dtype] if arguments.dtype else None
+    with hold(reader.storage, reader.manifest.generation):
+        if arguments.to == "torch":
+            count = export_torch(reader, arguments.out, dtype=dtype)
+        else:
+            # A run leaves beside its checkpoints what model it trains.
+            beside = Path(str(reader.storage)).parent / "hf"
+            count = export_hugging_face(reader, arguments.out, arguments.config or beside, dtype=dtype)
+    told = {"generation": reader.manifest.generation, "step": reader.manifest.step, "parameters": count}
+    if arguments.json:
+        print(json.dumps({**told, "out": str(arguments.out)}))
+    else:
+        print(f"{count:,} parameters of step {reader.manifest.step} in {arguments.out}")
+    return 0
 
 
 def _finite(value: float | None) -> float | str | None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import inf, prod
+from math import inf
 
 import torch
 
-from checkpointing.format import DTYPES, ExternalTensor, LogicalTensor
-from checkpointing.geometry import Box, Piece
+from checkpointing.format import ExternalTensor, LogicalTensor
 from checkpointing.reader import GenerationReader
+from checkpointing.stream import boxes, read
 from checkpointing.tensors import tensor_bytes
-
-CHUNK_BYTES = 64 * 1024 * 1024  # of one side, compared at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,31 +54,14 @@ def _names(reader: GenerationReader) -> dict[str, LogicalTensor | ExternalTensor
 def _compare_tensor(name: str, a: GenerationReader, b: GenerationReader) -> Difference:
     worst_abs, worst_rel, equal = 0.0, 0.0, True
     tensor = a.manifest.tensors[a.manifest.stored_name(name)]
-    for box in _chunks(tensor.shape, tensor.itemsize):
-        left, right = (_part(reader, reader.manifest.stored_name(name), box) for reader in (a, b))
+    for box in boxes(tensor.shape, tensor.itemsize):
+        left, right = (read(reader, reader.manifest.stored_name(name), box) for reader in (a, b))
         if tensor_bytes(left) == tensor_bytes(right):
             continue
         equal = False
         by, relative = _distance(left, right)
         worst_abs, worst_rel = max(worst_abs, by), max(worst_rel, relative)
     return Difference(name, "equal") if equal else Difference(name, "different", worst_abs, worst_rel)
-
-
-def _chunks(shape: tuple[int, ...], itemsize: int) -> Iterator[Box]:
-    """A tensor in boxes of whole leading rows, of about `CHUNK_BYTES`."""
-    if not shape or 0 in shape:
-        yield Box((0,) * len(shape), shape)
-        return
-    rows = max(1, CHUNK_BYTES // (prod(shape[1:]) * itemsize))
-    for start in range(0, shape[0], rows):
-        yield Box((start, *(0 for _ in shape[1:])), (min(rows, shape[0] - start), *shape[1:]))
-
-
-def _part(reader: GenerationReader, name: str, box: Box) -> torch.Tensor:
-    tensor = reader.manifest.tensors[name]
-    piece = Piece(name, torch.empty(box.size, dtype=DTYPES[tensor.dtype]), box.offset, tensor.shape)
-    reader.load([piece])
-    return piece.tensor
 
 
 def _distance(left: torch.Tensor, right: torch.Tensor) -> tuple[float, float]:

@@ -37,7 +37,7 @@ from trainer.errors import Refused
 from trainer.loop import train
 from trainer.memory import footprint, plan_memory
 from trainer.methods import build, build_largest
-from trainer.models import architecture, check_packing, load_tokenizer
+from trainer.models import architecture, check_packing, leave_description, load_tokenizer
 from trainer.outcome import Outcome, leave
 from trainer.parallel.auto import Cluster, choose, memory_of
 from trainer.parallel.compiling import check_compiling
@@ -225,6 +225,8 @@ def train_and_finish(
     for line in come_back(config, start, done.step, world, memory):
         if world.rank == 0:
             print(f"  {'start':10} {line}", flush=True)
+    if world.rank == 0:
+        leave_description(job.shapes, job.tokenizer, Path(config.run.dir) / "hf")
     tracker = RunTracker(config, run_id, world.rank, start.incarnation)
     status = 1
     with ExitStack() as opened:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpointing import Piece, diff, save
+from checkpointing import Piece, save, stream
 from checkpointing.diff import Difference, compare
 from checkpointing.generations import newest
 from checkpointing.reader import GenerationReader
@@ -86,7 +86,7 @@ def test_one_changed_element_is_found_wherever_it_lies(at: int, chunk: int) -> N
     other = tensor.clone()
     other.view(-1)[at] += 0.5
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diff, "CHUNK_BYTES", chunk)
+        patch.setattr(stream, "PART_BYTES", chunk)
         (found,) = compare(saved(whole("w", tensor)), saved(whole("w", other)))
     assert (found.state, found.max_abs) == ("different", 0.5)
 

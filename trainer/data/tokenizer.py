@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from trainer.errors import Refused
 
@@ -29,6 +32,9 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens: Sequence[int], *, specials: bool = False) -> str: ...
 
+    def save(self, directory: Path) -> None:
+        """What transformers loads the same tokens with."""
+
 
 class ByteTokenizer:
     """The UTF-8 bytes of a text. NUL, which text does not contain, ends a document."""
@@ -49,6 +55,16 @@ class ByteTokenizer:
 
     def decode(self, tokens: Sequence[int], *, specials: bool = False) -> str:
         return bytes(t for t in tokens if t < 256).decode("utf-8", "replace")
+
+    def save(self, directory: Path) -> None:
+        # Byte-level tokenizers write bytes as letters: those that print as themselves, and others from 256 on.
+        prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in prints]
+        vocabulary = {chr(byte if byte in prints else 256 + others.index(byte)): byte for byte in range(256)}
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.decoder = tokenizers.decoders.ByteLevel()
+        PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False).save_pretrained(directory)
 
 
 class HuggingFaceTokenizer:
@@ -87,3 +103,6 @@ class HuggingFaceTokenizer:
 
     def decode(self, tokens: Sequence[int], *, specials: bool = False) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=not specials))
+
+    def save(self, directory: Path) -> None:
+        self._tokenizer.save_pretrained(directory)

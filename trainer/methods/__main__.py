@@ -1,9 +1,10 @@
-"""`python -m trainer.methods stats|delta|compose|merge|apply|revert`: what fine-tuning changed, in and out of a model.
+"""`python -m trainer.methods COMMAND`: what fine-tuning changed, in and out of a model.
 
     stats A [B] [--json]       density and change of every layer of run A; with B the sparsity of the difference
     delta RUN FILE             the difference from the base, as a small file
     compose FILE FILE... OUT   the sum of several differences from one base
     merge RUN DIR              the fine-tuned model, as a Hugging Face directory with its tokenizer
+    adapter RUN DIR            the adapter of a LoRA run, as peft loads it
     apply MODEL FILE DIR       a Hugging Face directory with a difference put into it
     revert MODEL FILE DIR      and taken out again, bit for bit
 
@@ -21,15 +22,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from checkpointing import CheckpointError, parameter_names
-from trainer.choices import HuggingFace
 from trainer.errors import Refused
 from trainer.methods.deltas import Applied, Delta, compose, take_out
 from trainer.methods.statistics import as_rows, changes, compare
 from trainer.methods.tuned_runs import Tuned
+from trainer.models import load_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stats.add_argument("a", type=Path, metavar="A")
     stats.add_argument("b", type=Path, metavar="B", nargs="?")
     stats.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    for name, paths in (("delta", ("run", "file")), ("merge", ("run", "dir"))):
+    for name, paths in (("delta", ("run", "file")), ("merge", ("run", "dir")), ("adapter", ("run", "dir"))):
         command = commands.add_parser(name)
         for path in paths:
             command.add_argument(path, type=Path, metavar=path.upper())
@@ -120,11 +121,15 @@ def _merge(arguments: argparse.Namespace) -> None:
     run = Tuned.open(arguments.run)
     model: Any = run.merged()
     model.save_pretrained(arguments.dir)
-    if isinstance(run.config.model, HuggingFace):
-        AutoTokenizer.from_pretrained(run.config.model.path, revision=run.config.model.revision).save_pretrained(
-            arguments.dir
-        )
+    load_tokenizer(run.config.model).save(arguments.dir)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {arguments.dir}")
+
+
+def _adapter(arguments: argparse.Namespace) -> None:
+    model: Any = Tuned.open(arguments.run).adapted()
+    model.save_pretrained(arguments.dir)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{count:,} parameters in {arguments.dir}, on {model.peft_config['default'].base_model_name_or_path}")
 
 
 def _open(path: Path) -> nn.Module:
@@ -164,6 +169,7 @@ _COMMANDS: dict[str, Any] = {
     "delta": _delta,
     "compose": _compose,
     "merge": _merge,
+    "adapter": _adapter,
     "apply": _apply,
     "revert": _revert,
 }

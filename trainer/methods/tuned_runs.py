@@ -135,7 +135,9 @@ class Tuned:
     def merged(self) -> nn.Module:
         """The fine-tuned model, with what was trained in its weights."""
         if isinstance(self.config.method, Lora):
-            return self._merged_lora()
+            adapted: Any = self.adapted()
+            merged: nn.Module = adapted.merge_and_unload()
+            return merged
         model = self.base()
         Applied(model, self.delta(model)) if sizes_in(self.manifest) else self._fill(model)
         return model
@@ -146,12 +148,17 @@ class Tuned:
             [p for p in describe(model) if p.name in stored and self.manifest.stored_name(p.name) == p.name]
         )
 
-    def _merged_lora(self) -> nn.Module:
-        model: Any = build(self.config)
+    def adapted(self) -> nn.Module:
+        """The base with its adapter beside it, as peft has them. `Refused` of a run that trained none."""
+        if not isinstance(self.config.method, Lora):
+            raise Refused(
+                f"A run of method={method_name(self.config)} has no adapter. `merge` writes the fine-tuned model, and "
+                "`delta` the difference."
+            )
+        model: nn.Module = build(self.config)
         self._check_base(model)
         self._fill(model)
-        merged: nn.Module = model.merge_and_unload()
-        return merged
+        return model
 
 
 _NOTHING = Entries.none(torch.int32, torch.float32, torch.device("cpu"))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 import xxhash
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from transformers import PreTrainedModel
 
 from trainer.choices import HuggingFace, Model, TinyLlama
 from trainer.data.tokenizer import Tokenizer
@@ -32,6 +34,16 @@ def build_model(config: Model, *, seq_len: int, seed: int, device: str = "cpu") 
             return huggingface.build(config, seq_len)
         assert isinstance(config, TinyLlama)
         return tiny_llama.build(config, seq_len, seed)
+
+
+def leave_description(model: nn.Module, tokenizer: Tokenizer, directory: Path) -> None:
+    """All that a Hugging Face directory holds beside the weights: what model it is, how it generates, its tokenizer."""
+    inside = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+    directory.mkdir(parents=True, exist_ok=True)
+    inside.config.save_pretrained(directory)
+    if inside.can_generate() and inside.generation_config is not None:
+        inside.generation_config.save_pretrained(directory)
+    tokenizer.save(directory)
 
 
 def architecture(model: nn.Module) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from tests.models import save_tiny_model
 from trainer.choices import HuggingFace
@@ -30,3 +31,11 @@ def test_a_hugging_face_tokenizer(tmp_path: Path) -> None:
     ids = tokenizer.encode("def main(): return 1")
     assert len(ids) > 0 and tokenizer.eos not in ids.tolist()
     assert tokenizer.decode(ids.tolist()) == "def main(): return 1"
+
+
+def test_bytes_are_a_tokenizer_of_transformers_too(tmp_path: Path) -> None:
+    ByteTokenizer().save(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("def f():\n\treturn 'é ü 漢'  # \x7f", " two  blanks\r\n", "\0"):
+        ids = saved(text)["input_ids"]
+        assert ids == list(text.encode()) and saved.decode(ids) == text

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.models import save_tiny_model
@@ -108,3 +109,20 @@ def test_what_cannot_be_done_is_refused(runs: Path, tmp_path: Path, capsys: pyte
         error = capsys.readouterr().err
         assert why in error and error.count("\n") == 1
         assert not (tmp_path / "x").exists()
+
+
+def test_an_adapter_as_peft_loads_it(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("adapter", runs / "lora", tmp_path / "adapter") == 0 and run("merge", runs / "lora", tmp_path / "m") == 0
+    tokens = torch.arange(14)[None]
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(tokens).logits
+
+    base, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (runs / "base", tmp_path / "m"))
+    before = logits(base)
+    adapted = logits(PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    torch.testing.assert_close(adapted, logits(merged), rtol=1e-5, atol=1e-5)
+    assert float((adapted - before).abs().max()) > 1e-3
+    assert run("adapter", runs / "a", tmp_path / "none") == 2
+    assert "A run of method=lift has no adapter. `merge` writes" in capsys.readouterr().err

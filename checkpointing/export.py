@@ -1,0 +1,191 @@
+"""The model of a generation as other programs read it: a Hugging Face directory, or one file of torch.
+
+Read from whatever layout it was saved under, part by part: the memory this takes is that of a part, not of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpointing.errors import LayoutError, MismatchError, NotFoundError, first_few
+from checkpointing.format import DTYPE_NAMES, DTYPES
+from checkpointing.geometry import Box
+from checkpointing.reader import GenerationReader
+from checkpointing.stream import boxes, read
+from checkpointing.tensors import tensor_bytes
+
+MODEL = "model/"
+FILE_BYTES = 5_000_000_000  # of a file of weights, as transformers writes them
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+
+
+def export_hugging_face(
+    reader: GenerationReader,
+    directory: Path,
+    description: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    file_bytes: int = FILE_BYTES,
+) -> int:
+    """Write the model's parameters as safetensors, with the files of `description` (config.json, the tokenizer).
+
+    `dtype` is what floating-point parameters are rounded to; None keeps what they were trained in. Returns how many
+    numbers were written. The directory is there when it is whole. `MismatchError` for a generation that does not hold
+    a whole model, `NotFoundError` without a config.json, `LayoutError` for a directory that is not empty.
+    """
+    tensors = parameters(reader)
+    if not (description / "config.json").is_file():
+        raise NotFoundError(
+            f"{description} has no config.json, so nothing says what model this is. Type --config DIR with a directory "
+            "of that model."
+        )
+    files = _dealt([(name, _nbytes(reader, name, dtype)) for name in tensors], file_bytes)
+    single = len(files) == 1
+    names = [
+        "model.safetensors" if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        for number in range(1, len(files) + 1)
+    ]
+    with _whole(directory) as draft:
+        for file, held in zip(names, files, strict=True):
+            _write_file(reader, draft / file, held, dtype)
+        if not single:
+            where = {name.removeprefix(MODEL): file for file, held in zip(names, files, strict=True) for name in held}
+            total = sum(_nbytes(reader, name, dtype) for name in tensors)
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+            (draft / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        _describe(description, draft, dtype or DTYPES[reader.manifest.tensors[tensors[0]].dtype])
+    return sum(reader.manifest.tensors[name].nbytes // reader.manifest.tensors[name].itemsize for name in tensors)
+
+
+def export_torch(reader: GenerationReader, file: Path, *, dtype: torch.dtype | None = None) -> int:
+    """Write the model's state dict, tied names included, for `torch.load(file, weights_only=True)`.
+
+    torch writes from memory, so this takes the model's. `LayoutError` where the file is there already.
+    """
+    if file.exists():
+        raise LayoutError(f"{file} is there already. Give another name, or remove it.")
+    tensors, manifest = parameters(reader), reader.manifest
+    state = {name.removeprefix(MODEL): _cast(_read_whole(reader, name), dtype) for name in tensors}
+    for name, stored in manifest.aliases.items():
+        if name.startswith(MODEL) and stored in tensors:
+            state[name.removeprefix(MODEL)] = state[stored.removeprefix(MODEL)]
+    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        torch.save(state, draft)
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
+    return sum(tensor.numel() for tensor in state.values())
+
+
+def parameters(reader: GenerationReader) -> list[str]:
+    """The names under which a generation stores its model, which must be whole, and nothing but a model's."""
+    manifest = reader.manifest
+    found = sorted(name for name in manifest.tensors if name.startswith(MODEL))
+    if lacking := sorted(name for name in manifest.external if name.startswith(MODEL)):
+        raise MismatchError(
+            f"{manifest.generation} holds what was trained, and names the rest by its hash: "
+            f"{first_few([name.removeprefix(MODEL) for name in lacking])}. `python -m trainer.methods merge RUN DIR` "
+            "puts it into its base."
+        )
+    if not found:
+        raise MismatchError(f"{manifest.generation} holds no model: no tensor's name begins with {MODEL}.")
+    return found
+
+
+def _nbytes(reader: GenerationReader, name: str, dtype: torch.dtype | None) -> int:
+    tensor = reader.manifest.tensors[name]
+    return tensor.nbytes // tensor.itemsize * _stored_as(reader, name, dtype).itemsize
+
+
+def _stored_as(reader: GenerationReader, name: str, dtype: torch.dtype | None) -> torch.dtype:
+    own = DTYPES[reader.manifest.tensors[name].dtype]
+    return dtype if dtype is not None and own.is_floating_point else own
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _parts(reader: GenerationReader, name: str) -> Iterator[torch.Tensor]:
+    tensor = reader.manifest.tensors[name]
+    for box in boxes(tensor.shape, tensor.itemsize):
+        yield read(reader, name, box)
+
+
+def _read_whole(reader: GenerationReader, name: str) -> torch.Tensor:
+    shape = reader.manifest.tensors[name].shape
+    return read(reader, name, Box((0,) * len(shape), shape))
+
+
+def _dealt(sizes: Sequence[tuple[str, int]], most: int) -> list[list[str]]:
+    """Names in their order into files of at most `most` bytes; a larger one has a file of its own."""
+    files: list[list[str]] = [[]]
+    room = most
+    for name, nbytes in sizes:
+        if nbytes > room and files[-1]:
+            files.append([])
+            room = most
+        files[-1].append(name)
+        room -= nbytes
+    return files
+
+
+def _write_file(reader: GenerationReader, path: Path, names: Sequence[str], dtype: torch.dtype | None) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # Wider ones first, so that every element is aligned; readers go by the header.
+    names = sorted(names, key=lambda name: (-_stored_as(reader, name, dtype).itemsize, name))
+    position = 0
+    for name in names:
+        end = position + _nbytes(reader, name, dtype)
+        kind = DTYPE_NAMES[_stored_as(reader, name, dtype)]
+        shape = list(reader.manifest.tensors[name].shape)
+        header[name.removeprefix(MODEL)] = {"dtype": kind, "shape": shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            for part in _parts(reader, name):
+                file.write(tensor_bytes(_cast(part, dtype)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _whole(directory: Path) -> Iterator[Path]:
+    """A directory beside it, which takes its place when all of it is written."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise LayoutError(f"{directory} is there already and not empty. Give another directory, or remove it.")
+    directory = directory.absolute()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    draft = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
+    draft.mkdir()
+    try:
+        yield draft
+        if directory.exists():
+            directory.rmdir()
+        draft.rename(directory)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _describe(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Copy everything but weights, and have config.json say what the weights are."""
+    for path in source.iterdir():
+        if path.is_file() and not any(path.match(pattern) for pattern in WEIGHTS):
+            shutil.copyfile(path, target / path.name)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
