@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import checkpointing
 from benchmarks.processes import kill_tree
@@ -56,9 +57,13 @@ def test_the_demonstration_and_the_comparison(tmp_path: Path) -> None:
     generation = next((tmp_path / "runs" / "killed" / "checkpoints").iterdir())
     for path in generation.iterdir():
         assert re.sub(r"\d{5}", "00000", path.name) in shown, path.name
-    for line in re.findall(r"-m (checkpointing \w+) runs/main", README):
-        other = " runs/killed/checkpoints" if line.endswith("diff") else ""
+    for line, more in re.findall(r"-m (checkpointing \w+) runs/main(.*)", README):
+        other = " runs/killed/checkpoints" if line.endswith("diff") else more if line.endswith("export") else ""
         run_block(f".venv/bin/python -m {line} runs/killed{other}", tmp_path)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "DIRECTORY", dtype="auto")
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert exported.dtype == torch.bfloat16 and state.keys() == exported.state_dict().keys()
+    assert all(torch.equal(state[name].bfloat16(), tensor) for name, tensor in exported.state_dict().items())
     # The comparison can fail.
     metrics = tmp_path / "runs" / "killed" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"sample_ids": [', '"sample_ids": [0, ', 1))
