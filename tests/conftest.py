@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several processes share two cores
 # Hidden, because a machine may have fewer than the processes that tests start; a test that needs one says so.
@@ -24,6 +25,8 @@ ALLOWED_SKIP = "needs CUDA"
 LAST = "tests/test_leftovers.py"
 
 torch.set_num_threads(1)
+settings.register_profile("untimed", deadline=None)  # a machine that stalls for seconds says nothing of the code
+settings.load_profile("untimed")
 _skips: dict[str, str] = {}
 CUT_DOWN: list[str] = []  # what a test left out on this machine, in words
 

@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from trainer.choices import CHOICES, Full, Growth, LocalLaunch, Reselection, Selector, Sparse, Stdlib, TinyLlama
+from trainer.choices import CHOICES, Full, Growth, LocalLaunch, Order, Reselection, Selector, Sparse, Stdlib, TinyLlama
 from trainer.config import Compute, Config, as_json, flatten
 from trainer.elastic.preemption import warnings_of
 from trainer.errors import Refused
@@ -78,6 +78,10 @@ def check(config: Config) -> None:
     for key in config.resume_allow:
         if not any(k == key or k.startswith(f"{key}.") for k in known):
             raise Refused(f"resume_allow names {key}. {unknown_key(key)}")
+    if config.data.ratio != 1 and config.data.order is not Order.rs2:
+        raise Refused(f"data.ratio={config.data.ratio} is an option of data.order=rs2. Type both, or leave it out.")
+    if config.train.epochs is not None and not 0 < config.train.epochs < 1e9:
+        raise Refused(f"train.epochs={config.train.epochs} must be above 0. Type train.epochs=3, or train.steps alone.")
     betas, model = config.optimizer.betas, config.model
     if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise Refused(f"optimizer.betas={betas} must be two numbers in [0, 1), such as optimizer.betas=[0.9,0.95].")

@@ -48,8 +48,15 @@ class HuggingFace(Model):
     trust_remote_code: bool = False  # run code that comes with the model
 
 
+class Order(Enum):
+    shuffled = "shuffled"  # every epoch in an order of its own
+    rs2 = "rs2"  # short epochs, each the next part of one order, until all was seen (RS2)
+
+
 @dataclass
 class Data:
+    order: Order = Order.shuffled
+    ratio: float = option(1.0, low=1e-9, high=1)  # of the data, that an epoch of order=rs2 has
     log_ids: bool = False  # write the ids of the samples that each step consumed into metrics.jsonl
     pack: bool = False  # several samples in one row of train.seq_len, none of which sees another
 
@@ -85,6 +92,15 @@ class Chat(Data):
     eval_path: Optional[str] = None  # held-out conversations; without it they are held out by a hash of their line
     eval_fraction: float = option(0.02, low=0, high=0.9)  # how many of them
     template: str = ""  # a file with a Jinja template, or chatml; empty: the tokenizer's own
+
+
+@dataclass
+class Mix(Data):
+    """Several sources at once, each with its share of the samples."""
+
+    sources: list[str] = field(default_factory=list)  # KIND:PATH@SHARE, such as chat:talk.jsonl@2; shares add up to all
+    eval_fraction: float = option(0.02, low=0, high=0.9)  # of each
+    template: str = ""  # as of data=chat
 
 
 @dataclass
@@ -251,7 +267,7 @@ class SlurmLaunch(Launch):
 # Choices of a group whose options differ: each has a YAML of the same name in conf/, which brings in its schema.
 CHOICES: dict[str, dict[str, type]] = {
     "model": {"tiny_llama": TinyLlama, "hf": HuggingFace},
-    "data": {"stdlib": Stdlib, "text": Text, "jsonl": Jsonl, "chat": Chat},
+    "data": {"stdlib": Stdlib, "text": Text, "jsonl": Jsonl, "chat": Chat, "mix": Mix},
     "launch": {
         "local": LocalLaunch,
         "torchrun": TorchrunLaunch,

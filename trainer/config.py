@@ -25,6 +25,7 @@ class Run:
 @dataclass
 class Train:
     steps: int = option(800, low=1)  # optimizer steps of the whole run
+    epochs: Optional[float] = None  # passes over the data; where given, steps follow from it
     global_batch: int = option(8, low=1)  # samples a step, on any number of processes
     micro_batch: int = option(2, low=1)  # samples computed at a time: the unit that never changes with the layout
     seq_len: int = option(128, low=1)  # target tokens a sample at most

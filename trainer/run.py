@@ -11,7 +11,7 @@ import os
 import sys
 import uuid
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from signal import Signals
@@ -30,6 +30,7 @@ from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage
 from trainer.config import Compute, Config
 from trainer.data.feed import Feed
+from trainer.data.order import steps_of
 from trainer.data.sources import Corpus, load_corpus
 from trainer.data.tokenizer import Tokenizer
 from trainer.elastic.preemption import AGAIN, Preemption, warnings_of
@@ -86,6 +87,7 @@ def run(config: Config) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS cannot be deterministic
         torch.use_deterministic_algorithms(True)
     job, plan = read(config, world, device)
+    config = job.config
     with hold_run_directory(config, world) as lease:
         start = Start()  # the other ranks learn rank 0's when they have joined
         if world.rank == 0:
@@ -109,6 +111,10 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
     check_compiling(config, device)
     tokenizer = load_tokenizer(config.model)
     corpus = load_corpus(config.data, tokenizer, config.train.seq_len)
+    if config.train.epochs is not None:
+        size, ratio = len(corpus.train), config.data.ratio
+        steps = steps_of(config.train.epochs, dataset_size=size, global_batch=config.train.global_batch, ratio=ratio)
+        config = replace(config, train=replace(config.train, steps=steps))
     model = build(config, "meta")
     check_vocabulary(corpus, model)
     if config.data.pack:
@@ -132,7 +138,7 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
     if topology.pp > 1:
         check_stages(model, topology.pp, config.parallel.pp_schedule)
     memory = plan_memory(config, sizes, topology, batch.rounds)
-    epoch = len(corpus.train) / config.train.global_batch
+    epoch = len(corpus.train) * config.data.ratio / config.train.global_batch
     held_out = f"{len(corpus.held_out):,} held out"
     plan = describe_run(config, model, topology, batch, memory, device.type)
     plan.insert(1, ("data", f"{corpus.name}: {len(corpus.train):,} samples ({epoch:,.1f} steps an epoch), {held_out}"))
@@ -256,6 +262,7 @@ def train_and_finish(
                 pad=job.tokenizer.eos,
                 num_ranks=engine.data_size,
                 rank=engine.data_rank,
+                order=config.data.order,
             )
             preemption.give_up = partial(give_up, tracker, saver, done)
             if train(config, engine, feed, job.corpus.held_out, tracker, saver, done, preemption):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainer.choices import Order
 from trainer.data.dataset import Batch, Dataset, collate
 from trainer.data.order import Ids, samples_of_step
 from trainer.elastic.batch import deal
@@ -25,16 +26,31 @@ class Feed:
     """Deals samples to ranks. It has no state: everything follows from the step."""
 
     def __init__(
-        self, dataset: Dataset, *, global_batch: int, micro_batch: int, seed: int, pad: int, num_ranks: int, rank: int
+        self,
+        dataset: Dataset,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        seed: int,
+        pad: int,
+        num_ranks: int,
+        rank: int,
+        order: Order = Order.shuffled,
     ) -> None:
         self.dataset = dataset
         self.global_batch, self.micro_batch = global_batch, micro_batch
-        self.seed, self.pad = seed, pad
+        self.seed, self.pad, self.order = seed, pad, order
         self.num_ranks, self.rank = num_ranks, rank
 
     def step(self, step: int) -> Share:
         """What this rank computes in step `step`, counted from 1."""
-        ids = samples_of_step(step, seed=self.seed, dataset_size=len(self.dataset), global_batch=self.global_batch)
+        ids = samples_of_step(
+            step,
+            seed=self.seed,
+            dataset_size=len(self.dataset),
+            global_batch=self.global_batch,
+            order=self.order,
+        )
         return Share(self._dealt(ids), self.dataset.num_targets(ids), self.dataset.num_tokens(ids), ids)
 
     def evenly(self, dataset: Dataset, num_samples: int) -> Share:

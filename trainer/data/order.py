@@ -7,28 +7,40 @@ Feistel network over the next power of four, and positions that fall outside the
 
 from __future__ import annotations
 
+from math import ceil
+
 import numpy as np
 import numpy.typing as npt
 
+from trainer.choices import Order
 from trainer.elastic.randomness import derive
 
 _ROUNDS = 6
 Ids = npt.NDArray[np.int64]
 
 
-def samples_of_step(step: int, *, seed: int, dataset_size: int, global_batch: int) -> Ids:
+def samples_of_step(
+    step: int, *, seed: int, dataset_size: int, global_batch: int, order: Order = Order.shuffled
+) -> Ids:
     """The ids of the samples that step `step` (counted from 1) consumes, in the order of the global batch.
 
     Steps follow each other through the epochs without a seam: every sample is consumed once an epoch, also where
-    an epoch ends in the middle of a step.
+    an epoch ends in the middle of a step. `rs2` goes through one order again and again: its short epochs are parts of
+    a pass, each other samples than the last (RS2 without replacement; Okanovic et al. 2023, arXiv:2305.18424).
     """
     positions = np.arange((step - 1) * global_batch, step * global_batch, dtype=np.int64)
     epochs, within = np.divmod(positions, dataset_size)
     ids = np.empty_like(positions)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        ids[chosen] = permute(within[chosen], dataset_size, derive(seed, "order", int(epoch)))
+        key = derive(seed, "order", int(epoch) if order is Order.shuffled else 0)
+        ids[chosen] = permute(within[chosen], dataset_size, key)
     return ids
+
+
+def steps_of(epochs: float, *, dataset_size: int, global_batch: int, ratio: float = 1.0) -> int:
+    """Optimizer steps of so many epochs, each of `ratio` of the data; the last step may reach into the next."""
+    return max(1, ceil(epochs * ratio * dataset_size / global_batch - 1e-9))
 
 
 def permute(positions: Ids, size: int, key: int) -> Ids:

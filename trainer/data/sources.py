@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from trainer.choices import Chat, Data, Jsonl, Stdlib, Text
+from trainer.choices import Chat, Data, Jsonl, Mix, Stdlib, Text
 from trainer.data.conversations import Conversations
 from trainer.data.dataset import Dataset, Records, Sample, Windows
+from trainer.data.mixture import Mixture, counts_of
 from trainer.data.packing import Packed
 from trainer.data.records import Fields, Record, RecordReader, append
 from trainer.data.tokenizer import Tokenizer, Tokens
@@ -54,9 +55,11 @@ def load_corpus(config: Data, tokenizer: Tokenizer, seq_len: int) -> Corpus:
     elif isinstance(config, Jsonl):
         fields = Fields(config.text_field, config.prompt_field, config.completion_field, tokenizer, seq_len)
         corpus = _records(config, fields, seq_len)
-    else:
-        assert isinstance(config, Chat)
+    elif isinstance(config, Chat):
         corpus = _records(config, Conversations(config.template, tokenizer, seq_len), seq_len)
+    else:
+        assert isinstance(config, Mix)
+        corpus = _mixed(config, tokenizer, seq_len)
     if len(corpus.train) == 0:
         raise Refused(f"{corpus.name} holds nothing to train on. Give more data, or a smaller data.eval_fraction.")
     if config.pack:
@@ -64,6 +67,48 @@ def load_corpus(config: Data, tokenizer: Tokenizer, seq_len: int) -> Corpus:
     if len(corpus.held_out) == 0:
         corpus.notes.append("nothing is held out, so there is no evaluation")
     return corpus
+
+
+def _mixed(config: Mix, tokenizer: Tokenizer, seq_len: int) -> Corpus:
+    if not config.sources:
+        raise Refused("data=mix has no sources. Type 'data.sources=[chat:talk.jsonl@3,text:books@1]'.")
+    given = [_source(config, source) for source in config.sources]
+    corpora = [load_corpus(one, tokenizer, seq_len) for one, _ in given]
+    counts = counts_of([len(corpus.train) for corpus in corpora], [share for _, share in given])
+    notes = []
+    for corpus, count in zip(corpora, counts, strict=True):
+        often = f"{count / len(corpus.train):.2f} times" if count != len(corpus.train) else "once"
+        notes.append(f"{corpus.name}: {count / sum(counts):.1%} of the samples, each {often} an epoch")
+        notes += [f"{corpus.name}: {note}" for note in corpus.notes]
+    held_out = [corpus.held_out for corpus in corpora if len(corpus.held_out)]
+    return Corpus(
+        Mixture([corpus.train for corpus in corpora], counts),
+        Mixture(held_out, [len(one) for one in held_out]),
+        f"a mixture of {len(corpora)} sources",
+        notes,
+    )
+
+
+def _source(config: Mix, source: str) -> tuple[Data, float]:
+    """`KIND:PATH@SHARE` as options of its own, and the share."""
+    kind, colon, rest = source.partition(":")
+    path, at, share = rest.rpartition("@")
+    try:
+        path, weight = (path, float(share)) if at else (rest, 1.0)
+    except ValueError:
+        path, weight = rest, 1.0  # of a path with an @ in it
+    makes: dict[str, Callable[[], Data]] = {
+        "stdlib": Stdlib,
+        "text": lambda: Text(path=path, eval_fraction=config.eval_fraction),
+        "jsonl": lambda: Jsonl(path=path, eval_fraction=config.eval_fraction),
+        "chat": lambda: Chat(path=path, eval_fraction=config.eval_fraction, template=config.template),
+    }
+    if kind not in makes or not (path or kind == "stdlib") or not 0 < weight < float("inf"):
+        raise Refused(
+            f"data.sources: {source} is no KIND:PATH@SHARE with a KIND of {', '.join(makes)} and a SHARE above 0. Type "
+            "one such as chat:talk.jsonl@2."
+        )
+    return makes[kind](), weight
 
 
 def _packed(corpus: Corpus, seq_len: int) -> Corpus:

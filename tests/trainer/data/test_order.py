@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.order import permute, samples_of_step
+from trainer.choices import Order
+from trainer.data.order import permute, samples_of_step, steps_of
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**62))
@@ -66,3 +67,32 @@ def test_the_order_looks_random() -> None:
 def test_tiny_datasets(size: int) -> None:
     ids = samples_of_step(1, seed=0, dataset_size=size, global_batch=2 * size)
     assert sorted(ids.tolist()) == sorted([*range(size)] * 2)
+
+
+@pytest.mark.parametrize(("ratio", "epochs"), [(0.1, 10), (0.3, 4), (1.0, 1)])
+def test_short_epochs_are_parts_of_one_pass_and_cover_the_data(ratio: float, epochs: int) -> None:
+    """In ceil(1 / ratio) epochs, whatever the batch, and each with other samples than the one before."""
+    size, batch = 700, 7
+    steps = steps_of(1, dataset_size=size, global_batch=batch, ratio=ratio)
+    assert steps == round(size * ratio / batch)
+
+    def epoch(number: int, order: Order) -> set[int]:
+        numbers = range(number * steps + 1, (number + 1) * steps + 1)
+        drawn = [samples_of_step(s, seed=3, dataset_size=size, global_batch=batch, order=order) for s in numbers]
+        return set(np.concatenate(drawn).tolist())
+
+    found = [epoch(number, Order.rs2) for number in range(epochs)]
+    assert set().union(*found) == set(range(size))
+    assert all(len(one) == steps * batch for one in found)
+    assert all(not found[n] & found[n + 1] for n in range(epochs - 2))
+    # It comes round to the same part, where a shuffled order would not.
+    if size % (steps * batch) == 0:
+        assert epoch(epochs, Order.rs2) == found[0]
+        assert ratio == 1 or epoch(epochs, Order.shuffled) != epoch(0, Order.shuffled)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "size", "batch", "steps"), [(1, 10, 5, 2), (1, 11, 5, 3), (0.1, 10, 5, 1), (3, 10, 4, 8)]
+)
+def test_steps_of_epochs(epochs: float, size: int, batch: int, steps: int) -> None:
+    assert steps_of(epochs, dataset_size=size, global_batch=batch) == steps
