@@ -95,6 +95,22 @@ class Chat(Data):
 
 
 @dataclass
+class Hub(Data):
+    """A dataset of the Hugging Face hub, or a directory of its library: texts, pairs or conversations."""
+
+    path: str = MISSING  # a hub id or a directory
+    name: Optional[str] = None  # of a dataset that has several
+    revision: Optional[str] = None  # a branch, tag or commit
+    split: str = "train"
+    eval_split: Optional[str] = None  # held-out rows; without it they are held out by a hash of the row
+    eval_fraction: float = option(0.02, low=0, high=0.9)  # how many of them
+    template: str = ""  # as of data=chat
+    text_field: str = "text"
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+
+
+@dataclass
 class Mix(Data):
     """Several sources at once, each with its share of the samples."""
 
@@ -267,7 +283,7 @@ class SlurmLaunch(Launch):
 # Choices of a group whose options differ: each has a YAML of the same name in conf/, which brings in its schema.
 CHOICES: dict[str, dict[str, type]] = {
     "model": {"tiny_llama": TinyLlama, "hf": HuggingFace},
-    "data": {"stdlib": Stdlib, "text": Text, "jsonl": Jsonl, "chat": Chat, "mix": Mix},
+    "data": {"stdlib": Stdlib, "text": Text, "jsonl": Jsonl, "chat": Chat, "hf": Hub, "mix": Mix},
     "launch": {
         "local": LocalLaunch,
         "torchrun": TorchrunLaunch,

@@ -12,6 +12,7 @@ from trainer.config import Curve, choice_of, method_name
 REQUIRED = {
     "selective": ["method.parameters=[norm]"],
     "hf": ["model.path=x"],
+    "data=hf": ["data.path=x"],
     "text": ["data.path=x"],
     "jsonl": ["data.path=x"],
     "chat": ["data.path=x"],
@@ -22,7 +23,7 @@ REQUIRED = {
     ("group", "choice"), [(path.parent.name, path.stem) for path in sorted((ROOT / "conf").glob("*/*.yaml"))]
 )
 def test_every_yaml_composes(group: str, choice: str) -> None:
-    config = compose([f"{group}={choice}", *REQUIRED.get(choice, [])])
+    config = compose([f"{group}={choice}", *REQUIRED.get(f"{group}={choice}", REQUIRED.get(choice, []))])
     if group == "method":  # published methods share the options of what they are made of
         assert method_name(config) == choice
     elif group in CHOICES:

@@ -87,7 +87,7 @@ def conversational(record: Record) -> bool:
 def string(record: Record, key: str, where: str) -> str:
     value = record[key]
     if not isinstance(value, str):
-        raise Refused(f"{where}: the field {key} is a {type(value).__name__}, not a text. Mend or remove the line.")
+        raise Refused(f"{where}: the field {key} is a {type(value).__name__}, not a text. Mend or remove it.")
     return value
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from trainer.choices import Chat, Data, Jsonl, Mix, Stdlib, Text
+from trainer.choices import Chat, Data, Hub, Jsonl, Mix, Stdlib, Text
+from trainer.data import hub
 from trainer.data.conversations import Conversations
 from trainer.data.dataset import Dataset, Records, Sample, Windows
 from trainer.data.mixture import Mixture, counts_of
 from trainer.data.packing import Packed
-from trainer.data.records import Fields, Record, RecordReader, append
+from trainer.data.records import Fields, Record, RecordReader, append, conversational
 from trainer.data.tokenizer import Tokenizer, Tokens
 from trainer.errors import Refused
 
@@ -57,6 +59,8 @@ def load_corpus(config: Data, tokenizer: Tokenizer, seq_len: int) -> Corpus:
         corpus = _records(config, fields, seq_len)
     elif isinstance(config, Chat):
         corpus = _records(config, Conversations(config.template, tokenizer, seq_len), seq_len)
+    elif isinstance(config, Hub):
+        corpus = _hub(config, tokenizer, seq_len)
     else:
         assert isinstance(config, Mix)
         corpus = _mixed(config, tokenizer, seq_len)
@@ -91,7 +95,7 @@ def _mixed(config: Mix, tokenizer: Tokenizer, seq_len: int) -> Corpus:
 
 def _source(config: Mix, source: str) -> tuple[Data, float]:
     """`KIND:PATH@SHARE` as options of its own, and the share."""
-    kind, colon, rest = source.partition(":")
+    kind, _, rest = source.partition(":")
     path, at, share = rest.rpartition("@")
     try:
         path, weight = (path, float(share)) if at else (rest, 1.0)
@@ -102,6 +106,7 @@ def _source(config: Mix, source: str) -> tuple[Data, float]:
         "text": lambda: Text(path=path, eval_fraction=config.eval_fraction),
         "jsonl": lambda: Jsonl(path=path, eval_fraction=config.eval_fraction),
         "chat": lambda: Chat(path=path, eval_fraction=config.eval_fraction, template=config.template),
+        "hf": lambda: Hub(path=path, eval_fraction=config.eval_fraction, template=config.template),
     }
     if kind not in makes or not (path or kind == "stdlib") or not 0 < weight < float("inf"):
         raise Refused(
@@ -163,19 +168,47 @@ def _text(config: Text, tokenizer: Tokenizer, seq_len: int) -> Corpus:
 
 def _records(config: Jsonl | Chat, reader: RecordReader, seq_len: int) -> Corpus:
     """Lines of JSON, each a record."""
+    apart = None if config.eval_path is None else _parsed(config.eval_path, "data.eval_path")
+    return _corpus(config.path, _parsed(config.path, "data.path"), apart, config.eval_fraction, reader, seq_len)
+
+
+def _hub(config: Hub, tokenizer: Tokenizer, seq_len: int) -> Corpus:
+    """Rows, each a record, of the kind that the first one is."""
+    whole = hub.rows(config, config.split)
+    first = next(whole, None)
+    if first is not None and conversational(first[2]):
+        reader: RecordReader = Conversations(config.template, tokenizer, seq_len)
+    else:
+        reader = Fields(config.text_field, config.prompt_field, config.completion_field, tokenizer, seq_len)
+    apart = None if config.eval_split is None else hub.rows(config, config.eval_split)
+    every = itertools.chain([first] if first is not None else [], whole)
+    return _corpus(config.path, every, apart, config.eval_fraction, reader, seq_len)
+
+
+def _corpus(
+    name: str,
+    records: Iterable[tuple[str, bytes, Record]],
+    apart: Iterable[tuple[str, bytes, Record]] | None,
+    fraction: float,
+    reader: RecordReader,
+    seq_len: int,
+) -> Corpus:
+    """Of records with where they stand and what tells them from others; `apart` are held out, or a part of them."""
     train: list[Sample] = []
     test: list[Sample] = []
-    for number, line in _lines(config.path, "data.path"):
-        # By content, so that a line that stands in the file twice does not land on both sides.
-        share = xxhash.xxh3_64_intdigest(line) / 2**64
-        held_out = config.eval_path is None and share < config.eval_fraction
-        where = f"{config.path}, line {number}"
-        (test if held_out else train).extend(reader.samples(where, _parse(where, line)))
-    if config.eval_path is not None:
-        for number, line in _lines(config.eval_path, "data.eval_path"):
-            where = f"{config.eval_path}, line {number}"
-            test.extend(reader.samples(where, _parse(where, line)))
-    return Corpus(Records(train, seq_len), Records(test, seq_len), config.path, reader.notes())
+    for where, content, record in records:
+        # By content, so that a record that is there twice does not land on both sides.
+        held_out = apart is None and xxhash.xxh3_64_intdigest(content) / 2**64 < fraction
+        (test if held_out else train).extend(reader.samples(where, record))
+    for where, _, record in apart or ():
+        test.extend(reader.samples(where, record))
+    return Corpus(Records(train, seq_len), Records(test, seq_len), name, reader.notes())
+
+
+def _parsed(path: str, key: str) -> Iterator[tuple[str, bytes, Record]]:
+    for number, line in _lines(path, key):
+        where = f"{path}, line {number}"
+        yield where, line, _parse(where, line)
 
 
 def _parse(where: str, line: bytes) -> Record:

@@ -1,0 +1,63 @@
+"""Datasets of the Hugging Face library, from this disk; without a network a hub id is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict
+
+from trainer.choices import Chat, Hub, Jsonl
+from trainer.data.sources import Corpus, load_corpus
+from trainer.data.tokenizer import ByteTokenizer
+from trainer.errors import Refused
+
+TALK = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": str(n)}]} for n in range(30)]
+TEXT = [{"text": f"text {n}"} for n in range(30)]
+
+
+def load(path: Path, **options: object) -> Corpus:
+    config = Hub(path=str(path), template="chatml", **{"eval_fraction": 0.0, **options})  # type: ignore[arg-type]
+    return load_corpus(config, ByteTokenizer(), 100)
+
+
+def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
+    DatasetDict({"train": Dataset.from_list(TALK), "test": Dataset.from_list(TALK[:4])}).save_to_disk(tmp_path / "a")
+    corpus = load(tmp_path / "a", eval_split="test")
+    assert (len(corpus.train), len(corpus.held_out)) == (30, 4)
+    assert corpus.notes == ["34 records of messages, loss on the assistant's turns"]
+    with pytest.raises(Refused, match=r"has no split other, only train, test\. Type data\.split=SPLIT"):
+        load(tmp_path / "a", split="other")
+    Dataset.from_list(TEXT).save_to_disk(tmp_path / "b")
+    corpus = load(tmp_path / "b", eval_fraction=0.3)
+    assert len(corpus.train) + len(corpus.held_out) == 30 and len(corpus.held_out) > 1
+
+
+@pytest.mark.parametrize("records", [TALK, TEXT], ids=["conversations", "texts"])
+def test_a_directory_of_files_is_what_the_file_is_elsewhere(records: list[dict[str, object]], tmp_path: Path) -> None:
+    Dataset.from_list(records).to_json(tmp_path / "train.jsonl")
+    ours = load(tmp_path)
+    path, kind = str(tmp_path / "train.jsonl"), Chat if records is TALK else Jsonl
+    more = {"template": "chatml"} if kind is Chat else {}
+    theirs = load_corpus(kind(path=path, eval_fraction=0.0, **more), ByteTokenizer(), 100)  # type: ignore[arg-type]
+    assert ours.train.fingerprint == theirs.train.fingerprint
+    assert ours.train.num_targets(np.arange(30)) > 30
+
+
+def test_what_cannot_be_read_is_one_paragraph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for path in (tmp_path / "empty", Path("nobody/no-such-dataset")):
+        with pytest.raises(Refused, match=f"The split train of data.path={path} cannot be read") as refused:
+            load(path)
+        assert "\n" not in str(refused.value)
+    Dataset.from_list([{"text": "a"}, {"text": None}]).save_to_disk(tmp_path / "odd")
+    with pytest.raises(Refused, match=r"odd, row 1: the field text is a NoneType"):
+        load(tmp_path / "odd")
+
+
+def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(Refused, match=r"is not installed\. Type `pip install datasets`"):
+        load(tmp_path)
