@@ -15,6 +15,7 @@ from trainer.data.feed import Feed, Share
 from trainer.elastic.preemption import Preemption
 from trainer.elastic.randomness import derive
 from trainer.errors import TrainingFailed
+from trainer.memory import memory_used
 from trainer.parallel.engine import TrainingEngine
 from trainer.progress import LossScale, Progress
 from trainer.saving import Saver
@@ -78,6 +79,7 @@ def train_step(
         "tokens_per_s": share.num_tokens / step_s,
         "step_s": step_s,
         "blocked_s": 0.0,
+        "memory_bytes": memory_used(engine.device),
         "world_size": engine.world_size,
     }
     if scale is not None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,16 @@ from trainer.parallel.families import FAMILIES
 from trainer.parallel.pipeline import INTERLEAVED, cut_out, inside, stages_of
 from trainer.parallel.shares import balanced
 from trainer.plan import MemoryPlan, Topology
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_used(device: torch.device) -> int:
+    """Bytes: on a GPU the most that was allocated so far, on the CPU what this process has in memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
 
 logger = logging.getLogger(__name__)
 
