@@ -145,6 +145,7 @@ class Elastic:
 
 class Tracker(Enum):
     wandb = "wandb"
+    tensorboard = "tensorboard"
     none = "none"
 
 

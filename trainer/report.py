@@ -37,7 +37,7 @@ dt {{ color: var(--faint); font-size: .8rem }}
 dd {{ margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums }}
 svg {{ width: 100%; height: auto; display: block }} text {{ fill: var(--faint); font-size: 11px }}
 .grid {{ stroke: var(--line) }} .a {{ stroke: var(--a) }} .b {{ stroke: var(--b) }} .lost {{ stroke: var(--faint);
-  opacity: .6 }} polyline {{ fill: none; stroke-width: 1.5; stroke-linejoin: round }} 
+  opacity: .6 }} polyline {{ fill: none; stroke-width: 1.5; stroke-linejoin: round }}
 circle.b {{ fill: var(--b) }} circle.lost {{ fill: var(--faint) }}
 .mark {{ stroke-dasharray: 3 3; stroke: var(--good) }} .failure, .preempt {{ stroke: var(--bad) }}
 .key {{ font-size: .8rem; color: var(--faint) }} .key span {{ margin-right: 1.2rem }} .key b {{ font-weight: 600 }}

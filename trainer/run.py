@@ -35,6 +35,7 @@ from trainer.data.sources import Corpus, load_corpus
 from trainer.data.tokenizer import Tokenizer
 from trainer.elastic.preemption import AGAIN, Preemption, warnings_of
 from trainer.errors import Refused
+from trainer.exhausted import explained
 from trainer.loop import train
 from trainer.memory import footprint, plan_memory
 from trainer.methods import build, build_largest
@@ -99,6 +100,7 @@ def run(config: Config) -> int:
             with (
                 preemption.listening(warnings_of(config.elastic.signal)),
                 process_group(world, device, alone=config.parallel.uses_deepspeed),
+                explained(config, device),
             ):
                 status = train_together(job, start, lease, preemption)
     return status
@@ -233,7 +235,7 @@ def train_and_finish(
             print(f"  {'start':10} {line}", flush=True)
     if world.rank == 0:
         leave_description(job.shapes, job.tokenizer, Path(config.run.dir) / "hf")
-    tracker = RunTracker(config, run_id, world.rank, start.incarnation)
+    tracker = RunTracker(config, run_id, world.rank, start.incarnation, done.step)
     status = 1
     with ExitStack() as opened:
         opened.callback(lambda: tracker.close(status))

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from trainer.config import Config, Tracker, as_json
 from trainer.track.console import Console
 from trainer.track.files import Events, Metrics
+from trainer.track.tensorboard import TensorBoard
 from trainer.track.wandb_run import WandbRun
 
 
@@ -20,9 +21,10 @@ class Sink(Protocol):
 
 
 class RunTracker:
-    """Metrics and events of a run, to its files, the terminal and wandb."""
+    """Metrics and events of a run, to its files, the terminal, and wandb or TensorBoard."""
 
-    def __init__(self, config: Config, run_id: str, rank: int, incarnation: int = 1) -> None:
+    def __init__(self, config: Config, run_id: str, rank: int, incarnation: int = 1, step: int = 0) -> None:
+        """`step` is the last that is done."""
         self._sinks: list[Sink] = []
         self._metrics: Metrics | None = None
         self._events: Events | None = None
@@ -34,6 +36,8 @@ class RunTracker:
         if config.tracking.tracker is Tracker.wandb:
             project, name = config.tracking.project, config.run.name
             self._sinks.append(WandbRun(project, name, run_id, run_dir, as_json(config), incarnation - 1))
+        elif config.tracking.tracker is Tracker.tensorboard:
+            self._sinks.append(TensorBoard(run_dir / "tensorboard", step))
 
     def step(self, row: dict[str, Any]) -> None:
         for sink in self._sinks:

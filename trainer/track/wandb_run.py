@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from trainer.track.guarded import Guarded
 
 
 @contextmanager
@@ -23,26 +22,27 @@ def unheard(*signals: signal.Signals) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class WandbRun:
+class WandbRun(Guarded):
     """One wandb run for all the incarnations of ours: the id is kept in the checkpoint."""
 
     def __init__(
         self, project: str, name: str, run_id: str, directory: Path, config: dict[str, Any], restarts: int = 0
     ) -> None:
+        super().__init__("wandb")
         self._run: Any = None
         # Schedulers signal all processes of a job, and wandb's own would end before the last line has reached it.
         with unheard(signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            self._guard(lambda: self._start(project, name, run_id, directory, config))
-        self._guard(lambda: self._run and self._run.summary.update({"restarts": restarts}))
+            self.guard(lambda: self._start(project, name, run_id, directory, config))
+        self.guard(lambda: self._run.summary.update({"restarts": restarts}))
 
     def step(self, row: dict[str, Any]) -> None:
         # The step is an ordinary value here: wandb drops rows whose own step goes back, as it does after a resume.
         numbers = {key: value for key, value in row.items() if key != "sample_ids" and value is not None}
-        self._guard(lambda: self._run and self._run.log(numbers))
+        self.guard(lambda: self._run.log(numbers))
 
     def close(self, exit_code: int) -> None:
-        self._guard(lambda: self._run and self._run.finish(exit_code=exit_code))
-        self._run = None
+        self.guard(lambda: self._run.finish(exit_code=exit_code))
+        self.alive = False
 
     def _start(self, project: str, name: str, run_id: str, directory: Path, config: dict[str, Any]) -> None:
         import wandb
@@ -59,10 +59,3 @@ class WandbRun:
             settings=wandb.Settings(silent=True, init_timeout=30, console="off", x_disable_stats=False),
         )
         self._run.define_metric("*", step_metric="step")
-
-    def _guard(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except Exception as error:  # by intention anything: tracking must never stop training
-            logger.warning("wandb failed and is off for the rest of this run: %s: %s", type(error).__name__, error)
-            self._run = None

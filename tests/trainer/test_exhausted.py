@@ -1,0 +1,50 @@
+"""Running out of memory says what to type, and only that does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trainer.compose import compose
+from trainer.errors import TrainingFailed
+from trainer.exhausted import explained, remedies
+
+CPU = torch.device("cpu")
+
+
+def test_an_allocation_that_fails_says_what_to_type() -> None:
+    config = compose([])
+    with (
+        pytest.raises(TrainingFailed, match=r"does not fit into memory: .* Type, in this order") as failed,
+        explained(config, CPU),
+    ):
+        torch.empty(1 << 50)
+    told = str(failed.value)
+    places = [
+        told.index(word)
+        for word in ("local_batch=1 ", "activation_checkpointing", "parallel=fsdp", "precision=bf16", "method=lora")
+    ]
+    assert places == sorted(places) and "\n" not in told
+    with (
+        pytest.raises(TrainingFailed, match="a GPU's memory: CUDA out of memory"),
+        explained(config, torch.device("cuda")),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(RuntimeError, match="a shape"), explained(compose([]), CPU):
+        raise RuntimeError("a shape does not fit")
+
+
+def test_what_is_done_already_is_not_told_again() -> None:
+    done = ["parallel=zero3", "parallel.offload=true", "parallel.activation_checkpointing=true", "precision=bf16"]
+    assert [one.partition(" ")[0] for one in remedies(compose([*done, "train.micro_batch=1", "method=lora"]))] == [
+        "train.seq_len=64"
+    ]
+    less = remedies(compose(["parallel=zero2"]))
+    assert any(one.startswith("parallel.zero_stage=3") for one in less) and any("offload" in one for one in less)
+    for remedy in [*less, *remedies(compose([])), *remedies(compose(["parallel=fsdp"]))]:
+        word = remedy.partition(" (")[0]
+        if "more processes" not in word:
+            compose([word] if "zero_stage" not in word and "offload" not in word else ["parallel=zero2", word])
