@@ -82,6 +82,8 @@ def check(config: Config) -> None:
         raise Refused(f"data.ratio={config.data.ratio} is an option of data.order=rs2. Type both, or leave it out.")
     if config.train.epochs is not None and not 0 < config.train.epochs < 1e9:
         raise Refused(f"train.epochs={config.train.epochs} must be above 0. Type train.epochs=3, or train.steps alone.")
+    if config.eval.patience and not config.eval.every:
+        raise Refused("eval.patience counts evaluations, and eval.every=0 makes none. Type eval.every=100 with it.")
     betas, model = config.optimizer.betas, config.model
     if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise Refused(f"optimizer.betas={betas} must be two numbers in [0, 1), such as optimizer.betas=[0.9,0.95].")

@@ -36,6 +36,7 @@ class Train:
 @dataclass
 class Eval:
     every: int = option(100, low=0)  # steps; 0: never. The last step is always evaluated
+    patience: int = option(0, low=0)  # evaluations in a row without a better loss, after which the run ends; 0: never
     samples: int = option(128, low=0)  # held-out samples, spread evenly; 0: all of them
     generate_tokens: int = option(160, low=0)  # length of the text sampled at the end; 0: none
 

@@ -35,10 +35,13 @@ def train(
 ) -> bool:
     """Train from where `done` stands to the last step, reporting and saving on the way; whether it came so far.
 
-    After a warning the step that was under way is the last one, and is saved.
+    After a warning the step that was under way is the last one, and is saved. With `eval.patience` the run ends sooner
+    where the held-out loss does not get better.
     """
     last, losses = config.train.steps, dict[str, float]()
     for step in range(done.step + 1, last + 1):
+        if done.gives_up(config.eval.patience):
+            break
         if preemption.is_due():
             if done.step > 0:  # also where it has just come from memory, which goes with the machine
                 saver.leave(done, losses)
@@ -49,10 +52,12 @@ def train(
         row["tokens"] = done.tokens
         if len(held_out) and due(step, config.eval.every, last):
             row["eval_loss"] = evaluate(engine, feed.evenly(held_out, config.eval.samples))
+            done.evaluated(row["eval_loss"])
         # No line before it is known what became of the snapshot of the step before: a resume finds all lines up to it.
         tracker.step(row | saver.settle())
         losses = {key: row[key] for key in ("loss", "eval_loss") if key in row}
-        saver.save(done, losses, durable=due(step, config.checkpoint.every, last), last=step == last)
+        ends = step == last or done.gives_up(config.eval.patience)
+        saver.save(done, losses, durable=ends or due(step, config.checkpoint.every, last), last=ends)
     saver.finish(done, losses)
     return True
 

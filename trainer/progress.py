@@ -32,12 +32,25 @@ class Progress:
     step: int = 0
     tokens: int = 0
     loss_scale: LossScale | None = None  # of fp16 only
+    best_loss: float | None = None  # of those on held-out samples
+    since_best: int = 0  # evaluations
+
+    def evaluated(self, loss: float) -> None:
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_loss, self.since_best = loss, 0
+        else:
+            self.since_best += 1
+
+    def gives_up(self, patience: int) -> bool:
+        """Whether so many evaluations in a row were no better; never for 0."""
+        return 0 < patience <= self.since_best
 
     @staticmethod
     def of(state: dict[str, Any], *, scaled: bool) -> Progress:
         """From what `as_state` saved, empty from scratch; `scaled` is whether this run scales its loss."""
         scale = LossScale(**(state.get("loss_scale") or {})) if scaled else None
-        return Progress(state.get("step", 0), state.get("tokens", 0), scale)
+        best, since = state.get("best_loss"), state.get("since_best", 0)
+        return Progress(state.get("step", 0), state.get("tokens", 0), scale, best, since)
 
     def as_state(self) -> dict[str, Any]:
         return asdict(self)

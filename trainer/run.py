@@ -270,6 +270,11 @@ def train_and_finish(
             if train(config, engine, feed, job.corpus.held_out, tracker, saver, done, preemption):
                 tracker.emit("finish", step=done.step)
                 status = 0
+                if done.step < config.train.steps and world.rank == 0:
+                    print(
+                        f"  {'ended':10} after step {done.step}: the loss on held-out samples was not below "
+                        f"{done.best_loss:.4f} in {done.since_best} evaluations"
+                    )
             else:
                 status = AGAIN
                 tracker.emit("preempt", step=done.step, signal=Signals(preemption.signum).name)

@@ -141,6 +141,31 @@ def test_lines_come_before_the_checkpoint_that_counts_them_and_say_what_it_cost(
     assert [row.get("eval_loss") for row in sinks.rows] == [None, None, 1.0, None, 1.0]
 
 
+class Judged(Sinks):
+    """Whose saves say which of them is the last."""
+
+    def save(self, done: Progress, metrics: dict[str, float], *, durable: bool, last: bool) -> None:
+        assert durable or not last
+        self.told.append(("last save" if last else "save", done.step))
+
+
+def test_it_ends_where_the_held_out_loss_does_not_get_better_and_stays_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, feed, held_out = configure("eval.every=1", "eval.patience=2", "train.steps=9", "checkpoint.every=0")
+    losses = [3.0, 2.0, 2.5, 2.0, 1.0]
+    monkeypatch.setattr("trainer.loop.evaluate", lambda *_: losses.pop(0))
+    sinks, done = Judged(), Progress()
+    assert train(config, Recorder(), feed, held_out, sinks, sinks, done, Warned())  # type: ignore[arg-type]
+    assert [one for one in sinks.told if "save" in one[0]] == [("save", 1), ("save", 2), ("save", 3), ("last save", 4)]
+    assert (done.step, done.best_loss, done.since_best) == (4, 2.0, 2) and sinks.told[-1] == ("finish", 4)
+    again = Judged()
+    resumed = Progress.of(done.as_state(), scaled=False)
+    assert train(config, Recorder(), feed, held_out, again, again, resumed, Warned())  # type: ignore[arg-type]
+    assert again.told == [("finish", 4)]
+    config.eval.patience = 3  # more patience goes on, and finds a better one
+    assert not train(config, Recorder(), feed, held_out, again, again, resumed, Warned(1))  # type: ignore[arg-type]
+    assert resumed.step == 5 and resumed.best_loss == 1.0 and resumed.since_best == 0
+
+
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_neither_reported_nor_saved(norm: float) -> None:
     config, feed, held_out = configure("checkpoint.every=1")
@@ -198,8 +223,12 @@ def test_a_warning_ends_the_run_after_the_step_that_is_under_way() -> None:
     sinks, done = Sinks(), Progress()
     assert not train(config, Recorder(), feed, held_out, sinks, sinks, done, Warned(2))  # type: ignore[arg-type]
     assert done.step == 2 and sinks.told[-2:] == [("save", 2), ("leave", 2)]
-    # Nothing has been done since the start: there is nothing to save.
+    # What it has just come from may lie in memory alone; the saver knows.
     sinks = Sinks()
     assert not train(config, Recorder(), feed, held_out, sinks, sinks, done, Warned(0))  # type: ignore[arg-type]
+    assert sinks.told == [("leave", 2)]
+    # Nothing has been done at all: there is nothing to save.
+    sinks = Sinks()
+    assert not train(config, Recorder(), feed, held_out, sinks, sinks, Progress(), Warned(0))  # type: ignore[arg-type]
     assert sinks.told == []
     assert train(config, Recorder(), feed, held_out, *[Sinks()] * 2, done, Warned())  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ def test_the_scale_moves_as_that_of_torch() -> None:
 
 
 def test_progress_comes_back_from_what_was_saved() -> None:
-    for done in (Progress(), Progress(3, 400), Progress(3, 400, LossScale(2.0, 7))):
+    for done in (Progress(), Progress(3, 400), Progress(3, 400, LossScale(2.0, 7), 1.5, 2)):
         state = json.loads(json.dumps({**done.as_state(), "run_id": "x"}))
         assert Progress.of(state, scaled=done.loss_scale is not None) == done
     assert Progress.of({}, scaled=False) == Progress()
