@@ -15,6 +15,7 @@ from trainer.data.dataset import IGNORE, Batch
 from trainer.elastic.randomness import reseed
 from trainer.models import draws_randomness
 
+AT_ONCE = 1 << 25  # logits that are in fp32 at a time: 128 MiB
 # What matrix products are computed in where that is not fp32.
 LOW: dict[Compute, torch.dtype] = {Compute.bf16: torch.bfloat16, Compute.fp16: torch.float16}
 
@@ -52,8 +53,49 @@ def logits_of(
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The sum over the targets, in fp32; `logits` of shape [samples, positions, vocabulary]."""
-    return cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    """The sum over the targets, in fp32; `logits` of shape [rows, width, vocabulary].
+
+    Of a long batch never all logits are in fp32 at a time: they take more memory than the model's layers.
+    """
+    flat, targets = logits.flatten(0, 1), labels.flatten()
+    if flat.numel() > AT_ONCE:
+        total: torch.Tensor = _SummedLoss.apply(flat, targets)  # type: ignore[no-untyped-call]
+        return total
+    return cross_entropy(flat.float(), targets, ignore_index=IGNORE, reduction="sum")
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Cross entropy by parts of the rows; what the backward needs beside the logits is a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros((), device=logits.device)
+        norms = torch.empty(len(targets), device=logits.device)
+        for part in _parts(logits):
+            wide = logits[part].float()
+            norms[part] = wide.logsumexp(1)
+            counts = targets[part] != IGNORE
+            picked = wide.gather(1, targets[part].where(counts, 0)[:, None])[:, 0]
+            total += (norms[part] - picked).where(counts, 0).sum()
+        ctx.save_for_backward(logits, targets, norms)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, given: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, targets, norms = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for part in _parts(logits):
+            counts = targets[part] != IGNORE
+            chances = (logits[part].float() - norms[part, None]).exp_()
+            chances.scatter_add_(1, targets[part].where(counts, 0)[:, None], chances.new_full((len(chances), 1), -1.0))
+            gradient[part] = chances.mul_(given * counts[:, None])
+        return gradient, None
+
+
+def _parts(logits: torch.Tensor) -> Iterator[slice]:
+    rows = max(1, AT_ONCE // logits.shape[1])
+    for start in range(0, len(logits), rows):
+        yield slice(start, start + rows)
 
 
 class Draws:

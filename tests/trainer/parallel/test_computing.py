@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.compose import compose
 from trainer.data.dataset import IGNORE, Batch
 from trainer.methods import build
 from trainer.models import blocks
+from trainer.parallel import computing
 from trainer.parallel.computing import Draws, Part, parts_of, summed_loss
 
 
@@ -28,6 +33,48 @@ def test_the_loss_is_a_sum_over_targets() -> None:
     chances = logits.log_softmax(-1)
     torch.testing.assert_close(summed_loss(logits, labels), -(chances[0, 0, 1] + chances[0, 2, 2]))
     assert summed_loss(logits, torch.full_like(labels, IGNORE)) == 0
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that a tensor of fp32 had which an operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        made = function(*arguments, **(options or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float32:
+            self.numel = max(self.numel, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at_once", [1, 100, 1000])
+def test_by_parts_it_is_the_same_loss_and_gradient(
+    dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    start = (4 * torch.randn(2, 9, 37)).to(dtype)
+    labels = torch.randint(0, 37, (2, 9))
+    labels[0, :4] = IGNORE
+
+    def computed(limit: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        monkeypatch.setattr(computing, "AT_ONCE", limit)
+        logits = start.clone().requires_grad_()
+        with Largest() as seen:
+            loss = summed_loss(logits, labels)
+            (loss * 0.3).backward()
+        assert logits.grad is not None and logits.grad.dtype == dtype
+        return loss.detach(), logits.grad, seen.numel
+
+    whole, by_parts = computed(10**9), computed(at_once)
+    torch.testing.assert_close(by_parts[0], whole[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(by_parts[1], whole[1], rtol=1e-6 if dtype is torch.float32 else 1e-2, atol=1e-7)
+    assert (by_parts[1][0, :4] == 0).all()
+    if dtype is torch.bfloat16:
+        assert by_parts[2] <= max(at_once, 37) or at_once == 1000
+        assert whole[2] == start.numel()  # the control: at once all of it is in fp32
 
 
 def test_a_layer_draws_the_same_whatever_was_computed_before_it() -> None:
