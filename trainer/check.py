@@ -82,6 +82,7 @@ def check(config: Config) -> None:
         raise Refused(f"data.ratio={config.data.ratio} is an option of data.order=rs2. Type both, or leave it out.")
     if config.train.epochs is not None and not 0 < config.train.epochs < 1e9:
         raise Refused(f"train.epochs={config.train.epochs} must be above 0. Type train.epochs=3, or train.steps alone.")
+    window_of(config.train.profile)
     if config.eval.patience and not config.eval.every:
         raise Refused("eval.patience counts evaluations, and eval.every=0 makes none. Type eval.every=100 with it.")
     betas, model = config.optimizer.betas, config.model
@@ -149,6 +150,17 @@ def rates_by_pattern(lr_scale: list[str]) -> dict[str, float]:
                 "'optimizer.lr_scale=[\"lm_head:0.1\"]'."
             )
     return found
+
+
+def window_of(text: str) -> tuple[int, int]:
+    """`10:15` as the first step and the last; (0, 0) for nothing. `Refused` otherwise."""
+    if not text:
+        return 0, 0
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise Refused(f"train.profile={text} is no FIRST:LAST of steps. Type one such as train.profile=10:15.")
+    return first, last
 
 
 def _check_heads(model: TinyLlama) -> None:

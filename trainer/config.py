@@ -30,6 +30,7 @@ class Train:
     micro_batch: int = option(2, low=1)  # samples computed at a time: the unit that never changes with the layout
     seq_len: int = option(128, low=1)  # target tokens a sample at most
     seed: int = option(0, low=0)  # weights, order of samples and dropout all follow from it
+    profile: str = ""  # FIRST:LAST steps that torch's profiler records, into run.dir/profile
     deterministic: bool = False  # refuse kernels whose result varies from run to run (slower on GPUs)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from trainer.elastic.randomness import derive
 from trainer.errors import TrainingFailed
 from trainer.memory import memory_used
 from trainer.parallel.engine import TrainingEngine
+from trainer.profiling import Window
 from trainer.progress import LossScale, Progress
 from trainer.saving import Saver
 from trainer.schedule import learning_rate
@@ -39,6 +42,7 @@ def train(
     where the held-out loss does not get better.
     """
     last, losses = config.train.steps, dict[str, float]()
+    window = Window(config.train.profile, Path(config.run.dir) / "profile", int(os.environ.get("RANK", "0")))
     for step in range(done.step + 1, last + 1):
         if done.gives_up(config.eval.patience):
             break
@@ -46,7 +50,8 @@ def train(
             if done.step > 0:  # also where it has just come from memory, which goes with the machine
                 saver.leave(done, losses)
             return False
-        row = train_step(config, engine, feed, step, done.loss_scale)
+        with window.step(step):
+            row = train_step(config, engine, feed, step, done.loss_scale)
         check_finite(row)
         done.step, done.tokens = step, done.tokens + row["tokens"]
         row["tokens"] = done.tokens

@@ -54,6 +54,7 @@ FREE = (
     "method.lr",
     "method.weight_decay",
     "train.deterministic",
+    "train.profile",
     "train.epochs",  # what follows from it is looked at: train.steps
 )
 

@@ -11,6 +11,8 @@ REFUSALS = {
     "train.epochs=0": r"train\.epochs=0\.0 must be above 0",
     "data.ratio=0.5": r"data\.ratio=0\.5 is an option of data\.order=rs2",
     "eval.patience=-1": r"eval\.patience=-1 must be at least 0",
+    "train.profile=5": r"train\.profile=5 is no FIRST:LAST of steps",
+    "train.profile=5\\:4": r"is no FIRST:LAST of steps",
     "train.steps=0": r"train\.steps=0 must be at least 1",
     "optimizer.lr=-1": r"optimizer\.lr=-1.0 must be at least 0",
     "optimizer.lr=nan": "must be a finite number, at least 0",
