@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from launch.command import TRAINER, Command, python, threads
 from launch.deepspeed import run_program
-from launch.options import Call, check_sizes
+from launch.options import Call, check_file, check_sizes
 from trainer.choices import AccelerateLaunch
 from trainer.config import Compute
-from trainer.errors import Refused
 
 
 def check(call: Call) -> None:
     options = call.config.launch
     assert isinstance(options, AccelerateLaunch)
-    if not options.config_file:
+    if options.config_file:
+        remedy = "`accelerate config` writes one."
+        check_file(call, "--config-file", options.config_file, remedy, instead_of=["--nproc", "--port"])
+    else:
         check_sizes(call.config, [options.nproc])
-    elif not Path(options.config_file).is_file():
-        raise Refused(f"--config-file {options.config_file} is not there. `accelerate config` writes one.")
 
 
 def plan(call: Call) -> Command:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import os
 import subprocess
-from pathlib import Path
 
 import torch
 
 from launch.command import TRAINER, Command, python, threads
-from launch.options import Call, check_sizes
+from launch.options import Call, check_file, check_sizes
 from launch.supervise import supervise
 from trainer.choices import DeepspeedLaunch
-from trainer.errors import Refused
 
 
 def check(call: Call) -> None:
     options = call.config.launch
     assert isinstance(options, DeepspeedLaunch)
-    if not options.hostfile:
+    if options.hostfile:
+        remedy = "Give DeepSpeed's list of `HOST slots=N` lines."
+        check_file(call, "--hostfile", options.hostfile, remedy, instead_of=["--nproc"])
+    else:
         check_sizes(call.config, [options.nproc])
-    elif not Path(options.hostfile).is_file():
-        raise Refused(f"--hostfile {options.hostfile} is not there. Give DeepSpeed's list of `HOST slots=N` lines.")
 
 
 def plan(call: Call) -> Command:

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -123,6 +124,15 @@ def bounds(nodes: str, option: str) -> tuple[int, int]:
     if not 1 <= least <= most:
         raise Refused(f"{option}={nodes} is no number of machines. Type {option}=2, or as many as MIN:MAX.")
     return least, most
+
+
+def check_file(call: Call, flag: str, path: str, remedy: str, *, instead_of: Sequence[str]) -> None:
+    """`Refused` where a launcher's own file is not there, or a flag is given that it takes the place of."""
+    if not Path(path).is_file():
+        raise Refused(f"{flag} {path} is not there. {remedy}")
+    for other in instead_of:
+        if any(given.partition("=")[0] == other for given in call.flags):
+            raise Refused(f"{other} does not count beside {flag}, whose file says it. Leave one of them out.")
 
 
 def check_sizes(config: Config, sizes: Sequence[int]) -> None:

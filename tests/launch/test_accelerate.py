@@ -24,3 +24,11 @@ def test_its_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
 def test_a_configuration_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["accelerate", "--config-file", "nowhere"]) == 2
     assert "--config-file nowhere is not there" in capsys.readouterr().err
+
+
+def test_flags_that_a_configuration_takes_the_place_of_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.yaml").write_text("")
+    assert main(["accelerate", "--config-file", str(tmp_path / "a.yaml"), "--port=7"]) == 2
+    assert "--port does not count beside --config-file" in capsys.readouterr().err

@@ -22,3 +22,11 @@ def test_its_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
 def test_a_hostfile_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["deepspeed", "--hostfile", "nowhere"]) == 2
     assert "--hostfile nowhere is not there" in capsys.readouterr().err
+
+
+def test_flags_that_a_hostfile_takes_the_place_of_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    assert main(["deepspeed", "--hostfile", str(tmp_path / "hosts"), "--nproc=2"]) == 2
+    assert "--nproc does not count beside --hostfile" in capsys.readouterr().err
