@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -23,9 +24,13 @@ from checkpointing.reader import GenerationReader
 from checkpointing.stream import boxes, read
 from checkpointing.tensors import tensor_bytes
 
-MODEL = "model/"
+MODEL, BUFFER = "model/", "buffer/"  # parameters, and buffers that a state dict has
+_FUSED = re.compile(r"\.experts\.(gate_up_proj|down_proj|up_proj)$")
 FILE_BYTES = 5_000_000_000  # of a file of weights, as transformers writes them
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+WEIGHTS = (
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"),
+    *("*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.ot"),
+)
 
 
 def export_hugging_face(
@@ -48,6 +53,11 @@ def export_hugging_face(
             f"{description} has no config.json, so nothing says what model this is. Type --config DIR with a directory "
             "of that model."
         )
+    if fused := [_bare(name) for name in tensors if _FUSED.search(name)]:
+        raise MismatchError(
+            f"{first_few(fused)} are the experts of a layer as one tensor, which Hugging Face directories hold apart. "
+            "`python -m trainer.methods merge RUN DIR` writes them as transformers does."
+        )
     files = _dealt([(name, _nbytes(reader, name, dtype)) for name in tensors], file_bytes)
     single = len(files) == 1
     names = [
@@ -58,7 +68,7 @@ def export_hugging_face(
         for file, held in zip(names, files, strict=True):
             _write_file(reader, draft / file, held, dtype)
         if not single:
-            where = {name.removeprefix(MODEL): file for file, held in zip(names, files, strict=True) for name in held}
+            where = {_bare(name): file for file, held in zip(names, files, strict=True) for name in held}
             total = sum(_nbytes(reader, name, dtype) for name in tensors)
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
             (draft / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
@@ -74,32 +84,39 @@ def export_torch(reader: GenerationReader, file: Path, *, dtype: torch.dtype | N
     if file.exists():
         raise LayoutError(f"{file} is there already. Give another name, or remove it.")
     tensors, manifest = parameters(reader), reader.manifest
-    state = {name.removeprefix(MODEL): _cast(_read_whole(reader, name), dtype) for name in tensors}
+    state = {_bare(name): _cast(_read_whole(reader, name), dtype) for name in tensors}
     for name, stored in manifest.aliases.items():
-        if name.startswith(MODEL) and stored in tensors:
-            state[name.removeprefix(MODEL)] = state[stored.removeprefix(MODEL)]
+        if name.startswith((MODEL, BUFFER)) and stored in tensors:
+            state[_bare(name)] = state[_bare(stored)]
+    file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     try:
         torch.save(state, draft)
+        with open(draft, "rb") as written:
+            os.fsync(written.fileno())
         draft.replace(file)
     finally:
         draft.unlink(missing_ok=True)
-    return sum(tensor.numel() for tensor in state.values())
+    return sum(state[_bare(name)].numel() for name in tensors)
 
 
 def parameters(reader: GenerationReader) -> list[str]:
     """The names under which a generation stores its model, which must be whole, and nothing but a model's."""
     manifest = reader.manifest
-    found = sorted(name for name in manifest.tensors if name.startswith(MODEL))
+    found = sorted(name for name in manifest.tensors if name.startswith((MODEL, BUFFER)))
     if lacking := sorted(name for name in manifest.external if name.startswith(MODEL)):
         raise MismatchError(
             f"{manifest.generation} holds what was trained, and names the rest by its hash: "
-            f"{first_few([name.removeprefix(MODEL) for name in lacking])}. `python -m trainer.methods merge RUN DIR` "
+            f"{first_few([_bare(name) for name in lacking])}. `python -m trainer.methods merge RUN DIR` "
             "puts it into its base."
         )
-    if not found:
+    if not any(name.startswith(MODEL) for name in found):
         raise MismatchError(f"{manifest.generation} holds no model: no tensor's name begins with {MODEL}.")
     return found
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix(MODEL).removeprefix(BUFFER)
 
 
 def _nbytes(reader: GenerationReader, name: str, dtype: torch.dtype | None) -> int:
@@ -149,7 +166,7 @@ def _write_file(reader: GenerationReader, path: Path, names: Sequence[str], dtyp
         end = position + _nbytes(reader, name, dtype)
         kind = DTYPE_NAMES[_stored_as(reader, name, dtype)]
         shape = list(reader.manifest.tensors[name].shape)
-        header[name.removeprefix(MODEL)] = {"dtype": kind, "shape": shape, "data_offsets": [position, end]}
+        header[_bare(name)] = {"dtype": kind, "shape": shape, "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)

@@ -13,7 +13,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from trainer.elastic.preemption import listen_no_more, note_early
+from trainer.elastic.preemption import listen_no_more, note_early, take_early
 
 if __name__ == "__main__":
     note_early()  # seconds of imports and checks, until the trainers can be told
@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     call = read(options.command, options, overrides)
-    if call.dry_run or call.multirun:
+    if call.dry_run or call.multirun or call.target == "slurm":
+        if early := take_early():
+            return 128 + early[0]
         listen_no_more()
     # A module a target: `check` refuses, `plan` says what is run, `run` runs it.
     target = importlib.import_module(f"launch.{call.target}")

@@ -21,7 +21,7 @@ ENDPOINT, TOKEN = "EVERSHARD_DOCTOR_ENDPOINT", "EVERSHARD_DOCTOR_TOKEN"  # of on
 
 def main(options: argparse.Namespace) -> int:
     """0 where nothing is to be mended."""
-    if options.allocation and "SLURM_PROCID" not in os.environ:
+    if options.allocation and TOKEN not in os.environ:
         return _everywhere(options)
     where = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
     found = [memory(), shared_memory(), locked_memory(), *disk(Path(options.dir)), ports(), *devices()]

@@ -19,9 +19,6 @@ AWAY = 60  # looks in a row at a controller that does not answer, before it is g
 def main(options: argparse.Namespace) -> int:
     run = Path(options.run)
     job = job_of(run)
-    # The log of a point is the sweep's.
-    log = next((p for p in (run, run.parent) if (p / "launch" / f"job-{job}.log").exists()), run)
-    log = log / "launch" / f"job-{job}.log"
     said, seen, away = "", 0, 0
     while True:
         try:
@@ -39,7 +36,9 @@ def main(options: argparse.Namespace) -> int:
         # It was requeued, and SLURM would wait for two minutes. One that has not begun may be told to begin later.
         if (state, reason) == ("PENDING", "BeginTime") and (run / "launch" / ATTEMPTS).exists():
             release(job)
-        if log.exists():
+        # The log of a point is the sweep's.
+        log = next((p for home in (run, run.parent) if (p := home / "launch" / f"job-{job}.log").exists()), None)
+        if log is not None:
             with open(log, "rb") as file:
                 file.seek(seen)
                 sys.stdout.buffer.write(file.read())

@@ -98,8 +98,7 @@ class Job:
         attempts, own, found = self.attempts(), self.own(), self.newest()
         step = 0 if found is None else found.step
         if (tries := in_vain(own, step)) > self.options["max_requeues"]:
-            self.say(f"gives up after {tries} attempts in a row without a new committed step (step {step})")
-            return 1
+            return self.give_up(f"gives up after {tries} attempts in a row without a new committed step (step {step})")
         (self.run / "launch").mkdir(parents=True, exist_ok=True)
         if own and found is not None and found.manifest is not None and found.manifest.created > own[0]["time"]:
             # What this job has saved is what it goes on from, wherever it was told to start: the script looks for this.
@@ -128,11 +127,9 @@ class Job:
         attempts[-1] |= {"ended": "unhealthy", "excluded": {} if everywhere else bad, "together": together}
         self.note(attempts)
         if everywhere:
-            self.say("no machine is healthy: nothing is started, and nothing is excluded")
-            return 1
+            return self.give_up("no machine is healthy: nothing is started, and nothing is excluded")
         if (tries := in_vain(self.own(), self.step())) > self.options["max_requeues"]:
-            self.say(f"gives up after {tries} attempts in a row without a new committed step")
-            return 1
+            return self.give_up(f"gives up after {tries} attempts in a row without a new committed step")
         known = {node for one in self.own() for node in one.get("excluded", {})}
         given = [node for node in self.options["exclude"].split(",") if node]
         self.requeue(",".join([*given, *sorted(known)]))
@@ -160,10 +157,17 @@ class Job:
         attempts[-1] |= {"ended": "preempted before training", "reached": step, "again": True}
         self.note(attempts)
         if (tries := in_vain(self.own(), step)) > self.options["max_requeues"]:
-            self.say(f"gives up after {tries} attempts in a row without a new committed step")
-            return 1
+            return self.give_up(f"gives up after {tries} attempts in a row without a new committed step")
         self.say("preempted before training; the job is requeued")
         return 0 if self.requeue() else 1
+
+    def give_up(self, why: str) -> int:
+        """The job does not come back, and its last attempt says so."""
+        attempts = self.attempts()
+        attempts[-1] |= {"ended": why, "again": False}
+        self.note(attempts)
+        self.say(why)
+        return 1
 
     def leave(self) -> int:
         """SLURM ends the job, and whether it comes back is not for the script to say."""
@@ -179,7 +183,8 @@ class Job:
     def requeue(self, exclude: str = "") -> bool:
         """Whether SLURM takes the job back. It ends the script of one, and only then lets machines be excluded."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if why := self._told(REQUEUE_S, "requeue", self.number):
+        why = self._told(REQUEUE_S, "requeue", self.number)
+        if why and not any(word in why.lower() for word in ("pending", "completing")):  # SLURM has it already
             self.say(f"SLURM does not requeue it ({why}). Type the command that submitted it again")
             attempts = self.attempts()
             attempts[-1] |= {"again": False, "requeue": why}
@@ -196,7 +201,8 @@ class Job:
             done = subprocess.run(["scontrol", *words], capture_output=True, text=True)
             if done.returncode == 0:
                 return ""
-            if time.monotonic() >= deadline:
+            final = any(word in done.stderr.lower() for word in ("disabled", "pending"))
+            if final or time.monotonic() >= deadline:
                 return done.stderr.strip() or f"status {done.returncode}"
             time.sleep(0.2)
 

@@ -105,8 +105,12 @@ def is_override(word: str) -> bool:
 def is_choice(word: str) -> bool:
     """Whether Hydra would make several runs of it: `a=1,2`, `a=range(3)`, `a=choice(x,y)`."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
 
-    return bool(OverridesParser.create().parse_override(word).is_sweep_override())
+    try:
+        return bool(OverridesParser.create().parse_override(word).is_sweep_override())
+    except HydraException as error:
+        raise Refused(f"{word} cannot be read: {str(error).splitlines()[0]}. Quote it, or mend it.") from None
 
 
 def quote(value: str | list[str]) -> str:

@@ -9,7 +9,10 @@ from trainer.errors import Refused
 
 WAIT_S = 60
 # States that a job does not leave, and that of one that SLURM has forgotten.
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE", "")
+OVER = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE"),
+    *("PREEMPTED", ""),
+)
 
 
 def ask(*words: str, check: bool = True, forgive: str = "") -> str:

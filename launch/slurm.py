@@ -85,7 +85,8 @@ def patient(call: Call) -> Call:
     """With as much time to save as SLURM gives, unless it is configured how much."""
     options = call.config.launch
     assert isinstance(options, SlurmLaunch)
-    if call.config.elastic.grace_s != Elastic().grace_s:
+    given = any(word.startswith("elastic.grace_s=") for word in call.overrides)
+    if given or call.config.elastic.grace_s != Elastic().grace_s:
         return call
     grace_s = max(options.warn_s - MARGIN_S, options.warn_s // 2)
     return replace(call, overrides=[*call.overrides, f"elastic.grace_s={grace_s}"])

@@ -95,7 +95,8 @@ class _Forward:
     def __enter__(self) -> _Forward:
         self._before = {number: signal.signal(number, self._hand_on) for number in self._signals}
         for number in take_early():  # while this command was read and checked
-            self._hand_on(number, None)
+            if number in self._signals:
+                self._hand_on(number, None)
         return self
 
     def __exit__(self, *_: object) -> None:

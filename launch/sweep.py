@@ -55,7 +55,7 @@ def run_points(call: Call) -> int:
 def _run(command: Command, warning: str) -> int:
     """In a session of its own, where a terminal's signals do not reach it twice: all come by way of this process."""
     with subprocess.Popen(command.words, start_new_session=True) as process:
-        numbers = [*warnings_of(warning), signal.SIGINT, signal.SIGHUP]
+        numbers = [*warnings_of(warning), signal.SIGINT, signal.SIGHUP, signal.SIGQUIT]
         before = {n: signal.signal(n, lambda number, _: process.send_signal(number)) for n in numbers}
         try:
             ended = process.wait()
@@ -115,8 +115,8 @@ def _as_jobs(calls: Sequence[Call], call: Call) -> int:
         print(made)
         return 0
     home = Path(call.config.run.dir).absolute()
-    _write_down(home, calls)
     job = hand_in(made)
+    _write_down(home, calls)
     print(f"submitted job {job}, {len(calls)} points")
     command = Command(python("-m", "launch", "status", str(home)))
     where = ["--job-name=summary", f"--dependency=afterany:{job}", f"--output={home / 'summary.txt'}", "--ntasks=1"]

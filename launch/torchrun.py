@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -140,10 +141,11 @@ def _check_way(endpoint: str) -> None:
         "os._exit(0)"
     )
     if subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode:
-        raise Refused(
-            f"--endpoint {endpoint} is taken: something listens there that is no torchrun. Type another port, the same "
-            "on every machine."
-        )
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5):  # it is still there
+            raise Refused(
+                f"--endpoint {endpoint} is taken: something listens there that is no torchrun. Type another port, the "
+                "same on every machine."
+            )
 
 
 def command_of(

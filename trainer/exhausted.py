@@ -24,7 +24,7 @@ def explained(config: Config, device: torch.device) -> Iterator[None]:
         said = str(error).splitlines()[0]
         raise TrainingFailed(
             f"Training does not fit into {what}: {said} Type, in this order, as much of it as it takes: "
-            f"{'; '.join(remedies(config))}. What was saved before stays, and the run goes on from there."
+            f"{'; '.join(remedies(config))}. What was saved before stays as it is."
         ) from error
 
 
@@ -50,8 +50,8 @@ def remedies(config: Config) -> list[str]:
     else:
         found.append("more processes, or parallel=zero3 parallel.offload=true (the optimizer in CPU memory)")
     if config.precision.compute is Compute.fp32:
-        found.append("precision=bf16 (half the activations)")
-    found.append(f"train.seq_len={max(1, config.train.seq_len // 2)} (shorter samples)")
+        found.append("in a new run precision=bf16 (half the activations)")
+    found.append(f"in a new run train.seq_len={max(1, config.train.seq_len // 2)} (shorter samples)")
     if isinstance(config.method, Full):
-        found.append("method=lora (trains adapters only)")
+        found.append("in a new run method=lora (trains adapters only)")
     return found

@@ -49,6 +49,7 @@ def train(
         if preemption.is_due():
             if done.step > 0:  # also where it has just come from memory, which goes with the machine
                 saver.leave(done, losses)
+            window.close()
             return False
         with window.step(step):
             row = train_step(config, engine, feed, step, done.loss_scale)
@@ -63,6 +64,7 @@ def train(
         losses = {key: row[key] for key in ("loss", "eval_loss") if key in row}
         ends = step == last or done.gives_up(config.eval.patience)
         saver.save(done, losses, durable=ends or due(step, config.checkpoint.every, last), last=ends)
+    window.close()
     saver.finish(done, losses)
     return True
 

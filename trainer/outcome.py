@@ -32,7 +32,9 @@ class Outcome:
         if isinstance(error, Refused):
             return Outcome(2, final=not isinstance(error.__cause__ or error.__context__, LeaseHeldError), why=why)
         if isinstance(error, TrainingFailed):
-            return Outcome(1, final=not isinstance(error.__cause__, CheckpointError | OSError), why=why)
+            # A disk, another machine, or memory that ran out may have more next time.
+            passing = isinstance(error.__cause__, CheckpointError | OSError | RuntimeError)
+            return Outcome(1, final=not passing, why=why)
         return Outcome(130 if isinstance(error, KeyboardInterrupt) else 1, final=False, why=why)
 
 

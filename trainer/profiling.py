@@ -27,7 +27,12 @@ class Window:
             self._profile = profile(activities=kinds, record_shapes=True)
             self._profile.start()
         yield
-        if self._profile is not None and number == self._last:
+        if number == self._last:
+            self.close()
+
+    def close(self) -> None:
+        """Write what was recorded, also where the run ends before the window does."""
+        if self._profile is not None:
             self._profile.stop()
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._profile.export_chrome_trace(str(self._path))

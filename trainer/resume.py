@@ -25,7 +25,7 @@ from checkpointing.generations import Generation, abandon, candidates, read_inde
 from checkpointing.memory.directory import why_not_private
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage
-from trainer.choices import CHOICES, Jsonl, Sparse
+from trainer.choices import CHOICES, Sparse, Stdlib, Text
 from trainer.config import Config, as_json, choice_of, flatten
 from trainer.errors import Refused
 from trainer.methods import build
@@ -196,7 +196,8 @@ def check_state(
         refused["parallel.local_batch"] = "parallel.local_batch (entries grow by gradients of its first part)"
     if "parallel.local_batch" in changes and draws_randomness(model):  # dropout is drawn a part at a time
         refused["parallel.local_batch"] = "parallel.local_batch (the model has dropout, drawn for each part)"
-    if "parallel.pp" in changes and draws_randomness(model) and isinstance(config.data, Jsonl):
+    even = isinstance(config.data, Stdlib | Text) and not config.data.pack  # all rows are as wide as a pipeline's
+    if "parallel.pp" in changes and draws_randomness(model) and not even:
         refused["parallel.pp"] = "parallel.pp (dropout is drawn for the width of a pipeline's micro-batches)"
     if fingerprint != state["fingerprint"] and "data" not in refused:
         refused["data"] = "data (what it holds has changed)"

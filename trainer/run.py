@@ -29,6 +29,7 @@ from checkpointing.memory.directory import why_not_private
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage
 from trainer.config import Compute, Config
+from trainer.data.conversations import chosen_template
 from trainer.data.feed import Feed
 from trainer.data.order import steps_of
 from trainer.data.sources import Corpus, load_corpus
@@ -227,6 +228,8 @@ def train_and_finish(
     """Bring the run directory to where training starts, and train to the end; the exit status."""
     config, world = job.config, job.world
     done = Progress.of(state, scaled=config.precision.compute is Compute.fp16)
+    if not start.own:
+        done.best_loss, done.since_best = None, 0
     # A branch of another run is a run of its own.
     known = state.get("run_id") if start.own else None
     run_id = Team().together(lambda: known or uuid.uuid4().hex[:8])[0]
@@ -234,7 +237,8 @@ def train_and_finish(
         if world.rank == 0:
             print(f"  {'start':10} {line}", flush=True)
     if world.rank == 0:
-        leave_description(job.shapes, job.tokenizer, Path(config.run.dir) / "hf")
+        template = chosen_template(config.data)
+        leave_description(config.model, job.shapes, job.tokenizer, template, Path(config.run.dir) / "hf")
     tracker = RunTracker(config, run_id, world.rank, start.incarnation, done.step)
     status = 1
     with ExitStack() as opened:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from checkpointing import External, describe, export, save, stream
 from checkpointing.__main__ import main
@@ -61,6 +61,26 @@ def test_transformers_loads_the_very_weights(
     # The control: the base is another.
     with pytest.raises(AssertionError):
         assert_equal(model, loaded(tmp_path / "base"))
+
+
+def test_buffers_go_with_the_weights_and_fused_experts_are_sent_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = torch.nn.BatchNorm1d(4)
+    layer.running_mean.add_(3)
+    save(tmp_path / "a", 1, describe(layer))
+    assert main(["export", str(tmp_path / "a"), "--to", "torch", str(tmp_path / "new" / "a.pt")]) == 0
+    fresh = torch.nn.BatchNorm1d(4)
+    fresh.load_state_dict(torch.load(tmp_path / "new" / "a.pt", weights_only=True))
+    assert torch.equal(fresh.running_mean, layer.running_mean)
+    sizes = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes, **heads))
+    save(tmp_path / "b", 1, describe(model))
+    model.config.save_pretrained(tmp_path / "config")
+    words = ["export", str(tmp_path / "b"), "--to", "hf", str(tmp_path / "out"), "--config", str(tmp_path / "config")]
+    assert main(words) == 2
+    assert "are the experts of a layer as one tensor" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_rounded_as_torch_rounds(tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ def test_one_that_never_comes_is_the_one_that_is_blamed(tmp_path: Path, monkeypa
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert [missing for _, missing in said.values()] == [[2], [2]]
-    assert said[0][0].startswith("machines [2] of 3 did not come to")
+    assert {rank for _, missing in said.values() for rank in missing} == {2}
+    assert any(why.startswith("machines [2] of 3 did not come to") for why, _ in said.values())
     assert meet("127.0.0.1:1", 1, 2, "")[0].startswith("the machines do not reach each other at 127.0.0.1:1")
 
 

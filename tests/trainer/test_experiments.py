@@ -26,14 +26,8 @@ SIZES = {
     "llama_1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
     "llama_8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
     "llama_8b_lora": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
-    "llama_70b_lora": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-    },
 }
-PARAMETERS = {"llama_1b": 1.24e9, "llama_8b": 8.03e9, "llama_8b_lora": 8.03e9, "llama_70b_lora": 70.55e9}
+PARAMETERS = {"llama_1b": 1.24e9, "llama_8b": 8.03e9, "llama_8b_lora": 8.03e9}
 
 
 @pytest.fixture

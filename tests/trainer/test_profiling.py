@@ -20,6 +20,7 @@ def run(directory: Path, text: str, numbers: range) -> list[int]:
     for number in numbers:
         with window.step(number):
             torch.ones(1, number) @ torch.ones(number, 1)
+    window.close()
     path = directory / "rank-00003.json.gz"
     if not path.exists():
         return []
@@ -31,6 +32,7 @@ def run(directory: Path, text: str, numbers: range) -> list[int]:
 def test_only_the_window_is_recorded(tmp_path: Path) -> None:
     assert run(tmp_path, "3:5", range(1, 9)) == [3, 4, 5]
     assert run(tmp_path / "resumed", "3:5", range(4, 9)) == [4, 5]
+    assert run(tmp_path / "short", "3:5", range(1, 5)) == [3, 4]  # the run ended
     assert run(tmp_path / "over", "3:5", range(6, 9)) == [] and run(tmp_path / "none", "", range(1, 3)) == []
 
 

@@ -17,6 +17,7 @@ import jinja2
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from trainer.choices import Data
 from trainer.data.dataset import Sample
 from trainer.data.records import Record, string
 from trainer.data.tokenizer import Tokenizer
@@ -246,14 +247,22 @@ class Template:
         return texts[0], [tuple(span) for span in spans[0]] if spans else []
 
 
-def _source(given: str, tokenizer: Tokenizer) -> str:
+def chosen_template(config: Data) -> str | None:
+    """The Jinja of a template that was named; None where the tokenizer's own is read."""
+    return _named(getattr(config, "template", ""))
+
+
+def _named(given: str) -> str | None:
     if given == "chatml":
         return CHATML
-    if given:
-        path = Path(given).expanduser()
-        if not path.is_file():
-            raise Refused(f"data.template={given} is no file and not chatml. Type data.template=FILE.")
-        return path.read_text(encoding="utf-8")
+    return Path(given).expanduser().read_text(encoding="utf-8") if given else None
+
+
+def _source(given: str, tokenizer: Tokenizer) -> str:
+    if given and given != "chatml" and not Path(given).expanduser().is_file():
+        raise Refused(f"data.template={given} is no file and not chatml. Type data.template=FILE.")
+    if (chosen := _named(given)) is not None:
+        return chosen
     if tokenizer.chat_template is None:
         raise Refused(
             "This model's tokenizer has no chat template, as is usual for a model that was not trained to chat. Type "

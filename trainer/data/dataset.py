@@ -97,7 +97,10 @@ class Records:
         self._tokens = np.concatenate([tokens for tokens, _ in samples]) if samples else np.zeros(0, np.int32)
         self._targets = np.concatenate([targets for _, targets in samples]) if samples else np.zeros(0, np.bool_)
         self._num_targets = np.array([targets.sum() for _, targets in samples], dtype=np.int64)
-        self.fingerprint = hashed([self._tokens, self._ends, np.packbits(self._targets)], f"records of {seq_len}")
+        first = np.array([targets.argmax() for _, targets in samples], dtype=np.int64)
+        ends_with_them = bool((lengths - first == self._num_targets).all())  # prompt and completion, as of old
+        how = first if ends_with_them else np.packbits(self._targets)
+        self.fingerprint = hashed([self._tokens, self._ends, how], f"records of {seq_len}")
         self.largest_token = int(self._tokens.max(initial=0))
 
     def __len__(self) -> int:

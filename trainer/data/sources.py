@@ -176,7 +176,9 @@ def _hub(config: Hub, tokenizer: Tokenizer, seq_len: int) -> Corpus:
     """Rows, each a record, of the kind that the first one is."""
     whole = hub.rows(config, config.split)
     first = next(whole, None)
-    if first is not None and conversational(first[2]):
+    named = (config.text_field, config.prompt_field, config.completion_field)
+    chosen = set(named) - {"text", "prompt", "completion"}  # by name, which says what is meant
+    if first is not None and conversational(first[2]) and not chosen & set(first[2]):
         reader: RecordReader = Conversations(config.template, tokenizer, seq_len)
     else:
         reader = Fields(config.text_field, config.prompt_field, config.completion_field, tokenizer, seq_len)

@@ -36,14 +36,24 @@ def build_model(config: Model, *, seq_len: int, seed: int, device: str = "cpu") 
         return tiny_llama.build(config, seq_len, seed)
 
 
-def leave_description(model: nn.Module, tokenizer: Tokenizer, directory: Path) -> None:
-    """All that a Hugging Face directory holds beside the weights: what model it is, how it generates, its tokenizer."""
+def leave_description(
+    config: Model, model: nn.Module, tokenizer: Tokenizer, template: str | None, directory: Path
+) -> None:
+    """All that a Hugging Face directory holds beside the weights: what model it is, how it generates, its tokenizer.
+
+    `template` is the chat template that it is trained on, where that is not the tokenizer's own.
+    """
     inside = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
     directory.mkdir(parents=True, exist_ok=True)
     inside.config.save_pretrained(directory)
-    if inside.can_generate() and inside.generation_config is not None:
-        inside.generation_config.save_pretrained(directory)
+    generation = huggingface.generation(config) if isinstance(config, HuggingFace) else None
+    if generation is None and inside.can_generate():
+        generation = inside.generation_config
+    if generation is not None:
+        generation.save_pretrained(directory)
     tokenizer.save(directory)
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def architecture(model: nn.Module) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from checkpointing.errors import first_few
 from trainer.choices import HuggingFace
@@ -28,6 +28,15 @@ def load_tokenizer(config: HuggingFace) -> Tokenizer:
             "Name one as eos_token in its tokenizer_config.json."
         )
     return HuggingFaceTokenizer(tokenizer)
+
+
+def generation(config: HuggingFace) -> Any:
+    """How the model generates, such as the tokens that end an answer; None where its files do not say."""
+    local = Path(config.path).expanduser()
+    try:
+        return GenerationConfig.from_pretrained(str(local) if local.exists() else config.path, revision=config.revision)
+    except OSError:
+        return None
 
 
 def build(config: HuggingFace, seq_len: int) -> nn.Module:

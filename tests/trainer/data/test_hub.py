@@ -46,6 +46,14 @@ def test_a_directory_of_files_is_what_the_file_is_elsewhere(records: list[dict[s
     assert ours.train.num_targets(np.arange(30)) > 30
 
 
+def test_fields_that_are_named_count_more_than_what_a_row_looks_like(tmp_path: Path) -> None:
+    Dataset.from_list([{"instruction": "2+2", "output": "4", "body": "x"}] * 3).save_to_disk(tmp_path)
+    assert load(tmp_path).notes[0].startswith("3 records of instruction, input and output")
+    tokens, targets = load(tmp_path, prompt_field="instruction", completion_field="output").train.sample(0)
+    assert bytes(tokens.tolist()) == b"2+24\0" and targets.tolist() == [False] * 3 + [True] * 2
+    assert bytes(load(tmp_path, text_field="body").train.sample(0).tokens.tolist()) == b"x\0"
+
+
 def test_what_cannot_be_read_is_one_paragraph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for path in (tmp_path / "empty", Path("nobody/no-such-dataset")):
