@@ -237,8 +237,11 @@ def train_and_finish(
         if world.rank == 0:
             print(f"  {'start':10} {line}", flush=True)
     if world.rank == 0:
-        template = chosen_template(config.data)
-        leave_description(config.model, job.shapes, job.tokenizer, template, Path(config.run.dir) / "hf")
+        try:
+            template = chosen_template(config.data)
+            leave_description(config.model, job.shapes, job.tokenizer, template, Path(config.run.dir) / "hf")
+        except Exception as error:  # of libraries and of models' own code: an export is no reason not to train
+            logger.warning("%s/hf is not whole, and an export will need --config: %s", config.run.dir, error)
     tracker = RunTracker(config, run_id, world.rank, start.incarnation, done.step)
     status = 1
     with ExitStack() as opened:

@@ -78,9 +78,11 @@ def test_what_the_script_does(tmp_path: Path, signals: list[str], commands_: lis
     text = plan(called("slurm", *flags, "--", f"run.dir={tmp_path}/run")).text
     (tmp_path / "script").write_text(text)
     say = f"echo $word >> {tmp_path}/ran"
-    signalling = "\n".join(
-        f'[ "$word" = {s.split()[1]} ] && {{ sleep 0.3; kill -{s.split()[0]} $PPID; sleep 0.3; }}' for s in signals
-    )
+    heard = f"for _ in $(seq 100); do grep -qs warned {tmp_path}/ran && break; sleep 0.1; done"
+    signalling = ""
+    for signal, during in (one.split() for one in signals):
+        then = heard if (signal, during) == ("USR1", "train") else ":"
+        signalling += f'[ "$word" = {during} ] && {{ sleep 0.3; kill -{signal} $PPID; {then}; }}\n'
     for name, body in {
         "scontrol": "echo n1",
         "srun": f"""

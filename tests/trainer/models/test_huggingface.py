@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, T5Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, T5Config
 
 from tests.models import VOCABULARY, save_tiny_model
 from trainer.choices import HuggingFace, TinyLlama
+from trainer.data.tokenizer import ByteTokenizer
 from trainer.errors import Refused
-from trainer.models import architecture, build_model, draws_randomness, load_tokenizer
+from trainer.models import architecture, build_model, draws_randomness, leave_description, load_tokenizer
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -53,6 +54,22 @@ def test_sequences_longer_than_the_model_knows_are_refused(tmp_path: Path) -> No
     save_tiny_model(tmp_path)
     with pytest.raises(Refused, match=r"Type train\.seq_len=64"):
         build_model(HuggingFace(path=str(tmp_path)), seq_len=65, seed=0)
+
+
+def test_what_it_leaves_beside_the_weights_is_what_its_files_say(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model")
+    GenerationConfig(eos_token_id=[5, 256], do_sample=True, top_k=7).save_pretrained(tmp_path / "model")
+    config = HuggingFace(path=str(tmp_path / "model"))
+    model = build_model(config, seq_len=8, seed=0, device="meta")
+    leave_description(config, model, load_tokenizer(config), "{{ messages }}", tmp_path / "hf")
+    left = GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert left.eos_token_id == [5, 256] and left.top_k == 7
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template == "{{ messages }}"
+    assert AutoConfig.from_pretrained(tmp_path / "hf").hidden_size == 24
+    tiny = TinyLlama()
+    leave_description(tiny, build_model(tiny, seq_len=8, seed=0, device="meta"), ByteTokenizer(), None, tmp_path / "b")
+    assert GenerationConfig.from_pretrained(tmp_path / "b").eos_token_id == 0
+    assert not (tmp_path / "b" / "chat_template.jinja").exists()
 
 
 def test_randomness_is_seen(tmp_path: Path) -> None:
