@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,8 +46,7 @@ def test_attempts_in_vain_are_those_at_the_end_whatever_ended_them() -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path, commands: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:  # noqa: F811
-    before = signal.getsignal(signal.SIGTERM)  # the command that requeues its job hears it no more
+def run(tmp_path: Path, commands: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
     home = tmp_path / "run"
     (home / "launch").mkdir(parents=True)
     options = {"checkpoints": str(home / "checkpoints"), "max_requeues": 2, "exclude": "n9", "health": "", "gpus": 0}
@@ -57,8 +54,7 @@ def run(tmp_path: Path, commands: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         monkeypatch.setenv(key, value)
     monkeypatch.setenv(DIRECTORY, str(home / "launch" / "attempt-5-0"))
     says(commands, "scontrol", f'[ "$1" = show ] && printf "n1\\nn2\\n" || echo "$@" >> {tmp_path}/told')
-    yield home
-    signal.signal(signal.SIGTERM, before)
+    return home
 
 
 def told(run: Path) -> list[str]:
