@@ -71,8 +71,7 @@ def test_the_records_have_from_one_to_seq_len_targets(tmp_path: Path) -> None:
 
 CASES = {
     "full": [],
-    "lora with dropout": ["method=lora", "method.dropout=0.1"],
-    "prompts masked": ["data=jsonl"],
+    "lora with dropout on masked prompts": ["method=lora", "method.dropout=0.1", "data=jsonl"],
 }
 
 
