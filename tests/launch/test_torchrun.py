@@ -46,7 +46,10 @@ def test_what_cannot_meet_is_refused(flags: list[str], message: str, capsys: pyt
 
 
 @pytest.mark.parametrize("says", ["nothing", "something else"])
-def test_a_port_that_is_taken_is_refused(says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_taken_is_refused(
+    says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launch.torchrun.PROBE_S", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         answering = threading.Thread(target=_answer if says != "nothing" else lambda _: None, args=(stranger,))
         answering.start()
