@@ -46,9 +46,6 @@ def test_by_our_command_and_by_hand_from_its_print(target: str, tmp_path: Path) 
         process.send_signal(signal.SIGUSR1)
         assert process.wait(90) == 75, log.read_text()
     assert {row["world_size"] for row in rows(b)} == {2} and events(b)[-1][0] == "preempt"
-    if target == "deepspeed":  # this time by its own list of machines
-        (tmp_path / "hosts").write_text("localhost slots=2\n")
-        words = [target, "--hostfile", str(tmp_path / "hosts"), f"--port={free_port()}"]
     printed = trainer(*words, "--dry-run", "--", *RUN, f"run.dir={b}", module="launch").stdout
     done = subprocess.run(
         printed,
