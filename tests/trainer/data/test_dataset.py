@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.dataset import IGNORE, Records, Sample, Windows, collate, predicted
+from trainer.data.dataset import IGNORE, Batch, Records, Sample, Windows, collate, predicted
 
 
 @given(st.integers(0, 60), st.integers(1, 9))
@@ -48,6 +48,19 @@ def test_parts_of_a_batch_are_padded_as_the_whole() -> None:
     assert torch.equal(torch.cat([p.inputs for p in parts]), batch.inputs)
     assert np.concatenate([p.ids for p in parts]).tolist() == batch.ids.tolist()
     assert [p.inputs.shape for p in batch.split(None)] == [(5, 8)]
+
+
+@given(st.integers(1, 3), st.integers(1, 9))
+def test_a_widened_batch_has_more_of_what_does_not_count(rows: int, width: int) -> None:
+    inputs = torch.ones(rows, width, dtype=torch.int64)
+    positions = torch.arange(width).repeat(rows, 1)
+    for batch in (Batch(inputs, inputs, np.arange(rows)), Batch(inputs, inputs, np.arange(rows), positions)):
+        wide = batch.widened(3, 9)
+        assert wide.inputs.shape == wide.labels.shape == (3, 9)
+        assert int((wide.labels >= 0).sum()) == rows * width == int(wide.inputs.sum())
+    # What is added is a sample of its own, which no other sees.
+    expected = [[*range(width), *range(9 - width)]] * rows + [list(range(9))] * (3 - rows)
+    assert wide.positions is not None and wide.positions.tolist() == expected
 
 
 def test_without_targets_nothing_counts() -> None:

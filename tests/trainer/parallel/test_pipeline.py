@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.trainer.parallel.test_tensor import assert_alike, overrides
 from tests.trainer.parallel.test_torch_engine import SMALL, train_steps
@@ -16,12 +14,11 @@ from tests.trainer.parallel.zoo import MODELS
 from tests.worlds import WORLD
 from trainer.compose import compose
 from trainer.config import PipelineSchedule
-from trainer.data.dataset import Batch
 from trainer.errors import Refused
 from trainer.methods import build
 from trainer.models import blocks
 from trainer.parallel import pipeline
-from trainer.parallel.pipeline import Shape, check_stages, cut_out, inside, stages_of
+from trainer.parallel.pipeline import check_stages, cut_out, inside, stages_of
 
 ONE_F_ONE_B, INTERLEAVED = PipelineSchedule["1f1b"], PipelineSchedule.interleaved
 
@@ -126,14 +123,6 @@ def test_stages_share_what_they_have_and_leave_the_model_as_it_was() -> None:
     assert held[0].keys() | held[1].keys() == before.keys() and not held[0].keys() & held[1].keys()
     assert all(parameter is before[name] for stage in held for name, parameter in stage.items())
     assert dict(model.named_parameters()) == before and len(blocks(model)) == 4
-
-
-@given(st.integers(1, 3), st.integers(1, 9))
-def test_micro_batches_are_made_alike_by_what_does_not_count(samples: int, positions: int) -> None:
-    inputs = torch.ones(samples, positions, dtype=torch.int64)
-    fitted = Shape(3, 9).fit(Batch(inputs, inputs, np.arange(samples)))
-    assert fitted.inputs.shape == fitted.labels.shape == (3, 9)
-    assert int((fitted.labels >= 0).sum()) == samples * positions == int(fitted.inputs.sum())
 
 
 def test_stages_of_a_schedule() -> None:
