@@ -91,8 +91,8 @@ def train_step(
         "tokens_per_s": share.num_tokens / step_s,
         "step_s": step_s,
         "blocked_s": 0.0,
-        "memory_bytes": memory_used(engine.device),
         "world_size": engine.world_size,
+        "memory_bytes": memory_used(engine.device),
     }
     if scale is not None:
         row["loss_scale"] = scale.factor

@@ -57,6 +57,7 @@ def test_what_a_run_writes(tmp_path: Path) -> None:
         "checkpoints",
         "config.yaml",
         "events.jsonl",
+        "hf",
         "metrics.jsonl",
     ]
     assert [row["step"] for row in metrics] == list(range(1, 13))
