@@ -9,8 +9,9 @@ from pathlib import Path
 
 from launch.job import ATTEMPTS
 from launch.scheduler import OVER, release, state_of
-from launch.status import Status, _lines
+from launch.status import Status
 from trainer.errors import Refused
+from trainer.track.files import read_lines
 
 POLL_S = 1.0
 AWAY = 60  # looks in a row at a controller that does not answer, before it is given up
@@ -57,7 +58,7 @@ def how(run: Path, state: str) -> int:
         found = Status("not started")
     if found.state == "finished":
         return 0
-    ended = (_lines(run / "launch" / ATTEMPTS) or [{}])[-1].get("ended", "")
+    ended = (read_lines(run / "launch" / ATTEMPTS) or [{}])[-1].get("ended", "")
     print(f"launch: {run} is not finished: {found.state}; {ended or state}", file=sys.stderr)
     return 1
 

@@ -19,6 +19,7 @@ from checkpointing.generations import newest
 from checkpointing.lease import holder_of
 from checkpointing.storage import FileStorage
 from trainer.errors import Refused
+from trainer.track.files import read_lines
 
 POINTS = "points.json"
 TAIL = 65536  # bytes, in which the last line of metrics is
@@ -44,16 +45,16 @@ class Status:
     @staticmethod
     def of(run: Path) -> Status:
         """`Refused` where there is no run."""
-        events = _lines(run / "events.jsonl")
+        events = read_lines(run / "events.jsonl")
         job = _text(run / "launch" / "job")
         if not events:
             if job:
-                attempts = _lines(run / "launch" / "attempts.jsonl")
+                attempts = read_lines(run / "launch" / "attempts.jsonl")
                 if attempts and attempts[-1].get("again") is False:
                     return Status("failed", job=job, why=str(attempts[-1].get("ended", "")))
                 return Status("waiting", job=job)
             raise Refused(f"{run} is no run: it has no events.jsonl. Type the directory of one, such as runs/main.")
-        rows = _lines(run / "metrics.jsonl", TAIL)
+        rows = read_lines(run / "metrics.jsonl", TAIL)
         row: dict[str, Any] = rows[-1] if rows else {}
         snapshots = [e["step"] for e in events if e["event"] == "snapshot" and e.get("generation")]
         ends = [e for e in events if e["event"] in ("start", "resume", "finish", "preempt", "failure")]
@@ -143,22 +144,6 @@ def _differing(points: list[list[str]]) -> list[str]:
             key, _, value = word.partition("=")
             values.setdefault(key, set()).add(value)
     return [key for key, seen in values.items() if len(seen) > 1]
-
-
-def _lines(path: Path, tail: int = 0) -> list[dict[str, Any]]:
-    """The objects of a file, or of its end; what is no whole line is passed over."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - tail) if tail else 0)
-            data = file.read()
-    except OSError:
-        return []
-    found = []
-    for line in data.splitlines():
-        with contextlib.suppress(ValueError):
-            if isinstance(one := json.loads(line), dict):
-                found.append(one)
-    return found
 
 
 def _text(path: Path) -> str:

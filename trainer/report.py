@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import html
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from trainer.errors import Refused
+from trainer.track.files import read_lines
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 920, 240, 74, 16, 12, 30
 POINTS = 1500  # of a line at most: of more the lowest and the highest of every stretch
@@ -72,7 +72,7 @@ class Run:
 
     @staticmethod
     def read(directory: Path) -> Run:
-        rows, events = lines(directory / "metrics.jsonl"), lines(directory / "events.jsonl")
+        rows, events = read_lines(directory / "metrics.jsonl"), read_lines(directory / "events.jsonl")
         if not events and not rows:
             raise Refused(
                 f"{directory} is no run: it has no metrics.jsonl and no events.jsonl. Type a run's directory, such as "
@@ -80,7 +80,7 @@ class Run:
             )
         config = directory / "config.yaml"
         text = config.read_text(encoding="utf-8") if config.is_file() else ""
-        return Run(directory, rows, lines(directory / "metrics.discarded.jsonl"), events, text)
+        return Run(directory, rows, read_lines(directory / "metrics.discarded.jsonl"), events, text)
 
     def of(self, key: str, rows: Iterable[dict[str, Any]] | None = None, scale: float = 1) -> list[tuple[float, float]]:
         """(step, value) where there is one."""
@@ -292,17 +292,6 @@ def short(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.4g}{letter}"
     return f"{value:.4g}"
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file; what is no whole line is passed over."""
-    found = []
-    with contextlib.suppress(OSError):
-        for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                if isinstance(one := json.loads(line), dict):
-                    found.append(one)
-    return found
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -42,6 +43,22 @@ class Events(JsonLines):
 
     def emit(self, event: str, **facts: Any) -> None:
         self.write({"event": event, **facts, "time": time.time(), "monotonic": time.monotonic()})
+
+
+def read_lines(path: Path, tail: int = 0) -> list[dict[str, Any]]:
+    """The objects of a file, or of its last `tail` bytes; what is no whole line is passed over."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - tail) if tail else 0)
+            data = file.read()
+    except OSError:
+        return []
+    found = []
+    for line in data.splitlines():
+        with contextlib.suppress(ValueError):
+            if isinstance(one := json.loads(line), dict):
+                found.append(one)
+    return found
 
 
 def roll_back(run_dir: Path, step: int) -> tuple[int, int]:
