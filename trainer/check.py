@@ -57,7 +57,9 @@ def unknown_key(key: str) -> str:
         f"{group}={c}" for c, schema in CHOICES.get(group, {}).items() if name in {f.name for f in fields(schema)}
     ]
     if owners:
-        return f"{key} is an option of {' and '.join(owners)} only. Choose {' or '.join(owners)}, or leave it out."
+        *others, last = owners
+        among = f"{', '.join(others)} and {last}" if others else last
+        return f"{key} is an option of {among} only. Choose {'one of them' if others else last}, or leave it out."
     known = set().union(*(option_keys(config) for config in _one_of_each_choice()))
     close = get_close_matches(key, sorted(known), n=3, cutoff=0.6)
     hint = f"Did you mean {' or '.join(close)}?" if close else "`python -m trainer --cfg job` prints every option."

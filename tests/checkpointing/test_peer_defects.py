@@ -148,7 +148,7 @@ def test_no_module_of_the_library_can_execute_what_it_reads() -> None:
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in forbidden, path
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}, path
+                assert (node.value.id, node.attr) != ("torch", "load"), path
 
 
 def test_a_flipped_bit_never_loads(tmp_path: Path) -> None:

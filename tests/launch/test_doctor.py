@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.report import free_port
 from launch.__main__ import main
+from launch.doctor import ENDPOINT, TOKEN
 from launch.doctor import main as doctor
 
 
@@ -23,9 +25,14 @@ def test_one_that_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "MEND  disk" in capsys.readouterr().out
 
 
-def test_an_allocation_that_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_allocation_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert main(["doctor", "--allocation"]) == 2
     assert "this is no SLURM job" in capsys.readouterr().err
-    monkeypatch.setenv("SLURM_PROCID", "0")  # as a task of one
-    assert doctor(argparse.Namespace(dir=".", allocation=True)) == 0
+    task = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", ENDPOINT: f"127.0.0.1:{free_port()}", TOKEN: "1"}
+    for name, value in task.items():
+        monkeypatch.setenv(name, value)
+    assert doctor(argparse.Namespace(dir=str(tmp_path), allocation=True)) == 0
+    assert "sum together" in capsys.readouterr().out

@@ -16,6 +16,9 @@ REQUIRED = {
     "text": ["data.path=x"],
     "jsonl": ["data.path=x"],
     "chat": ["data.path=x"],
+    "llama_1b": ["data.path=x"],
+    "llama_8b": ["data.path=x"],
+    "llama_8b_lora": ["data.path=x"],
 }
 
 

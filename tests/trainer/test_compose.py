@@ -57,7 +57,7 @@ REFUSALS = {
     "model=nope": r"There is no model=nope\. Choose model=hf\|tiny_llama",
     "model=hf": r"model\.path has no value and no default\. Add model\.path=\.\.\.",
     "data=jsonl": r"data\.path has no value",
-    "data.path=x": r"data\.path is an option of data=text and data=jsonl only",
+    "data.path=x": r"data\.path is an option of data=text, data=jsonl, data=chat and data=hf only\. Choose one",
     "method.r=2": r"method\.r is an option of method=lora only",
     "parallel.engine=megatron": r"Invalid value 'megatron', expected one of \[torch, accelerate, deepspeed\]",
     "run.dir=${nope}": "Interpolation key 'nope' not found",

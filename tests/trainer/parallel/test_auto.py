@@ -64,7 +64,7 @@ CASES = [
     ("8B", "full", 80, 16, 8, {"dp_shard": 4, "dp_replicate": 4}),
     ("8B", "full", 80, 1, 1, None),
     ("8B", "lora", 80, 1, 1, {}),
-    ("8B", "full", 24, 8, 8, {"tp": 4, "pp": 2}),
+    ("8B", "full", 24, 8, 8, {"tp": 8}),
     ("70B", "full", 141, 16, 8, {"dp_shard": 16}),
     ("70B", "full", 80, 64, 8, {"dp_shard": 64}),
     ("70B", "full", 80, 16, 8, None),
