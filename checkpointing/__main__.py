@@ -1,4 +1,4 @@
-"""`python -m checkpointing ls|inspect|verify|diff|export DIR [--json]`: look at checkpoints, and take models out.
+"""`python -m checkpointing ls|inspect|verify|diff|export|import ...`: look at checkpoints, take models out and in.
 
 DIR is a run directory, a directory of generations, or one generation. Exit status: 0 sound, 1 damage found, nothing
 to verify, or (diff) a difference, 2 DIR cannot be used. With --json an error is an object too.
@@ -20,9 +20,12 @@ from typing import Any
 
 import torch
 
+from checkpointing.commit import save
 from checkpointing.diff import compare
-from checkpointing.errors import CheckpointError, DamagedError, NotFoundError, VersionError
+from checkpointing.errors import CheckpointError, DamagedError, LayoutError, NotFoundError, VersionError, first_few
 from checkpointing.export import export_hugging_face, export_torch
+from checkpointing.export_dcp import export_dcp
+from checkpointing.foreign import IMPORTED, describe_foreign
 from checkpointing.format import DTYPES
 from checkpointing.generations import Generation, scan
 from checkpointing.lease import hold
@@ -55,11 +58,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_argument("dir", type=Path, metavar="DIR")
     command.add_argument(
-        "--to", choices=("hf", "torch"), default="hf", help="a Hugging Face directory, or a torch file"
+        "--to",
+        choices=("hf", "torch", "dcp"),
+        default="hf",
+        help="a Hugging Face directory, a torch file, or a directory of torch.distributed.checkpoint with moments",
     )
     command.add_argument("out", type=Path, metavar="OUT")
     command.add_argument("--dtype", choices=tuple(KINDS), help="round to this type (default: as it was trained)")
     command.add_argument("--config", type=Path, metavar="DIR", help="where config.json and the tokenizer are (hf)")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    command = commands.add_parser("import", help="make a generation of a checkpoint that another library wrote")
+    command.add_argument("source", type=Path, metavar="SOURCE", help="of DeepSpeed, torch's DCP or Hugging Face")
+    command.add_argument("dir", type=Path, metavar="DIR", help="of generations; give it to resume=DIR")
+    command.add_argument("--trust-pickle", action="store_true", help="read descriptions that are pickles")
+    command.add_argument("--step", type=int, metavar="N", help="which step is done (default: as the checkpoint says)")
+    command.add_argument(
+        "--ignore", action="append", default=[], metavar="PATH", help="leave out what lies under PATH (DCP; repeatable)"
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     arguments = parser.parse_args(argv)
     try:
@@ -81,6 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
         a, b = open_newest(*find(arguments.a)), open_newest(*find(arguments.b))
         with hold(a.storage, a.manifest.generation), hold(b.storage, b.manifest.generation):
             return diff(a, b, arguments.json)
+    if arguments.command == "import":
+        return take_in(arguments)
     storage, found = find(arguments.dir)
     if arguments.command == "export":
         return export(open_newest(storage, found), arguments)
@@ -232,6 +249,8 @@ def export(reader: GenerationReader, arguments: argparse.Namespace) -> int:
     with hold(reader.storage, reader.manifest.generation):
         if arguments.to == "torch":
             count = export_torch(reader, arguments.out, dtype=dtype)
+        elif arguments.to == "dcp":
+            count = export_dcp(reader, arguments.out, dtype=dtype)
         else:
             # A run leaves beside its checkpoints what model it trains.
             beside = Path(str(reader.storage)).parent / "hf"
@@ -241,6 +260,28 @@ def export(reader: GenerationReader, arguments: argparse.Namespace) -> int:
         print(json.dumps({**told, "out": str(arguments.out)}))
     else:
         print(f"{count:,} parameters of step {reader.manifest.step} in {arguments.out}")
+    return 0
+
+
+def take_in(arguments: argparse.Namespace) -> int:
+    foreign = describe_foreign(arguments.source, trust_pickle=arguments.trust_pickle, ignored=arguments.ignore)
+    step = arguments.step if arguments.step is not None else foreign.step
+    if step is None:
+        raise NotFoundError(f"{arguments.source} does not say which step is done. Type --step N (0 for none).")
+    if scan(FileStorage(arguments.dir)):
+        raise LayoutError(f"{arguments.dir} holds generations already. Give another directory, or remove it.")
+    told = {"kind": foreign.kind, "source": str(arguments.source), "step": step, "optimizer": foreign.has_optimizer}
+    name = save(arguments.dir, step, foreign.pieces, {IMPORTED: told})
+    if arguments.json:
+        print(json.dumps({**told, "generation": name, "left_out": list(foreign.left_out)}))
+        return 0
+    count = sum(piece.tensor.numel() for piece in foreign.pieces if piece.name.startswith("model/"))
+    moments = (
+        "with its optimizer's state" if foreign.has_optimizer else "without an optimizer's state, which begins at 0"
+    )
+    print(f"{foreign.kind}: step {step}, {count:,} parameters {moments}, in {arguments.dir}/{name}")
+    if foreign.left_out:
+        print(f"left out: {first_few(list(foreign.left_out))}")
     return 0
 
 

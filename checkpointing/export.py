@@ -19,9 +19,8 @@ import torch
 
 from checkpointing.errors import LayoutError, MismatchError, NotFoundError, first_few
 from checkpointing.format import DTYPE_NAMES, DTYPES
-from checkpointing.geometry import Box
 from checkpointing.reader import GenerationReader
-from checkpointing.stream import boxes, read
+from checkpointing.stream import boxes, read, read_whole
 from checkpointing.tensors import tensor_bytes
 
 MODEL, BUFFER = "model/", "buffer/"  # parameters, and buffers that a state dict has
@@ -64,7 +63,7 @@ def export_hugging_face(
         "model.safetensors" if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         for number in range(1, len(files) + 1)
     ]
-    with _whole(directory) as draft:
+    with whole_directory(directory) as draft:
         for file, held in zip(names, files, strict=True):
             _write_file(reader, draft / file, held, dtype)
         if not single:
@@ -84,7 +83,7 @@ def export_torch(reader: GenerationReader, file: Path, *, dtype: torch.dtype | N
     if file.exists():
         raise LayoutError(f"{file} is there already. Give another name, or remove it.")
     tensors, manifest = parameters(reader), reader.manifest
-    state = {_bare(name): _cast(_read_whole(reader, name), dtype) for name in tensors}
+    state = {_bare(name): _cast(read_whole(reader, name), dtype) for name in tensors}
     for name, stored in manifest.aliases.items():
         if name.startswith((MODEL, BUFFER)) and stored in tensors:
             state[_bare(name)] = state[_bare(stored)]
@@ -139,11 +138,6 @@ def _parts(reader: GenerationReader, name: str) -> Iterator[torch.Tensor]:
         yield read(reader, name, box)
 
 
-def _read_whole(reader: GenerationReader, name: str) -> torch.Tensor:
-    shape = reader.manifest.tensors[name].shape
-    return read(reader, name, Box((0,) * len(shape), shape))
-
-
 def _dealt(sizes: Sequence[tuple[str, int]], most: int) -> list[list[str]]:
     """Names in their order into files of at most `most` bytes; a larger one has a file of its own."""
     files: list[list[str]] = [[]]
@@ -180,7 +174,7 @@ def _write_file(reader: GenerationReader, path: Path, names: Sequence[str], dtyp
 
 
 @contextmanager
-def _whole(directory: Path) -> Iterator[Path]:
+def whole_directory(directory: Path) -> Iterator[Path]:
     """A directory beside it, which takes its place when all of it is written."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise LayoutError(f"{directory} is there already and not empty. Give another directory, or remove it.")

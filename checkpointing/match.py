@@ -121,6 +121,18 @@ def check_complete(pieces: Sequence[Piece], manifest: Manifest, cast: bool) -> N
         )
 
 
+def without_other_names(pieces: Sequence[Piece], manifest: Manifest) -> list[Piece]:
+    """Those to be filled: of a tensor that is tied here and stored under one name only, as other libraries do, that."""
+    stored = {p.memory for p in pieces if manifest.stored_name(p.name) in manifest.tensors}
+    return [
+        piece
+        for piece in pieces
+        if manifest.stored_name(piece.name) in manifest.tensors
+        or piece.name in manifest.external
+        or piece.memory not in stored
+    ]
+
+
 def check_external(given: Sequence[External], manifest: Manifest, *, all_of_them: bool = True) -> None:
     """Raise `MismatchError` unless the same tensors are external here, with the same content."""
     for here in given:

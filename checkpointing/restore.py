@@ -19,7 +19,7 @@ from checkpointing.format import Manifest
 from checkpointing.generations import candidates, read_manifest, scan
 from checkpointing.geometry import External, Piece, parts_of
 from checkpointing.lease import hold
-from checkpointing.match import check_complete, check_external, check_targets
+from checkpointing.match import check_complete, check_external, check_targets, without_other_names
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.plan import Row, layout_rows, split
 from checkpointing.planner import agree_on_completeness
@@ -209,17 +209,19 @@ def _choose_of_step(storage: Storage, step: int) -> str:
 
 def _load_one(team: Team, storage: Storage, name: str, wanted: _Wanted, budget: int) -> dict[str, Any]:
     reader: GenerationReader | None = None
+    pieces: list[Piece] = []
     rows: list[Row] = []
 
     def open_and_check() -> None:
-        nonlocal reader, rows
+        nonlocal reader, pieces, rows
         reader = GenerationReader(storage, read_manifest(storage, name), budget)
         manifest = reader.manifest
         stored = [*manifest.tensors, *manifest.aliases, *manifest.external]
         _check_prefixes(wanted.only, [*stored, *(p.name for p in wanted.pieces)])
         check_external(wanted.external, manifest, all_of_them=wanted.only is None)
-        check_complete(wanted.pieces, manifest, wanted.cast)
-        rows = layout_rows(wanted.pieces) if wanted.only is None else []
+        pieces = without_other_names(wanted.pieces, manifest)
+        check_complete(pieces, manifest, wanted.cast)
+        rows = layout_rows(pieces) if wanted.only is None else []
 
     team.together(open_and_check)
     assert reader is not None
@@ -229,7 +231,7 @@ def _load_one(team: Team, storage: Storage, name: str, wanted: _Wanted, budget: 
     objects: dict[str, Any] = {}
 
     def fill() -> None:
-        _fill(opened, wanted.pieces)
+        _fill(opened, pieces)
         objects.update(opened.objects)  # read here, where a failure is told to all
 
     team.together(fill)

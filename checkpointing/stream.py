@@ -30,3 +30,9 @@ def read(reader: GenerationReader, name: str, box: Box) -> torch.Tensor:
     piece = Piece(name, torch.empty(box.size, dtype=DTYPES[tensor.dtype]), box.offset, tensor.shape)
     reader.load([piece])
     return piece.tensor
+
+
+def read_whole(reader: GenerationReader, name: str) -> torch.Tensor:
+    """All of a tensor that is stored under this name."""
+    shape = reader.manifest.tensors[name].shape
+    return read(reader, name, Box((0,) * len(shape), shape))

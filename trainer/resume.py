@@ -18,8 +18,9 @@ from typing import Any
 
 from torch import nn
 
-from checkpointing import CheckpointError, VersionError, describe
+from checkpointing import CheckpointError, VersionError, describe, parameter_names
 from checkpointing.errors import first_few
+from checkpointing.foreign import IMPORTED
 from checkpointing.format import Manifest
 from checkpointing.generations import Generation, abandon, candidates, read_index, scan
 from checkpointing.memory.directory import why_not_private
@@ -96,13 +97,18 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
         found = [(storage, generation) for generation in others]
     storage, generation, manifest, state, passed_over = _newest_readable(found)
     passed_over = notes + passed_over
-    changes = check_state(config, state, fingerprint, model)
+    changes = {} if IMPORTED in state else check_state(config, state, fingerprint, model)
     sizes = sizes_in(manifest) if isinstance(config.method, Sparse) else None
     _check_model(f"{storage}/{generation.name}", manifest, _shapes(config, sizes, model))
     lines = [
         f"{storage}/{generation.name}: step {generation.step} of {config.train.steps} is done, "
         f"saved by {manifest.world_size} processes"
     ]
+    if IMPORTED in state:
+        lines = [lines[0].partition(", saved by")[0] + f", imported from {state[IMPORTED]['kind']}"]
+        lines.append("its settings and data are not known here: give those it was trained with")
+        if not state[IMPORTED]["optimizer"]:
+            lines.append("the optimizer's state begins at zero")
     lines += passed_over
     lines += [
         f"changed since: {key} was {was}, is {now}"
@@ -328,12 +334,22 @@ def _newest_readable(
 
 
 def _trainer_state(storage: FileStorage, generation: Generation, manifest: Manifest) -> dict[str, Any]:
-    state = read_index(storage, manifest, 0).objects.get("trainer")
-    if not isinstance(state, dict) or not {"config", "fingerprint", "architecture", "step"} <= state.keys():
+    state = trainer_state(read_index(storage, manifest, 0).objects)
+    needed = (
+        {"step"} if isinstance(state, dict) and IMPORTED in state else {"config", "fingerprint", "architecture", "step"}
+    )
+    if not isinstance(state, dict) or not needed <= state.keys():
         raise Refused(
             f"The checkpoint {storage}/{generation.name} was not written by this trainer, so it cannot go on from it."
         )
     return state
+
+
+def trainer_state(objects: dict[str, Any]) -> Any:
+    """What the trainer saved of itself; of a checkpoint of another library which step is done, and whence it came."""
+    if isinstance(imported := objects.get(IMPORTED), dict):
+        return {"step": imported["step"], IMPORTED: imported}
+    return objects.get("trainer")
 
 
 def _changes(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -351,8 +367,11 @@ def _check_model(name: str, manifest: Manifest, model: nn.Module) -> None:
     stored |= {name: t.shape for name, t in manifest.external.items()}
     stored |= {alias: stored[name] for alias, name in manifest.aliases.items()}
     there = {name: shape for name, shape in stored.items() if name.startswith(("model/", "buffer/"))}
+    # Other libraries store a tied tensor under one of its names.
+    known = {id(parameter) for name, parameter in parameter_names(model).items() if f"model/{name}" in there}
+    tied = {f"model/{name}" for name, parameter in parameter_names(model).items() if id(parameter) in known}
     wrong = []
-    if missing := sorted(here.keys() - there.keys()):
+    if missing := sorted(here.keys() - there.keys() - tied):
         wrong.append(f"it lacks {len(missing)} of this model's tensors, such as {missing[0]}")
     if left_over := sorted(there.keys() - here.keys()):
         wrong.append(f"it holds {len(left_over)} that this model lacks, such as {left_over[0]}")

@@ -22,6 +22,7 @@ from torch import nn
 
 from checkpointing import CheckpointError, DamagedError, LeaseHeldError, MismatchError, load
 from checkpointing.collective import Team
+from checkpointing.foreign import IMPORTED
 from checkpointing.lease import Lease
 from checkpointing.memory import Snapshotter
 from checkpointing.memory.client import ensure_keeper
@@ -57,6 +58,7 @@ from trainer.resume import (
     decide,
     make_memory_directory,
     memory_directory,
+    trainer_state,
     turn_away_from,
 )
 from trainer.rundir import bring_back, hold_run_directory
@@ -203,14 +205,18 @@ def restore(engine: TrainingEngine, start: Start, memory: Path | None) -> tuple[
     tiers = [MappedStorage(one) if one == start.memory else FileStorage(one) for one in directories]
     try:
         objects = load(
-            tiers, engine.pieces_for, generation=start.generation, chosen=lambda tier, _: found.append(str(tier))
+            tiers,
+            engine.pieces_for,
+            generation=start.generation,
+            only=None if start.state.get(IMPORTED, {}).get("optimizer", True) else ["model/"],
+            chosen=lambda tier, _: found.append(str(tier)),
         )
     except (MismatchError, DamagedError) as error:
         raise Refused(
             f"The run cannot go on from {' and '.join(directories)}: {error} Give another checkpoint, or resume=none."
         ) from error
     engine.publish()
-    state = objects["trainer"]
+    state = trainer_state(objects)
     assert isinstance(state, dict)
     return state, "memory" if found[0] == start.memory else "durable"
 
@@ -387,8 +393,8 @@ def begin(
         tracker.emit("start", step=0, **facts)
         return
     tracker.emit("resume", step=state["step"], tier=tier, **facts)
-    if state["world_size"] != world_size:
-        tracker.emit("resize", step=state["step"], was=state["world_size"], world_size=world_size)
+    if (was := state.get("world_size", world_size)) != world_size:
+        tracker.emit("resize", step=state["step"], was=was, world_size=world_size)
 
 
 def show_sample(job: Job, engine: TrainingEngine) -> None:

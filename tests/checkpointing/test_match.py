@@ -9,7 +9,7 @@ import torch
 
 from checkpointing import External, LayoutError, MismatchError, Piece
 from checkpointing.format import ExternalTensor, LogicalTensor, Manifest
-from checkpointing.match import check_complete, check_external, check_nothing_left, check_targets
+from checkpointing.match import check_complete, check_external, check_nothing_left, check_targets, without_other_names
 from checkpointing.plan import layout_rows
 
 MANIFEST = Manifest(
@@ -43,6 +43,15 @@ def test_missing_and_misshapen_tensors_are_named() -> None:
     with pytest.raises(MismatchError, match=r"does not hold the bytes of 1 external tensors: base \(from a hub id\)"):
         check_complete([whole("base", 2)], MANIFEST, cast=False)
     check_complete([whole("tied", 4), whole("w", 4)], MANIFEST, cast=False)
+
+
+def test_a_tied_tensor_may_be_stored_under_one_name() -> None:
+    memory = torch.zeros(4)
+    pieces = [Piece(name, memory, (0,), (4,)) for name in ("w", "head")]
+    assert without_other_names(pieces, MANIFEST) == pieces[:1]
+    apart = [pieces[0], whole("head", 4)]
+    assert without_other_names(apart, MANIFEST) == apart  # which is then missed
+    assert without_other_names(pieces[1:], MANIFEST) == pieces[1:]
 
 
 def test_a_cast_that_loses_values_must_be_asked_for() -> None:

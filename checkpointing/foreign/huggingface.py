@@ -1,0 +1,68 @@
+"""A Hugging Face directory: safetensors, or what torch.save wrote, by the names of parameters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from checkpointing.errors import DamagedError
+from checkpointing.foreign.archive import Mapped, read_archive
+from checkpointing.foreign.state import Foreign
+from checkpointing.geometry import Piece
+
+SAFE, TORCH = "model.safetensors", "pytorch_model.bin"
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the weights, safetensors before others; none where this is no such directory."""
+    for name in (SAFE, TORCH):
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            return sorted({directory / Path(file).name for file in _read(index)["weight_map"].values()})
+        if (directory / name).is_file():
+            return [directory / name]
+    return []
+
+
+def describe_hugging_face(directory: Path) -> Foreign:
+    """The model's parameters. There are no moments by name in such a directory."""
+    pieces = []
+    files = weight_files(directory)
+    for file in files:
+        for name, tensor in (_safe(file) if file.suffix == ".safetensors" else _torch(file)).items():
+            pieces.append(Piece(f"model/{name}", tensor, (0,) * tensor.dim(), tuple(tensor.shape)))
+    state = directory / "trainer_state.json"
+    step = int(_read(state).get("global_step", 0)) if state.is_file() else None
+    left_out = [name for name in ("optimizer.pt", "scheduler.pt") if (directory / name).is_file()]
+    return Foreign(f"Hugging Face directory, {len(files)} file{'s' * (len(files) > 1)}", step, pieces, left_out)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedError(f"{path} is no JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise DamagedError(f"{path} is no JSON object")
+    return read
+
+
+def _safe(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no dict
+    except OSError:
+        raise
+    except Exception as error:  # of the library's own kind
+        raise DamagedError(f"{path} is damaged: {error}") from error
+
+
+def _torch(path: Path) -> dict[str, torch.Tensor]:
+    read = read_archive(Mapped.of(path))
+    if not isinstance(read, dict) or not all(isinstance(value, torch.Tensor) for value in read.values()):
+        raise DamagedError(f"{path} is no state dict of a model")
+    return {str(name): tensor for name, tensor in read.items()}

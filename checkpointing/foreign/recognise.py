@@ -1,0 +1,50 @@
+"""Which library wrote a directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from checkpointing.errors import LayoutError, NotFoundError
+from checkpointing.foreign.dcp import METADATA, describe_dcp
+from checkpointing.foreign.deepspeed import describe_deepspeed, newest_tag
+from checkpointing.foreign.huggingface import describe_hugging_face, weight_files
+from checkpointing.foreign.state import Foreign
+
+
+def describe_foreign(directory: Path, *, trust_pickle: bool = False, ignored: Sequence[str] = ()) -> Foreign:
+    """The pieces of a checkpoint that another library wrote, memory-mapped.
+
+    DeepSpeed (ZeRO stages 1 to 3), torch.distributed.checkpoint, also as accelerate lays out a model and its optimizer,
+    and Hugging Face directories. `LayoutError` where its description is a pickle and `trust_pickle` was not given:
+    pickles are read by a reader that runs none of what they name, and a person still says that they come from somebody
+    they trust. `NotFoundError` for a directory of none of these.
+    """
+    if not directory.is_dir():
+        raise NotFoundError(f"{directory} is not a directory")
+    if (tag := newest_tag(directory)) is not None:
+        _check_trust(tag, "DeepSpeed", trust_pickle)
+        return describe_deepspeed(tag)
+    chunks = [
+        path.parent for path in (directory / METADATA, *sorted(directory.glob(f"*_[0-9]/{METADATA}"))) if path.is_file()
+    ]
+    if chunks:
+        _check_trust(directory, "torch.distributed.checkpoint", trust_pickle)
+        return describe_dcp(chunks, ignored)
+    if files := weight_files(directory):
+        if any(file.suffix != ".safetensors" for file in files):
+            _check_trust(directory, "torch.save", trust_pickle)
+        return describe_hugging_face(directory)
+    raise NotFoundError(
+        f"{directory} holds no checkpoint that is known here: neither DeepSpeed's (latest, or "
+        "mp_rank_00_model_states.pt), nor torch.distributed.checkpoint's (.metadata), nor Hugging Face's "
+        "(model.safetensors, pytorch_model.bin)."
+    )
+
+
+def _check_trust(directory: Path, who: str, trusted: bool) -> None:
+    if not trusted:
+        raise LayoutError(
+            f"{directory} was written by {who}, which describes tensors by pickles. They are read here by a reader "
+            "that runs nothing of what they name. If you know where this directory comes from, type --trust-pickle."
+        )

@@ -1,0 +1,130 @@
+"""What torch.save wrote is read as torch reads it, and nothing of it runs."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from checkpointing import CheckpointError, DamagedError
+from checkpointing.foreign.archive import Inert, Mapped, read_archive, read_pickle
+
+BASE = torch.arange(24, dtype=torch.float32)
+WRITTEN: dict[str, Any] = {
+    "whole": BASE.reshape(4, 6),
+    "transposed": BASE.reshape(4, 6).t(),
+    "part": BASE[5:9],
+    "scalar": torch.tensor(3, dtype=torch.int64),
+    "empty": torch.zeros(0, 3),
+    "parameter": nn.Parameter(torch.ones(3)),
+    "others": [
+        torch.ones(2, dtype=dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.bool)
+    ],
+    "fp8": torch.ones(2).to(torch.float8_e4m3fn),
+    "plain": {"a": (1, 2.5, None, "b"), 3: [True]},
+    "ordered": OrderedDict(x=torch.Size([2, 3])),
+    "dtype": torch.bfloat16,
+}
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        assert torch.equal(
+            found.view(torch.uint8) if found.dtype.itemsize == 1 else found,
+            expected.detach().view(torch.uint8) if found.dtype.itemsize == 1 else expected.detach(),
+        )
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key in expected:
+            assert_alike(found[key], expected[key])
+    elif isinstance(expected, list):
+        for one, other in zip(found, expected, strict=True):
+            assert_alike(one, other)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("before", [0, 1, 64])
+def test_it_reads_what_torch_reads(tmp_path: Path, before: int) -> None:
+    """Also from the middle of a file, where tensors may lie at any byte."""
+    held = io.BytesIO()
+    torch.save(WRITTEN, held)
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * before + held.getvalue() + b"y" * 100)
+    found = read_archive(Mapped.of(path), before, len(held.getvalue()))
+    assert_alike(found, WRITTEN)
+    found["whole"].zero_()  # copy-on-write
+    assert_alike(read_archive(Mapped.of(path), before, len(held.getvalue())), WRITTEN)
+
+
+class Trap:
+    """What an ordinary reader would run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+class Settings:
+    """An object of a class that only its writer has."""
+
+    def __init__(self) -> None:
+        self.stage = 2
+
+
+def test_nothing_runs(tmp_path: Path) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "file"
+    state = {"w": torch.ones(2), "trap": Trap(marker), "settings": Settings(), "counts": defaultdict(int, a=1)}
+    torch.save(state, path)
+    found = read_archive(Mapped.of(path))
+    assert not marker.exists() and torch.equal(found["w"], torch.ones(2))
+    assert isinstance(found["trap"], Inert) and found["trap"].arguments == (str(marker),)
+    assert found["settings"].stage == 2 and isinstance(found["counts"], Inert)
+    (tmp_path / "pickle").write_bytes(pickle.dumps([Trap(marker), Settings()]))
+    assert isinstance(read_pickle(tmp_path / "pickle")[0], Inert) and not marker.exists()
+    torch.load(path, weights_only=False)  # the control: the trap works
+    assert marker.exists()
+
+
+def test_what_it_is_not_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for content in (b"", b"text", b"PK\x05\x06" + b"\0" * 18):
+        path.write_bytes(content)
+        with pytest.raises(DamagedError, match="file"):
+            read_archive(Mapped.of(path))
+    torch.save({"w": torch.ones(2)}, path)
+    with pytest.raises(DamagedError, match="ends before byte"):
+        read_archive(Mapped.of(path), 10, 10**6)
+    path.write_bytes(pickle.dumps({"a": 1})[:-2])
+    with pytest.raises(DamagedError, match="is damaged"):
+        read_pickle(path)
+
+
+SAVED = io.BytesIO()
+torch.save({"w": BASE.reshape(4, 6), "n": nn.Parameter(torch.ones(3)), "s": Settings()}, SAVED)
+
+
+@given(st.integers(0, len(SAVED.getvalue()) - 1), st.integers(0, 255), st.integers(0, len(SAVED.getvalue())))
+def test_bytes_that_anybody_wrote(tmp_path_factory: pytest.TempPathFactory, at: int, value: int, kept: int) -> None:
+    """Either it reads something, or it says that it cannot."""
+    data = bytearray(SAVED.getvalue())
+    data[at] = value
+    path = tmp_path_factory.mktemp("fuzz") / "file"
+    for content in (bytes(data), bytes(data[:kept])):
+        path.write_bytes(content)
+        try:
+            read_archive(Mapped.of(path))
+        except CheckpointError as error:
+            assert "file" in str(error)
