@@ -35,7 +35,8 @@ from trainer.config import Config, method_name
 from trainer.data.feed import Feed
 from trainer.data.sources import Corpus, load_corpus, stdlib_files
 from trainer.data.tokenizer import ByteTokenizer
-from trainer.loop import evaluate, optimize
+from trainer.evaluation import evaluate
+from trainer.loop import optimize
 from trainer.methods import build
 from trainer.models import load_tokenizer
 from trainer.parallel.engine import make_engine

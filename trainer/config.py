@@ -39,7 +39,9 @@ class Eval:
     every: int = option(100, low=0)  # steps; 0: never. The last step is always evaluated
     patience: int = option(0, low=0)  # evaluations in a row without a better loss, after which the run ends; 0: never
     samples: int = option(128, low=0)  # held-out samples, spread evenly; 0: all of them
+    sets: list[str] = field(default_factory=list)  # NAME@KIND:PATH, of text, jsonl, chat or hf; evaluated whole, apart
     generate_tokens: int = option(160, low=0)  # length of the text sampled at the end; 0: none
+    generate_every: int = option(0, low=0)  # steps between such texts on the way; 0: at the end only
 
 
 @dataclass
@@ -156,6 +158,7 @@ class Tracking:
     tracker: Tracker = Tracker.wandb
     project: str = "evershard"
     print_every: int = option(20, low=1)  # steps between lines, where the output is not a terminal
+    peak_tflops: float = option(0, low=0)  # of one device, for mfu; 0: by its name, where that is known
 
 
 @dataclass

@@ -12,11 +12,11 @@ import torch
 
 from checkpointing.collective import Team
 from trainer.config import Config
-from trainer.data.dataset import Dataset
 from trainer.data.feed import Feed, Share
 from trainer.elastic.preemption import Preemption
 from trainer.elastic.randomness import derive
 from trainer.errors import TrainingFailed
+from trainer.evaluation import Evaluation
 from trainer.memory import memory_used
 from trainer.parallel.engine import TrainingEngine
 from trainer.profiling import Window
@@ -30,7 +30,7 @@ def train(
     config: Config,
     engine: TrainingEngine,
     feed: Feed,
-    held_out: Dataset,
+    evaluation: Evaluation,
     tracker: RunTracker,
     saver: Saver,
     done: Progress,
@@ -56,14 +56,17 @@ def train(
         check_finite(row)
         done.step, done.tokens = step, done.tokens + row["tokens"]
         row["tokens"] = done.tokens
-        if len(held_out) and due(step, config.eval.every, last):
-            row["eval_loss"] = evaluate(engine, feed.evenly(held_out, config.eval.samples))
-            done.evaluated(row["eval_loss"])
+        if due(step, config.eval.every, last):
+            row |= evaluation.measure(engine, feed)
+            if "eval_loss" in row:
+                done.evaluated(row["eval_loss"])
         # No line before it is known what became of the snapshot of the step before: a resume finds all lines up to it.
         tracker.step(row | saver.settle())
         losses = {key: row[key] for key in ("loss", "eval_loss") if key in row}
         ends = step == last or done.gives_up(config.eval.patience)
         saver.save(done, losses, durable=ends or due(step, config.checkpoint.every, last), last=ends)
+        if (ends or due(step, config.eval.generate_every, last)) and (text := evaluation.write()):
+            tracker.sample(step, *text)
     window.close()
     saver.finish(done, losses)
     return True
@@ -127,12 +130,6 @@ def check_finite(row: dict[str, Any]) -> None:
             "weights are of no use. What was saved before stays as it is. Lower optimizer.lr, or look at this step's "
             + (f"samples: {row['sample_ids']}." if "sample_ids" in row else "samples: data.log_ids=true names them.")
         )
-
-
-def evaluate(engine: TrainingEngine, share: Share) -> float:
-    """The mean loss over the targets of a share's samples, on all ranks."""
-    total = engine.loss([batch for _, batch in share.micro_batches])
-    return float(engine.reduce(total).item()) / share.num_targets
 
 
 def consumed_ids(share: Share) -> list[int]:

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import uuid
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -31,12 +32,14 @@ from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage
 from trainer.config import Compute, Config
 from trainer.data.conversations import chosen_template
+from trainer.data.dataset import Dataset
 from trainer.data.feed import Feed
 from trainer.data.order import steps_of
-from trainer.data.sources import Corpus, load_corpus
+from trainer.data.sources import Corpus, load_corpus, load_sets
 from trainer.data.tokenizer import Tokenizer
 from trainer.elastic.preemption import AGAIN, Preemption, warnings_of
 from trainer.errors import Refused
+from trainer.evaluation import Evaluation, Writer
 from trainer.exhausted import explained
 from trainer.loop import train
 from trainer.memory import footprint, plan_memory
@@ -62,9 +65,9 @@ from trainer.resume import (
     turn_away_from,
 )
 from trainer.rundir import bring_back, hold_run_directory
-from trainer.sample import sample_text
 from trainer.saving import Saver
 from trainer.track.tracker import RunTracker
+from trainer.utilization import full_speed
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +82,7 @@ class Job:
     topology: Topology
     tokenizer: Tokenizer
     corpus: Corpus
+    sets: dict[str, Dataset]  # that are evaluated apart
     shapes: nn.Module  # the model with its method, on the device meta
 
 
@@ -116,12 +120,13 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
     check_compiling(config, device)
     tokenizer = load_tokenizer(config.model)
     corpus = load_corpus(config.data, tokenizer, config.train.seq_len)
+    sets = load_sets(config.eval.sets, config.data, tokenizer, config.train.seq_len)
     if config.train.epochs is not None:
         size, ratio = len(corpus.train), config.data.ratio
         steps = steps_of(config.train.epochs, dataset_size=size, global_batch=config.train.global_batch, ratio=ratio)
         config = replace(config, train=replace(config.train, steps=steps))
     model = build(config, "meta")
-    check_vocabulary(corpus, model)
+    check_vocabulary([corpus.train, corpus.held_out, *sets.values()], model)
     if config.data.pack:
         check_packing(model)
     lr_scales(model, config.optimizer)
@@ -148,8 +153,9 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
     plan = describe_run(config, model, topology, batch, memory, device.type)
     plan.insert(1, ("data", f"{corpus.name}: {len(corpus.train):,} samples ({epoch:,.1f} steps an epoch), {held_out}"))
     plan += [("data", note) for note in corpus.notes]
+    plan += [("data", f"eval_loss/{name} on {len(dataset):,} samples") for name, dataset in sets.items()]
     plan += [("layout", line) for line in why]
-    return Job(config, world, device, topology, tokenizer, corpus, model), plan
+    return Job(config, world, device, topology, tokenizer, corpus, sets, model), plan
 
 
 def say_plan(config: Config, lines: list[tuple[str, str]]) -> None:
@@ -166,10 +172,22 @@ def train_together(job: Job, start: Start, lease: Lease | None, preemption: Pree
     state, tier = restore(engine, start, memory)
     if state and state["step"] != start.step:  # an older generation than the one that was checked
         check_state(job.config, state, job.corpus.train.fingerprint, job.shapes)
-    status = train_and_finish(job, start, memory, engine, state, tier, lease, preemption)
-    if status == 0:
-        show_sample(job, engine)
+    evaluation = Evaluation(job.corpus.held_out, job.config.eval.samples, job.sets, writer_of(job, engine))
+    status = train_and_finish(job, start, memory, engine, evaluation, state, tier, lease, preemption)
+    if status == 0 and evaluation.writer is not None:
+        text = evaluation.writer.last or evaluation.write()  # as of a run that was finished before
+        if text is not None and job.world.rank == 0:
+            print(f"\nAfter this text the model writes:\n{text[0]}\n--- goes on ---\n{text[1]}", flush=True)
     return status
+
+
+def writer_of(job: Job, engine: TrainingEngine) -> Writer | None:
+    options, corpus = job.config.eval, job.corpus
+    if not options.generate_tokens:
+        return None
+    room = getattr(getattr(job.shapes, "config", None), "max_position_embeddings", None) or sys.maxsize
+    dataset = corpus.held_out if len(corpus.held_out) else corpus.train
+    return Writer(engine, job.tokenizer, dataset, options.generate_tokens, job.config.train.seed, room)
 
 
 def agree(job: Job, start: Start) -> Start:
@@ -181,7 +199,8 @@ def agree(job: Job, start: Start) -> Start:
             f"Rank {others[0]} would compute under {layouts[others[0]]}, and rank 0 under {layouts[0]}. "
             "Machines with different memory choose differently: type the degrees instead of parallel=auto."
         )
-    fingerprints = team.together(lambda: [job.corpus.train.fingerprint, job.corpus.held_out.fingerprint])
+    read = [job.corpus.train, job.corpus.held_out, *job.sets.values()]
+    fingerprints = team.together(lambda: [dataset.fingerprint for dataset in read])
     if others := [rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]]:
         raise Refused(
             f"Ranks {others} read other data than rank 0. Every machine needs the same files (and for data=stdlib the "
@@ -226,6 +245,7 @@ def train_and_finish(
     start: Start,
     memory: Path | None,
     engine: TrainingEngine,
+    evaluation: Evaluation,
     state: dict[str, Any],
     tier: str,
     lease: Lease | None,
@@ -248,7 +268,9 @@ def train_and_finish(
             leave_description(config.model, job.shapes, job.tokenizer, template, Path(config.run.dir) / "hf")
         except Exception as error:  # of libraries and of models' own code: an export is no reason not to train
             logger.warning("%s/hf is not whole, and an export will need --config: %s", config.run.dir, error)
-    tracker = RunTracker(config, run_id, world.rank, start.incarnation, done.step)
+    compute, peak = config.precision.compute, config.tracking.peak_tflops
+    speed = full_speed(job.shapes, config.train.seq_len, job.device, compute, peak)
+    tracker = RunTracker(config, run_id, world.rank, start.incarnation, done.step, speed)
     status = 1
     with ExitStack() as opened:
         opened.callback(lambda: tracker.close(status))
@@ -280,7 +302,7 @@ def train_and_finish(
                 order=config.data.order,
             )
             preemption.give_up = partial(give_up, tracker, saver, done)
-            if train(config, engine, feed, job.corpus.held_out, tracker, saver, done, preemption):
+            if train(config, engine, feed, evaluation, tracker, saver, done, preemption):
                 tracker.emit("finish", step=done.step)
                 status = 0
                 if done.step < config.train.steps and world.rank == 0:
@@ -397,27 +419,9 @@ def begin(
         tracker.emit("resize", step=state["step"], was=was, world_size=world_size)
 
 
-def show_sample(job: Job, engine: TrainingEngine) -> None:
-    """Print what the model writes. The run is finished and saved: a model that cannot write is no failure of it."""
-    if job.config.eval.generate_tokens == 0:
-        return
-    dataset = job.corpus.held_out if len(job.corpus.held_out) else job.corpus.train
-    try:
-        room = getattr(getattr(job.shapes, "config", None), "max_position_embeddings", None) or sys.maxsize
-        prompt, text = sample_text(
-            engine, job.tokenizer, dataset, job.config.eval.generate_tokens, job.config.train.seed, room
-        )
-    except Exception as error:
-        if job.world.rank == 0:
-            logger.warning("no text can be sampled from this model: %s: %s", type(error).__name__, error)
-        return
-    if job.world.rank == 0:
-        print(f"\nAfter this text the model writes:\n{prompt}\n--- goes on ---\n{text}", flush=True)
-
-
-def check_vocabulary(corpus: Corpus, model: nn.Module) -> None:
+def check_vocabulary(datasets: Sequence[Dataset], model: nn.Module) -> None:
     size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]  # every transformers model has it
-    if (largest := max(corpus.train.largest_token, corpus.held_out.largest_token)) >= size:
+    if (largest := max(dataset.largest_token for dataset in datasets)) >= size:
         raise Refused(
             f"The data holds token {largest}, and the model knows {size} tokens. Give the model its own tokenizer."
         )

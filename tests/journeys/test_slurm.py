@@ -78,8 +78,8 @@ def test_requeued_warned_and_losing_a_node_it_is_the_same_run(cluster: Cluster, 
     own = [
         *RUN,
         "tracking=wandb",
-        "train.steps=2000",
-        "checkpoint.every=500",
+        "train.steps=1000",
+        "checkpoint.every=250",
         f"checkpoint.memory.dir={tmp_path}/memory",
     ]
     own = [*own, "checkpoint.memory.every=5"]
@@ -116,10 +116,10 @@ def test_requeued_warned_and_losing_a_node_it_is_the_same_run(cluster: Cluster, 
     finally:
         shutil.rmtree(memory, ignore_errors=True)
     last = rows(place.run)[-1]["step"]
-    train([*RUN, "train.steps=2000", "checkpoint.every=0", f"run.dir={a}"])
+    train([*RUN, "train.steps=1000", "checkpoint.every=0", f"run.dir={a}"])
     assert_same_run(rows(a), rows(place.run), last=last)
     ids = {path.name.rpartition("-")[2] for path in (place.run / "wandb").glob("*run-*")}
-    assert len(ids) == 1 and last == 2000
+    assert len(ids) == 1 and last == 1000
     assert {row["world_size"] for row in rows(place.run)} == {2}
     status = place.launch("status", str(place.run)).stdout
     assert "state      finished" in status and "restarts   3" in status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import trainer.run as run_module
 from checkpointing.generations import newest, scan
 from checkpointing.lease import Lease
 from checkpointing.storage import FileStorage
+from tests.conftest import ROOT
 from tests.runs import SMALL, assert_same_run, events, rows
 from trainer.compose import compose
 from trainer.errors import Refused, TrainingFailed
@@ -324,16 +326,44 @@ def test_a_model_that_cannot_write_is_worth_a_warning_and_not_the_run(
     def fail(*arguments: object) -> None:
         raise NotImplementedError("no cache")
 
-    monkeypatch.setattr(run_module, "sample_text", fail)
+    monkeypatch.setattr("trainer.evaluation.sample_text", fail)
     go(tmp_path, "eval.generate_tokens=3")
-    assert "no text can be sampled from this model: NotImplementedError: no cache" in caplog.text
+    assert caplog.text.count("no text can be sampled from this model: NotImplementedError: no cache") == 1
     assert events(tmp_path)[-1] == ("finish", 12)
+
+
+def test_what_it_is_evaluated_on_and_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "lines.jsonl").write_text("".join(f'{{"text": "line {n} of it"}}\n' for n in range(9)))
+    sets = f"eval.sets=[lines@jsonl:{tmp_path}/lines.jsonl,own@text:{ROOT}/trainer/run.py]"
+    found = go(
+        tmp_path / "run",
+        sets,
+        "eval.every=4",
+        "eval.generate_tokens=3",
+        "eval.generate_every=5",
+        "tracking.peak_tflops=1",
+    )
+    assert "eval_loss/lines on 9 samples" in capsys.readouterr().out
+    for row in found:
+        measured = {"eval_loss", "eval_perplexity", "eval_loss/lines", "eval_loss/own"}
+        assert measured & row.keys() == (measured if row["step"] % 4 == 0 else set())
+        assert 0 < row["mfu"] < 1
+    assert found[-1]["eval_perplexity"] == pytest.approx(math.exp(found[-1]["eval_loss"]))
+    assert len({found[-1][key] for key in ("eval_loss", "eval_loss/lines", "eval_loss/own")}) == 3
+    samples = rows(tmp_path / "run", "samples.jsonl")
+    assert [sample["step"] for sample in samples] == [5, 10, 12] and all(sample["prompt"] for sample in samples)
+    # What is watched changes nothing of the training.
+    plain = go(tmp_path / "plain", "eval.every=0", "eval.generate_tokens=0")
+    assert [row["loss"] for row in plain] == [row["loss"] for row in found] and "mfu" not in plain[0]
+    for given in ("eval.sets=[lines]", f"eval.sets=[a@text:{ROOT}/trainer/run.py,a@stdlib:]", "eval.sets=[a@what:x]"):
+        with pytest.raises(Refused, match=r"eval\.sets: .* is no"):
+            go(tmp_path / "refused", given)
 
 
 def test_what_stays_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest, every eighth, and the one with the lowest held-out loss of those saved where it was evaluated."""
     losses = iter([1.0, 3.0, 2.0])
-    monkeypatch.setattr("trainer.loop.evaluate", lambda engine, share: next(losses))
+    monkeypatch.setattr("trainer.evaluation.evaluate", lambda engine, share: next(losses))
     options = ["checkpoint.every=2", "eval.every=4", "checkpoint.keep=1", "checkpoint.keep_every=8"]
     go(tmp_path, *options, "checkpoint.keep_best=1")
     assert {g.step for g in scan(FileStorage(tmp_path / "checkpoints"))} == {12, 8, 4}

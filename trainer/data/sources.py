@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -73,6 +74,19 @@ def load_corpus(config: Data, tokenizer: Tokenizer, seq_len: int) -> Corpus:
     return corpus
 
 
+def load_sets(given: Sequence[str], data: Data, tokenizer: Tokenizer, seq_len: int) -> dict[str, Dataset]:
+    """What `eval.sets` names, all of each. `Refused` for what is no NAME@KIND:PATH."""
+    mix, sets = Mix(eval_fraction=0, template=str(getattr(data, "template", ""))), dict[str, Dataset]()
+    for one in given:
+        name, at, source = one.partition("@")
+        if not at or not re.fullmatch(r"[\w.-]+", name) or name in sets:
+            raise Refused(
+                f"eval.sets: {one} is no NAME@KIND:PATH with a name of its own. Type one such as code@jsonl:code.jsonl."
+            )
+        sets[name] = load_corpus(_source(mix, source, "eval.sets")[0], tokenizer, seq_len).train
+    return sets
+
+
 def _mixed(config: Mix, tokenizer: Tokenizer, seq_len: int) -> Corpus:
     if not config.sources:
         raise Refused("data=mix has no sources. Type 'data.sources=[chat:talk.jsonl@3,text:books@1]'.")
@@ -93,7 +107,7 @@ def _mixed(config: Mix, tokenizer: Tokenizer, seq_len: int) -> Corpus:
     )
 
 
-def _source(config: Mix, source: str) -> tuple[Data, float]:
+def _source(config: Mix, source: str, key: str = "data.sources") -> tuple[Data, float]:
     """`KIND:PATH@SHARE` as options of its own, and the share."""
     kind, _, rest = source.partition(":")
     path, at, share = rest.rpartition("@")
@@ -110,7 +124,7 @@ def _source(config: Mix, source: str) -> tuple[Data, float]:
     }
     if kind not in makes or not (path or kind == "stdlib") or not 0 < weight < float("inf"):
         raise Refused(
-            f"data.sources: {source} is no KIND:PATH@SHARE with a KIND of {', '.join(makes)} and a SHARE above 0. Type "
+            f"{key}: {source} is no KIND:PATH@SHARE with a KIND of {', '.join(makes)} and a SHARE above 0. Type "
             "one such as chat:talk.jsonl@2."
         )
     return makes[kind](), weight

@@ -33,6 +33,9 @@ class Console:
         elif row["step"] % self._every == 0 or row["step"] == self._total or "eval_loss" in row:
             print(line, flush=True)
 
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """The run prints the last one when it is finished; the others are in samples.jsonl."""
+
     def close(self, exit_code: int) -> None:
         if self._live is not None:
             self._live.stop()

@@ -1,4 +1,4 @@
-"""metrics.jsonl and events.jsonl: one JSON object a line, without gaps or duplicates across resumes."""
+"""metrics.jsonl, events.jsonl and samples.jsonl: one JSON object a line, the first without gaps or duplicates."""
 
 from __future__ import annotations
 
@@ -36,6 +36,27 @@ class Metrics(JsonLines):
 
     def step(self, row: dict[str, Any]) -> None:
         self.write(row)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """In a file of its own."""
+
+
+class Samples:
+    """What the model wrote on the way, in a file that is there when it has written something."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lines = path, None if not path.exists() else JsonLines(path)
+
+    def step(self, row: dict[str, Any]) -> None:
+        """In a file of its own."""
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        self._lines = self._lines or JsonLines(self._path)
+        self._lines.write({"step": step, "prompt": prompt, "text": text})
+
+    def close(self, exit_code: int) -> None:
+        if self._lines is not None:
+            self._lines.close(exit_code)
 
 
 class Events(JsonLines):

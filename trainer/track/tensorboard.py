@@ -30,5 +30,8 @@ class TensorBoard(Guarded):
 
         self.guard(write)
 
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        self.guard(lambda: self._writer.add_text("sample", f"{prompt}\n\n---\n\n{text}", step))
+
     def close(self, exit_code: int) -> None:
         self.guard(lambda: self._writer.close())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import signal
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.track.guarded import Guarded
+
+LOGGED = "logged"  # in wandb's directory: the run's id, and the last step that it was told
 
 
 @contextmanager
@@ -23,26 +26,55 @@ def unheard(*signals: signal.Signals) -> Iterator[None]:
 
 
 class WandbRun(Guarded):
-    """One wandb run for all the incarnations of ours: the id is kept in the checkpoint."""
+    """One wandb run for all the incarnations of ours: the id is kept in the checkpoint.
+
+    Every step is told once: one that is computed again after a resume gives the same numbers, and is left out.
+    """
 
     def __init__(
         self, project: str, name: str, run_id: str, directory: Path, config: dict[str, Any], restarts: int = 0
     ) -> None:
         super().__init__("wandb")
         self._run: Any = None
+        self._offline: Path | None = None
+        self._id, self._mark = run_id, directory / "wandb" / LOGGED
+        self.guard(lambda: self._mark.parent.mkdir(parents=True, exist_ok=True))
         # Schedulers signal all processes of a job, and wandb's own would end before the last line has reached it.
         with unheard(signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             self.guard(lambda: self._start(project, name, run_id, directory, config))
         self.guard(lambda: self._run.summary.update({"restarts": restarts}))
+        self._last = self._logged()
 
     def step(self, row: dict[str, Any]) -> None:
+        if row["step"] <= self._last:
+            return
         # The step is an ordinary value here: wandb drops rows whose own step goes back, as it does after a resume.
         numbers = {key: value for key, value in row.items() if key != "sample_ids" and value is not None}
         self.guard(lambda: self._run.log(numbers))
+        self._last = row["step"]
+        self.guard(lambda: self._mark.write_text(f"{self._id} {self._last}\n"))
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        def log() -> None:
+            import wandb
+
+            page = f"<pre>{html.escape(prompt)}<b>{html.escape(text)}</b></pre>"
+            self._run.log({"step": step, "sample": wandb.Html(page)})
+
+        self.guard(log)
 
     def close(self, exit_code: int) -> None:
         self.guard(lambda: self._run.finish(exit_code=exit_code))
+        if self._offline is not None and self.alive:
+            print(f"  {'wandb':10} offline: `wandb sync {self._offline}/offline-run-*-{self._id}` sends it", flush=True)
         self.alive = False
+
+    def _logged(self) -> int:
+        try:
+            run_id, step = self._mark.read_text().split()
+            return int(step) if run_id == self._id else 0
+        except (OSError, ValueError):
+            return 0
 
     def _start(self, project: str, name: str, run_id: str, directory: Path, config: dict[str, Any]) -> None:
         import wandb
@@ -59,3 +91,5 @@ class WandbRun(Guarded):
             settings=wandb.Settings(silent=True, init_timeout=30, console="off", x_disable_stats=False),
         )
         self._run.define_metric("*", step_metric="step")
+        if mode == "offline":
+            self._offline = directory / "wandb"

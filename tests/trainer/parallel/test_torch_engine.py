@@ -20,7 +20,8 @@ from tests.worlds import WORLD
 from trainer.compose import compose
 from trainer.data.dataset import Windows
 from trainer.data.feed import Feed
-from trainer.loop import evaluate, optimize
+from trainer.evaluation import evaluate
+from trainer.loop import optimize
 from trainer.methods import build
 from trainer.models import blocks
 from trainer.parallel.engine import make_engine

@@ -20,8 +20,15 @@ def test_only_rank_0_writes(in_tmp: Path) -> None:
     (in_tmp / "here").mkdir()
     loud = RunTracker(config, "id", rank=0)
     loud.step(row)
+    assert "mfu" not in row
     loud.emit("start", step=0)
     loud.sync()
     loud.close(0)
     assert sorted(p.name for p in (in_tmp / "here").iterdir()) == ["events.jsonl", "metrics.jsonl"]
     assert all(len(p.read_text().splitlines()) == 1 for p in (in_tmp / "here").iterdir())
+    half = RunTracker(config, "id", rank=0, full_speed=5.0)
+    half.step(row := {**row, "step": 2, "world_size": 2})
+    half.sample(2, "a", "b")
+    half.close(0)
+    assert row["mfu"] == 0.5
+    assert (in_tmp / "here" / "samples.jsonl").read_text() == '{"step": 2, "prompt": "a", "text": "b"}\n'

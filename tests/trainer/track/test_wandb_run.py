@@ -6,14 +6,17 @@ import logging
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import wandb
+from wandb.proto.wandb_internal_pb2 import Record
 
-from trainer.track.wandb_run import WandbRun, unheard
+from benchmarks.processes import wait_for
+from trainer.track.wandb_run import LOGGED, WandbRun, unheard
 
 
 @pytest.fixture(autouse=True)
@@ -26,12 +29,55 @@ def start(directory: Path, run_id: str = "abc12345") -> WandbRun:
     return WandbRun("project", "name", run_id, directory, {"train": {"steps": 3}})
 
 
-def test_an_offline_run_is_written_into_the_run_directory(tmp_path: Path) -> None:
+def another_second() -> None:
+    """wandb names its directories by it, and a resume takes longer than one."""
+    now = int(time.time())
+    wait_for(lambda: int(time.time()) > now, 5)
+
+
+def log_records(data: bytes) -> Iterator[bytes]:
+    """LevelDB's log format after a header of seven bytes: blocks of 32 KiB, records whole or in parts."""
+    position, whole = 7, b""
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # what is left of a block is padding
+            position += 32768 - position % 32768
+            continue
+        size, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        whole += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield whole
+            whole = b""
+
+
+def steps_told(directory: Path) -> list[int]:
+    """By the files that wandb sends later."""
+    found = []
+    for path in directory.glob("wandb/offline-run-*/*.wandb"):
+        for data in log_records(path.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            if record.HasField("history"):
+                items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+                found.append(int(items["step"]))
+    return sorted(found)
+
+
+def test_an_offline_run_is_written_into_the_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for steps in ((1, 2, 3), (2, 3, 4)):  # a resume rolls back: the same id again
+        another_second()
         run = start(tmp_path)
         for step in steps:
             run.step({"step": step, "loss": 1.0, "sample_ids": list(range(1000))})
         run.close(0)
+    assert steps_told(tmp_path) == [1, 2, 3, 4]  # each once
+    (tmp_path / "wandb" / LOGGED).unlink()  # the control
+    another_second()
+    run = start(tmp_path)
+    run.step({"step": 4, "loss": 1.0})
+    run.close(0)
+    assert steps_told(tmp_path) == [1, 2, 3, 4, 4]
+    assert f"wandb sync {tmp_path}/wandb/offline-run-*-abc12345" in capsys.readouterr().out
     kept = sorted(path.name for path in (tmp_path / "wandb").glob("offline-run-*"))
     assert kept and all("-abc12345" in name for name in kept)
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
@@ -57,7 +103,10 @@ def test_the_step_is_an_ordinary_value(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(wandb, "init", lambda **options: asked.update(options) or Fake())
     run = WandbRun("project", "name", "abc12345", tmp_path, {}, restarts=3)
     run.step({"step": 7, "loss": 1.0, "sample_ids": [1]})
+    run.sample(7, "<p>", "text")
     run.close(1)
+    page = logged.pop(2)
+    assert page["step"] == 7 and page["sample"].html.endswith("<pre>&lt;p&gt;<b>text</b></pre>")
     assert logged == [("*", "step"), {"step": 7, "loss": 1.0}, 1]
     assert Fake.summary == {"restarts": 3}
     assert asked["id"] == "abc12345" and asked["resume"] == "allow" and asked["mode"] == "offline"

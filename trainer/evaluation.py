@@ -1,0 +1,69 @@
+"""What is measured and shown of a model between steps: losses on sets that are held out, and text that it writes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from trainer.data.dataset import Dataset
+from trainer.data.feed import Feed, Share
+from trainer.data.tokenizer import Tokenizer
+from trainer.parallel.engine import TrainingEngine
+from trainer.sample import sample_text
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Writer:
+    """Has the model go on with a prompt of a dataset. A model that cannot write is no failure of a run."""
+
+    engine: TrainingEngine
+    tokenizer: Tokenizer
+    dataset: Dataset
+    num_tokens: int
+    seed: int
+    room: int  # positions of the model
+    last: tuple[str, str] | None = None  # the prompt, and how it went on
+
+    def write(self) -> tuple[str, str] | None:
+        """Collective. None where it failed, which is said once."""
+        try:
+            self.last = sample_text(self.engine, self.tokenizer, self.dataset, self.num_tokens, self.seed, self.room)
+        except Exception as error:  # of models' own code
+            if self.engine.data_rank == 0:
+                logger.warning("no text can be sampled from this model: %s: %s", type(error).__name__, error)
+            self.last, self.num_tokens = None, 0
+        return self.last
+
+
+@dataclass
+class Evaluation:
+    """`held_out` gives eval_loss and eval_perplexity, and each of `sets` an eval_loss/NAME."""
+
+    held_out: Dataset
+    samples: int  # of each set, spread evenly; 0: all
+    sets: Mapping[str, Dataset] = field(default_factory=dict)
+    writer: Writer | None = None
+
+    def measure(self, engine: TrainingEngine, feed: Feed) -> dict[str, float]:
+        """Collective; empty where nothing is held out."""
+        found = {}
+        if len(self.held_out):
+            found["eval_loss"] = evaluate(engine, feed.evenly(self.held_out, self.samples))
+            found["eval_perplexity"] = math.exp(min(found["eval_loss"], 700.0))  # the largest that a float holds
+        for name, dataset in self.sets.items():
+            found[f"eval_loss/{name}"] = evaluate(engine, feed.evenly(dataset, self.samples))
+        return found
+
+    def write(self) -> tuple[str, str] | None:
+        """Collective; None where no text is asked for, or none can be written."""
+        return self.writer.write() if self.writer is not None and self.writer.num_tokens else None
+
+
+def evaluate(engine: TrainingEngine, share: Share) -> float:
+    """The mean loss over the targets of a share's samples, on all ranks."""
+    total = engine.loss([batch for _, batch in share.micro_batches])
+    return float(engine.reduce(total).item()) / share.num_targets
