@@ -19,8 +19,19 @@ def option(default: Any, low: float, high: float = float("inf")) -> Any:
     return field(default=default, metadata={"low": low, "high": high})
 
 
+class Attention(Enum):
+    """By transformers' names."""
+
+    auto = "auto"  # what transformers takes for a model: torch's scaled_dot_product_attention in nearly all
+    sdpa = "sdpa"
+    flash_attention_2 = "flash_attention_2"  # needs the package flash-attn and a GPU
+    flex_attention = "flex_attention"  # trains on a GPU only
+    eager = "eager"
+
+
 @dataclass
 class Model:
+    attention: Attention = Attention.auto  # which kernel computes it; the same result but for rounding
     lr: float = MISSING  # the learning rate that suits this model, where optimizer.lr is not given
 
 

@@ -52,6 +52,7 @@ FREE = (
     "data.log_ids",
     "model.path",
     "model.lr",
+    "model.attention",
     "method.lr",
     "method.weight_decay",
     "train.deterministic",

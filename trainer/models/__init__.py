@@ -10,8 +10,9 @@ import xxhash
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers import PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 
-from trainer.choices import HuggingFace, Model, TinyLlama
+from trainer.choices import Attention, HuggingFace, Model, TinyLlama
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import Refused
 from trainer.models import huggingface, tiny_llama
@@ -31,9 +32,32 @@ def build_model(config: Model, *, seq_len: int, seed: int, device: str = "cpu") 
     """
     with torch.device(device):
         if isinstance(config, HuggingFace):
-            return huggingface.build(config, seq_len)
-        assert isinstance(config, TinyLlama)
-        return tiny_llama.build(config, seq_len, seed)
+            model = huggingface.build(config, seq_len)
+        else:
+            assert isinstance(config, TinyLlama)
+            model = tiny_llama.build(config, seq_len, seed)
+    if config.attention is not Attention.auto:
+        use_attention(model, config.attention)
+    return model
+
+
+def use_attention(model: nn.Module, attention: Attention) -> None:
+    """Have a model compute attention with another kernel. `Refused` where it, or this machine, has none of the kind."""
+    name = attention.value
+    if attention is Attention.flash_attention_2 and not is_flash_attn_2_available():
+        why = "it needs the package flash-attn, and a GPU"
+    elif attention is Attention.flex_attention and not torch.cuda.is_available():
+        why = "torch computes its gradients on a GPU only"
+    else:
+        try:
+            model.set_attn_implementation(name)  # type: ignore[operator]  # every transformers model has it
+        except (ImportError, ValueError) as error:
+            why = str(error).strip().partition(". ")[0]
+        else:
+            if getattr(model.config, "_attn_implementation", name) == name:
+                return
+            why = f"a {type(model).__name__} does not compute it"
+    raise Refused(f"model.attention={name} cannot be used here: {why}. Type model.attention=auto, or leave it out.")
 
 
 def leave_description(
