@@ -73,6 +73,14 @@ class Data:
 
 
 @dataclass
+class RecordData(Data):
+    """Of records, which can be tokenized once and kept."""
+
+    cache: Optional[str] = None  # a directory for tokenized records, which are mapped from there; null: in memory
+    workers: int = option(0, low=0)  # processes that tokenize into it; 0: one for each core
+
+
+@dataclass
 class Stdlib(Data):
     """The source of the running Python's standard library."""
 
@@ -86,7 +94,7 @@ class Text(Data):
 
 
 @dataclass
-class Jsonl(Data):
+class Jsonl(RecordData):
     path: str = MISSING  # one JSON object a line: a text, or a prompt and its completion
     eval_path: Optional[str] = None  # held-out records; without it records are held out by a hash of their line
     eval_fraction: float = option(0.02, low=0, high=0.9)  # how many of them
@@ -96,7 +104,7 @@ class Jsonl(Data):
 
 
 @dataclass
-class Chat(Data):
+class Chat(RecordData):
     """Conversations, through the model's chat template; what the assistant says is learned."""
 
     path: str = MISSING  # one JSON object a line: messages, conversations, or instruction, input and output
@@ -106,7 +114,7 @@ class Chat(Data):
 
 
 @dataclass
-class Hub(Data):
+class Hub(RecordData):
     """A dataset of the Hugging Face hub, or a directory of its library: texts, pairs or conversations."""
 
     path: str = MISSING  # a hub id or a directory
@@ -122,7 +130,7 @@ class Hub(Data):
 
 
 @dataclass
-class Mix(Data):
+class Mix(RecordData):
     """Several sources at once, each with its share of the samples."""
 
     sources: list[str] = field(default_factory=list)  # KIND:PATH@SHARE, such as chat:talk.jsonl@2; shares add up to all

@@ -50,6 +50,8 @@ FREE = (
     "data.path",
     "data.eval_path",
     "data.log_ids",
+    "data.cache",
+    "data.workers",
     "model.path",
     "model.lr",
     "model.attention",

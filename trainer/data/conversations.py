@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,35 +55,39 @@ class Conversations:
         """`template` is a file, or `chatml`; empty for the tokenizer's own. `Refused` where there is none."""
         self.template = Template(template, tokenizer)
         self.tokenizer, self.seq_len = tokenizer, seq_len
-        self.kinds: dict[str, int] = {}
-        self.truncated = self.empty = self.silent = self.split = 0
+        self.tally: Counter[str] = Counter()
+
+    @property
+    def key(self) -> str:
+        return str([self.template.source, self.tokenizer.fingerprint, self.seq_len])
 
     def notes(self) -> list[str]:
-        found = [f"{count} records of {kind}, loss on the assistant's turns" for kind, count in self.kinds.items()]
-        if self.split:
+        kinds = [(key.removesuffix(" "), count) for key, count in sorted(self.tally.items()) if key.endswith(" ")]
+        found = [f"{count} records of {kind}, loss on the assistant's turns" for kind, count in kinds]
+        if self.tally["split"]:
             found.append(
-                f"the template writes earlier turns differently later on: {self.split} conversations give one sample "
-                "for each turn of the assistant"
+                f"the template writes earlier turns differently later on: {self.tally['split']} conversations give one "
+                "sample for each turn of the assistant"
             )
-        if self.truncated:
+        if self.tally["truncated"]:
             found.append(
-                f"{self.truncated} samples are longer than train.seq_len={self.seq_len} and are cut at the end"
+                f"{self.tally['truncated']} samples are longer than train.seq_len={self.seq_len} and are cut at the end"
             )
-        if self.empty:
-            found.append(f"{self.empty} turns of the assistant are empty and are not learned")
-        if self.silent:
-            found.append(f"{self.silent} samples hold nothing that the assistant says, and are left out")
+        if self.tally["empty"]:
+            found.append(f"{self.tally['empty']} turns of the assistant are empty and are not learned")
+        if self.tally["silent"]:
+            found.append(f"{self.tally['silent']} samples hold nothing that the assistant says, and are left out")
         return found
 
     def samples(self, where: str, record: Record) -> list[Sample]:
         kind, messages = recognise(where, record)
-        self.kinds[kind] = self.kinds.get(kind, 0) + 1
+        self.tally[f"{kind} "] += 1  # not the name of another count
         tools = record.get("tools") or None
         if isinstance(tools, str):
             tools = _parsed(tools)
         texts = self.template.texts(where, messages, tools)
-        self.empty += sum(message["role"] == "assistant" and is_empty(message) for message in messages)
-        self.split += len(texts) > 1
+        self.tally["empty"] += sum(message["role"] == "assistant" and is_empty(message) for message in messages)
+        self.tally["split"] += len(texts) > 1
         return [sample for text, spans in texts if (sample := self._sample(text, spans)) is not None]
 
     def _sample(self, text: str, spans: Sequence[Span]) -> Sample | None:
@@ -94,9 +99,9 @@ class Conversations:
         targets[:1] = False
         cut = Sample(tokens[: self.seq_len + 1], targets[: self.seq_len + 1])
         if not cut.targets.any():
-            self.silent += 1
+            self.tally["silent"] += 1
             return None
-        self.truncated += len(tokens) > self.seq_len + 1
+        self.tally["truncated"] += len(tokens) > self.seq_len + 1
         return cut
 
 

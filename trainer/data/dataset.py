@@ -85,19 +85,46 @@ class Windows:
         return self.num_tokens(ids)
 
 
+class Joined(NamedTuple):
+    """Samples one after the other: their tokens, their targets, and where each ends."""
+
+    tokens: Tokens
+    targets: Mask
+    ends: npt.NDArray[np.int64]
+
+    @staticmethod
+    def of(samples: Sequence[Sample]) -> Joined:
+        ends = np.cumsum([len(tokens) for tokens, _ in samples], dtype=np.int64)
+        if not samples:
+            return Joined(np.zeros(0, np.int32), np.zeros(0, np.bool_), ends)
+        return Joined(np.concatenate([t for t, _ in samples]), np.concatenate([m for _, m in samples]), ends)
+
+
+def _sums(targets: Mask, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How many targets each sample has; none is empty."""
+    return np.add.reduceat(targets, starts, dtype=np.int64) if len(starts) else np.zeros(0, np.int64)
+
+
+def _first(targets: Mask, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Each sample's first target, counted from its beginning; 0 where it has none."""
+    places = np.flatnonzero(targets)
+    at = np.searchsorted(places, starts)
+    found = places[np.minimum(at, len(places) - 1)] - starts if len(places) else np.zeros(len(starts), np.int64)
+    return np.where(_sums(targets, starts) > 0, found, 0)
+
+
 class Records:
     """Samples of different lengths, each with its own targets."""
 
     packs = False
 
-    def __init__(self, samples: Sequence[Sample], seq_len: int) -> None:
-        lengths = np.array([len(tokens) for tokens, _ in samples], dtype=np.int64)
-        self._ends = np.cumsum(lengths)
-        self._starts = self._ends - lengths
-        self._tokens = np.concatenate([tokens for tokens, _ in samples]) if samples else np.zeros(0, np.int32)
-        self._targets = np.concatenate([targets for _, targets in samples]) if samples else np.zeros(0, np.bool_)
-        self._num_targets = np.array([targets.sum() for _, targets in samples], dtype=np.int64)
-        first = np.array([targets.argmax() for _, targets in samples], dtype=np.int64)
+    def __init__(self, samples: Sequence[Sample] | Joined, seq_len: int) -> None:
+        joined = samples if isinstance(samples, Joined) else Joined.of(samples)
+        self._tokens, self._targets, self._ends = joined
+        self._starts = np.concatenate([[0], self._ends[:-1]]).astype(np.int64)[: len(self._ends)]
+        self._num_targets = _sums(self._targets, self._starts)
+        first = _first(self._targets, self._starts)
+        lengths = self._ends - self._starts
         ends_with_them = bool((lengths - first == self._num_targets).all())  # prompt and completion, as of old
         how = first if ends_with_them else np.packbits(self._targets)
         self.fingerprint = hashed([self._tokens, self._ends, how], f"records of {seq_len}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -15,6 +16,12 @@ Record = Mapping[str, Any]
 
 
 class RecordReader(Protocol):
+    tally: Counter[str]  # of what `notes` tells; those of several readers add up
+
+    @property
+    def key(self) -> str:
+        """Equal for readers that make the same samples of the same records."""
+
     def samples(self, where: str, record: Record) -> list[Sample]:
         """None for a record that holds nothing to learn. `Refused` names `where` it is malformed."""
 
@@ -28,17 +35,21 @@ class Fields:
     def __init__(self, text: str, prompt: str, completion: str, tokenizer: Tokenizer, seq_len: int) -> None:
         self.text, self.prompt, self.completion = text, prompt, completion
         self.tokenizer, self.seq_len = tokenizer, seq_len
-        self.truncated = self.empty = 0
+        self.tally: Counter[str] = Counter()
+
+    @property
+    def key(self) -> str:
+        return str([self.text, self.prompt, self.completion, self.tokenizer.fingerprint, self.seq_len])
 
     def notes(self) -> list[str]:
         found = []
-        if self.truncated:
+        if self.tally["truncated"]:
             found.append(
-                f"{self.truncated} records are longer than train.seq_len={self.seq_len} and are cut, "
+                f"{self.tally['truncated']} records are longer than train.seq_len={self.seq_len} and are cut, "
                 "prompts first and from the left"
             )
-        if self.empty:
-            found.append(f"{self.empty} empty records are left out")
+        if self.tally["empty"]:
+            found.append(f"{self.tally['empty']} empty records are left out")
         return found
 
     def samples(self, where: str, record: Record) -> list[Sample]:
@@ -56,7 +67,7 @@ class Fields:
     def _document(self, text: str) -> list[Sample]:
         """A document and its end; longer ones in consecutive samples, so that nothing is lost."""
         if not text:
-            self.empty += 1
+            self.tally["empty"] += 1
             return []
         tokens = append(self.tokenizer.encode(text), self.tokenizer.eos)
         starts = range(0, len(tokens) - 1, self.seq_len)
@@ -65,16 +76,16 @@ class Fields:
     def _pair(self, prompt: str, completion: str) -> list[Sample]:
         """A prompt, without loss, and its completion with its end. The completion has the first claim to the room."""
         if not completion:
-            self.empty += 1
+            self.tally["empty"] += 1
             return []
         given = self.tokenizer.encode(prompt)
         wanted = append(self.tokenizer.encode(completion, start=len(given) == 0), self.tokenizer.eos)
         if len(given) + len(wanted) > self.seq_len + 1:
-            self.truncated += 1
+            self.tally["truncated"] += 1
         wanted = wanted[: self.seq_len]
         given = given[max(0, len(given) - (self.seq_len + 1 - len(wanted))) :]
         if len(given) == 0 and len(wanted) < 2:  # seq_len is 1: nothing precedes the only token
-            self.empty += 1
+            self.tally["empty"] += 1
             return []
         return [predicted(np.concatenate([given, wanted]), len(given))]
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from trainer.choices import Chat, Data, Hub, Jsonl, Mix, Stdlib, Text
-from trainer.data import hub
+from trainer.data import cache, hub
 from trainer.data.conversations import Conversations
-from trainer.data.dataset import Dataset, Records, Sample, Windows
+from trainer.data.dataset import Dataset, Records, Windows
 from trainer.data.mixture import Mixture, counts_of
 from trainer.data.packing import Packed
 from trainer.data.records import Fields, Record, RecordReader, append, conversational
@@ -115,12 +116,13 @@ def _source(config: Mix, source: str, key: str = "data.sources") -> tuple[Data, 
         path, weight = (path, float(share)) if at else (rest, 1.0)
     except ValueError:
         path, weight = rest, 1.0  # of a path with an @ in it
+    own: Any = {"path": path, "eval_fraction": config.eval_fraction, "cache": config.cache, "workers": config.workers}
     makes: dict[str, Callable[[], Data]] = {
         "stdlib": Stdlib,
         "text": lambda: Text(path=path, eval_fraction=config.eval_fraction),
-        "jsonl": lambda: Jsonl(path=path, eval_fraction=config.eval_fraction),
-        "chat": lambda: Chat(path=path, eval_fraction=config.eval_fraction, template=config.template),
-        "hf": lambda: Hub(path=path, eval_fraction=config.eval_fraction, template=config.template),
+        "jsonl": lambda: Jsonl(**own),
+        "chat": lambda: Chat(**own, template=config.template),
+        "hf": lambda: Hub(**own, template=config.template),
     }
     if kind not in makes or not (path or kind == "stdlib") or not 0 < weight < float("inf"):
         raise Refused(
@@ -182,46 +184,59 @@ def _text(config: Text, tokenizer: Tokenizer, seq_len: int) -> Corpus:
 
 def _records(config: Jsonl | Chat, reader: RecordReader, seq_len: int) -> Corpus:
     """Lines of JSON, each a record."""
-    apart = None if config.eval_path is None else _parsed(config.eval_path, "data.eval_path")
-    return _corpus(config.path, _parsed(config.path, "data.path"), apart, config.eval_fraction, reader, seq_len)
+    apart = None if config.eval_path is None else partial(_parsed, config.eval_path, "data.eval_path")
+    return _corpus(config, partial(_parsed, config.path, "data.path"), apart, reader, seq_len)
 
 
 def _hub(config: Hub, tokenizer: Tokenizer, seq_len: int) -> Corpus:
     """Rows, each a record, of the kind that the first one is."""
-    whole = hub.rows(config, config.split)
-    first = next(whole, None)
+    first = next(hub.rows(config, config.split), None)
     named = (config.text_field, config.prompt_field, config.completion_field)
     chosen = set(named) - {"text", "prompt", "completion"}  # by name, which says what is meant
     if first is not None and conversational(first[2]) and not chosen & set(first[2]):
         reader: RecordReader = Conversations(config.template, tokenizer, seq_len)
     else:
         reader = Fields(config.text_field, config.prompt_field, config.completion_field, tokenizer, seq_len)
-    apart = None if config.eval_split is None else hub.rows(config, config.eval_split)
-    every = itertools.chain([first] if first is not None else [], whole)
-    return _corpus(config.path, every, apart, config.eval_fraction, reader, seq_len)
+    apart = None if config.eval_split is None else partial(hub.rows, config, config.eval_split)
+    return _corpus(config, partial(hub.rows, config, config.split), apart, reader, seq_len)
+
+
+Stand = Iterator[tuple[str, bytes, Record]]  # where a record stands, what tells it from others, and the record
 
 
 def _corpus(
-    name: str,
-    records: Iterable[tuple[str, bytes, Record]],
-    apart: Iterable[tuple[str, bytes, Record]] | None,
-    fraction: float,
+    config: Jsonl | Chat | Hub,
+    records: Callable[[], Stand],
+    apart: Callable[[], Stand] | None,
     reader: RecordReader,
     seq_len: int,
 ) -> Corpus:
-    """Of records with where they stand and what tells them from others; `apart` are held out, or a part of them."""
-    train: list[Sample] = []
-    test: list[Sample] = []
-    for where, content, record in records:
-        # By content, so that a record that is there twice does not land on both sides.
-        held_out = apart is None and xxhash.xxh3_64_intdigest(content) / 2**64 < fraction
-        (test if held_out else train).extend(reader.samples(where, record))
-    for where, _, record in apart or ():
-        test.extend(reader.samples(where, record))
-    return Corpus(Records(train, seq_len), Records(test, seq_len), name, reader.notes())
+    """Of records that are read as often as it takes; those `apart` are held out, or a part of the others."""
+
+    def rows() -> Iterator[cache.Row]:
+        for where, content, record in records():
+            # By content, so that a record that is there twice does not land on both sides.
+            held_out = apart is None and xxhash.xxh3_64_intdigest(content) / 2**64 < config.eval_fraction
+            yield where, record, held_out
+        for where, _, record in apart() if apart is not None else ():
+            yield where, record, True
+
+    if config.cache is None:
+        train, test = cache.tokenize(reader, rows())
+        return Corpus(Records(train, seq_len), Records(test, seq_len), config.path, reader.notes())
+    told, count = xxhash.xxh3_128(f"{reader.key} {config.eval_fraction if apart is None else ''}".encode()), 0
+    for source in (records, apart):
+        told.update(b"|")
+        for _, content, _ in source() if source is not None else ():
+            told.update(len(content).to_bytes(8, "little") + content)
+            count += 1
+    place = Path(config.cache).expanduser()
+    made = cache.tokenized(place, told.hexdigest(), rows, count, reader, config.workers)
+    reader.tally = made.tally
+    return Corpus(Records(made.train, seq_len), Records(made.held_out, seq_len), config.path, reader.notes())
 
 
-def _parsed(path: str, key: str) -> Iterator[tuple[str, bytes, Record]]:
+def _parsed(path: str, key: str) -> Stand:
     for number, line in _lines(path, key):
         where = f"{path}, line {number}"
         yield where, line, _parse(where, line)

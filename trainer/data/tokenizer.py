@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import tokenizers
+import xxhash
 from transformers import PreTrainedTokenizerFast
 
 from trainer.errors import Refused
@@ -23,6 +25,10 @@ class Tokenizer(Protocol):
     chat_template: str | None  # Jinja, as transformers has it
     named_specials: Mapping[str, str]  # such as bos_token, as templates call them
     specials: tuple[str, ...]  # tokens that stand for no text
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give the same tokens."""
 
     def encode(self, text: str, *, start: bool = True) -> Tokens:
         """The tokens of a text; `start` puts in front whatever the model expects there."""
@@ -44,6 +50,7 @@ class ByteTokenizer:
     chat_template: str | None = None
     named_specials: Mapping[str, str] = {}
     specials: tuple[str, ...] = ()
+    fingerprint = "bytes"
 
     def encode(self, text: str, *, start: bool = True) -> Tokens:
         return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8)
@@ -84,6 +91,13 @@ class HuggingFaceTokenizer:
             self.chat_template: str | None = tokenizer.get_chat_template()
         except ValueError:  # none, or several of which none is the default
             self.chat_template = None
+
+    @property
+    def fingerprint(self) -> str:
+        fast = self._tokenizer.is_fast
+        held = self._tokenizer.backend_tokenizer.to_str() if fast else sorted(self._tokenizer.get_vocab().items())
+        told = [type(self._tokenizer).__name__, held, self.eos, self.specials, dict(self.named_specials)]
+        return xxhash.xxh3_128_hexdigest(json.dumps(told, sort_keys=True, default=str).encode())
 
     def encode(self, text: str, *, start: bool = True) -> Tokens:
         # Not every tokenizer that puts a start token in front also leaves the end alone.

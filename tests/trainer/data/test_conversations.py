@@ -255,7 +255,7 @@ def test_calls_of_tools_are_learned_and_their_results_are_not() -> None:
         "4.<|im_end|>",
         "\n",
     )
-    assert reader.empty == 0
+    assert reader.tally["empty"] == 0
 
 
 def test_where_later_turns_change_earlier_ones_every_turn_is_a_sample() -> None:
