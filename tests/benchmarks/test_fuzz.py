@@ -1,4 +1,4 @@
-"""The campaign against the parsers: a minute of it, how much of them it reaches, and that it can find something."""
+"""The campaign against the parsers: the beginning of it, how much of them it reaches, and that it can find something."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, logger="checkpointing")
 
 
-def test_a_minute_of_hostile_checkpoints_reaches_the_whole_parser() -> None:
+def test_hostile_checkpoints_reaches_the_whole_parser() -> None:
     counts = {}
     part = covered(lambda: counts.update(campaign(120, seed=11, most=1000)))
     assert part >= 0.95
     assert counts["cases"] > counts["loaded"] > 0  # some changes are harmless, and most are not
-    more = campaign(40, seed=12)
+    more = campaign(10, seed=12)
     assert more["cases"] > more["loaded"] > 0
 
 

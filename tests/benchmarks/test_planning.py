@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.runs import trainer
 
 
+@pytest.mark.soak  # the other benchmarks stand in for it in the default run
 def test_a_short_run_prints_one_object_that_is_not_judged() -> None:
     done = trainer("--json", "--ranks", "2", "--tensors", "200", "--rounds", "2", module="benchmarks.planning")
     assert done.returncode == 0, done.stderr

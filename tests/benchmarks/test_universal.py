@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.runs import trainer
 
 
+@pytest.mark.soak  # the other benchmarks stand in for it in the default run
 def test_a_short_run_prints_one_object_that_is_not_judged() -> None:
     done = trainer("--json", "--megabytes", "50", "--rounds", "2", module="benchmarks.universal")
     assert done.returncode == 0, done.stderr  # which it is not where a loss or a parameter differs

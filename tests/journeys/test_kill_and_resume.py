@@ -82,7 +82,8 @@ def overrides_of(case: str, directory: Path) -> list[str]:
     return [*PROOF, *extra]
 
 
-@pytest.mark.parametrize("case", CASES)
+# All parameters: tests/test_readme.py, killed once.
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.soak] * (case == "full")) for case in CASES])
 def test_killed_twice_and_resumed_on_one_and_on_three(case: str, tmp_path: Path) -> None:
     common = overrides_of(case, tmp_path)
     a, b = tmp_path / "a", tmp_path / "b"

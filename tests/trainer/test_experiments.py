@@ -63,7 +63,13 @@ def test_it_trains_when_everything_is_small(name: str, chats: Path, tmp_path: Pa
     made.save_pretrained(tmp_path / "model")
     assert AutoConfig.from_pretrained(tmp_path / "model").max_position_embeddings == 64
     small = ["train.seq_len=64", "train.global_batch=4", "train.micro_batch=2", "train.epochs=null", "train.steps=2"]
-    small += [f"data.cache={tmp_path}/tokens", "tracking=none", "precision=fp32", "eval.every=1", "eval.generate_tokens=2"]
+    small += [
+        f"data.cache={tmp_path}/tokens",
+        "tracking=none",
+        "precision=fp32",
+        "eval.every=1",
+        "eval.generate_tokens=2",
+    ]
     small += ["checkpoint.memory.every=0", f"model.path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}"]
     processes = 2 if "fsdp" in (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text() else 1
     WORLD.run(train, processes, [f"experiment={name}", f"data.path={chats}", *small], environment=True)

