@@ -1,4 +1,4 @@
-"""The campaign against the parsers: the beginning of it, how much of them it reaches, and that it can find something."""
+"""The campaign against the parsers: its beginning, how much of them it reaches, and that it can find something."""
 
 from __future__ import annotations
 
