@@ -10,6 +10,7 @@ import xxhash
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import is_flash_attn_2_available
 
 from trainer.choices import Attention, HuggingFace, Model, TinyLlama
@@ -70,6 +71,9 @@ def leave_description(
     inside = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
     directory.mkdir(parents=True, exist_ok=True)
     inside.config.save_pretrained(directory)
+    if inside._auto_class is not None:  # of code that came with the model, which goes on with it
+        custom_object_save(inside, str(directory), config=inside.config)
+        inside.config.save_pretrained(directory)  # once more, for it names that code now
     generation = huggingface.generation(config) if isinstance(config, HuggingFace) else None
     if generation is None and inside.can_generate():
         generation = inside.generation_config

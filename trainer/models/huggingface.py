@@ -89,7 +89,9 @@ def _refused_if_it_fails(config: HuggingFace, what: str) -> Iterator[None]:
     except Exception as error:
         logger.debug("loading the %s failed", what, exc_info=True)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise Refused(
-            f"The {what} of model.path={config.path} cannot be loaded: {reason} "
+        remedy = (
             "Give a directory that save_pretrained wrote, tokenizer included, or a hub id that this machine can reach."
-        ) from error
+        )
+        if "custom code" in reason and not config.trust_remote_code:
+            remedy = "Read that code, and type model.trust_remote_code=true if it may run here."
+        raise Refused(f"The {what} of model.path={config.path} cannot be loaded: {reason} {remedy}") from error

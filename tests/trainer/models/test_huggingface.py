@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,3 +122,38 @@ def test_the_architecture_is_what_is_computed_and_not_where_it_lies(tmp_path: Pa
     (tmp_path / "b" / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 0.1}))
     third = architecture(build_model(HuggingFace(path=str(tmp_path / "b")), seq_len=8, seed=0))
     assert first == second != third
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *arguments, **options):
+        found = super().forward(*arguments, **options)
+        found.logits = 2 * found.logits
+        return found
+"""
+
+
+def test_code_that_comes_with_a_model_goes_on_with_it(tmp_path: Path) -> None:
+    """From its directory to that of a run, from which transformers builds it."""
+    save_tiny_model(tmp_path / "model")
+    (tmp_path / "model" / "own.py").write_text(CODE)
+    file = tmp_path / "model" / "config.json"
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "own", "auto_map": own}))
+    config = HuggingFace(path=str(tmp_path / "model"), trust_remote_code=True)
+    model = build_model(config, seq_len=8, seed=0).eval()
+    leave_description(config, model, load_tokenizer(config), None, tmp_path / "hf")
+    assert (tmp_path / "hf" / "own.py").read_text() == CODE
+    save_file({name: p.detach() for name, p in model.named_parameters()}, tmp_path / "hf" / "model.safetensors")
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    tokens = torch.arange(8)[None]
+    assert type(again).__name__ == "OwnModel" and torch.equal(model(tokens).logits, again(tokens).logits)
+    with pytest.raises(Refused, match=r"custom code.*type model\.trust_remote_code=true"):
+        build_model(HuggingFace(path=str(tmp_path / "model")), seq_len=8, seed=0)

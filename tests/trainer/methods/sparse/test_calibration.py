@@ -64,7 +64,8 @@ def test_gradients_are_summed_over_all_micro_batches(layout: str, method: str) -
         found |= part
     assert len(found) == 35
     for name, total in found.items():
-        torch.testing.assert_close(total, expected[name], rtol=1e-4, atol=1e-9, msg=name)
+        small = 1e-5 * float(expected[name].abs().max())  # sums that cancel have the rounding of their parts
+        torch.testing.assert_close(total, expected[name], rtol=1e-4, atol=small, msg=name)
 
 
 def test_layers_of_a_model_are_told_by_their_number() -> None:
