@@ -84,6 +84,8 @@ def check(config: Config) -> None:
         raise Refused(f"data.ratio={config.data.ratio} is an option of data.order=rs2. Type both, or leave it out.")
     if config.train.epochs is not None and not 0 < config.train.epochs < 1e9:
         raise Refused(f"train.epochs={config.train.epochs} must be above 0. Type train.epochs=3, or train.steps alone.")
+    if config.eval.generate_every and not config.eval.generate_tokens:
+        raise Refused("eval.generate_every asks for texts, and eval.generate_tokens=0 for none. Leave one of them out.")
     window_of(config.train.profile)
     if config.eval.patience and not config.eval.every:
         raise Refused("eval.patience counts evaluations, and eval.every=0 makes none. Type eval.every=100 with it.")

@@ -39,7 +39,7 @@ class Eval:
     every: int = option(100, low=0)  # steps; 0: never. The last step is always evaluated
     patience: int = option(0, low=0)  # evaluations in a row without a better loss, after which the run ends; 0: never
     samples: int = option(128, low=0)  # held-out samples, spread evenly; 0: all of them
-    sets: list[str] = field(default_factory=list)  # NAME@KIND:PATH, of text, jsonl, chat or hf; evaluated whole, apart
+    sets: list[str] = field(default_factory=list)  # NAME@KIND:PATH, as data.sources has them; each apart
     generate_tokens: int = option(160, low=0)  # length of the text sampled at the end; 0: none
     generate_every: int = option(0, low=0)  # steps between such texts on the way; 0: at the end only
 

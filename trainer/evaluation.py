@@ -7,9 +7,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from checkpointing.collective import Team
 from trainer.data.dataset import Dataset
 from trainer.data.feed import Feed, Share
 from trainer.data.tokenizer import Tokenizer
+from trainer.errors import TrainingFailed
 from trainer.parallel.engine import TrainingEngine
 from trainer.sample import sample_text
 
@@ -29,13 +31,22 @@ class Writer:
     last: tuple[str, str] | None = None  # the prompt, and how it went on
 
     def write(self) -> tuple[str, str] | None:
-        """Collective. None where it failed, which is said once."""
+        """Collective. None where it failed on all ranks, which is said once; `TrainingFailed` where on some of them."""
+        why = ""
         try:
             self.last = sample_text(self.engine, self.tokenizer, self.dataset, self.num_tokens, self.seed, self.room)
         except Exception as error:  # of models' own code
-            if self.engine.data_rank == 0:
-                logger.warning("no text can be sampled from this model: %s: %s", type(error).__name__, error)
+            why = f"{type(error).__name__}: {error}"
+        told = Team().together(lambda: why)
+        if failed := [rank for rank, one in enumerate(told) if one]:
             self.last, self.num_tokens = None, 0
+            if len(failed) < len(told):  # who knows where the others were in a step that all compute together
+                raise TrainingFailed(
+                    f"Text could be sampled on some ranks, and not on {failed}: {told[failed[0]]}. What was saved "
+                    "stays as it is. Type eval.generate_tokens=0 to go on without."
+                )
+            if Team().rank == 0:
+                logger.warning("no text can be sampled from this model: %s", why)
         return self.last
 
 

@@ -65,7 +65,8 @@ def train(
         losses = {key: row[key] for key in ("loss", "eval_loss") if key in row}
         ends = step == last or done.gives_up(config.eval.patience)
         saver.save(done, losses, durable=ends or due(step, config.checkpoint.every, last), last=ends)
-        if (ends or due(step, config.eval.generate_every, last)) and (text := evaluation.write()):
+        every = config.eval.generate_every
+        if not ends and every and step % every == 0 and (text := evaluation.write()):
             tracker.sample(step, *text)
     window.close()
     saver.finish(done, losses)

@@ -75,6 +75,7 @@ class Start:
     incarnation: int = 1
     state: dict[str, Any] = field(default_factory=dict)  # the trainer's objects in that generation
     lines: list[str] = field(default_factory=list)  # for the plan
+    altered: bool = False  # whether what comes after that step may differ from what was computed before
     sizes: dict[str, int] | None = None  # what a sparse method trains of each layer there; None from scratch
 
 
@@ -126,7 +127,8 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     is_own = any(storage.root.resolve() == tier.root.resolve() for tier in tiers)
     directories = [str(tier) for tier in tiers if any(tier is other for other, _ in found)] or [str(storage)]
     memory = next((str(tier) for tier, _ in found if isinstance(tier, MappedStorage)), None)
-    return Start(generation.step, directories, memory, named, is_own, incarnation, state, lines, sizes)
+    altered = any(not key.startswith(FREE) for key in changes)
+    return Start(generation.step, directories, memory, named, is_own, incarnation, state, lines, altered, sizes)
 
 
 def _shapes(config: Config, sizes: dict[str, int] | None, model: nn.Module) -> nn.Module:
@@ -203,6 +205,8 @@ def check_state(
         del refused["train.steps"]
     if "parallel.local_batch" in changes and grows_by_gradient(config.method):
         refused["parallel.local_batch"] = "parallel.local_batch (entries grow by gradients of its first part)"
+    if "model.attention" in changes and draws_randomness(model):
+        refused["model.attention"] = "model.attention (the model has dropout, which each kernel draws in its own way)"
     if "parallel.local_batch" in changes and draws_randomness(model):  # dropout is drawn a part at a time
         refused["parallel.local_batch"] = "parallel.local_batch (the model has dropout, drawn for each part)"
     even = isinstance(config.data, Stdlib | Text) and not config.data.pack  # all rows are as wide as a pipeline's
@@ -376,7 +380,8 @@ def _check_model(name: str, manifest: Manifest, model: nn.Module) -> None:
     wrong = []
     if missing := sorted(here.keys() - there.keys() - tied):
         wrong.append(f"it lacks {len(missing)} of this model's tensors, such as {missing[0]}")
-    if left_over := sorted(there.keys() - here.keys()):
+    known_here = {manifest.stored_name(name) for name in here}  # under another name as well
+    if left_over := sorted(name for name in there.keys() - here.keys() if manifest.stored_name(name) not in known_here):
         wrong.append(f"it holds {len(left_over)} that this model lacks, such as {left_over[0]}")
     if reshaped := [n for n in sorted(here.keys() & there.keys()) if here[n] != there[n]]:
         first = reshaped[0]

@@ -170,7 +170,9 @@ def train_together(job: Job, start: Start, lease: Lease | None, preemption: Pree
     model = build(job.config, sizes=start.sizes)
     engine = make_engine(job.config, model, job.topology, job.world, job.device, start.sizes)
     state, tier = restore(engine, start, memory)
-    if state and state["step"] != start.step:  # an older generation than the one that was checked
+    if (
+        state and state["step"] != start.step and IMPORTED not in state
+    ):  # an older generation than the one that was checked
         check_state(job.config, state, job.corpus.train.fingerprint, job.shapes)
     evaluation = Evaluation(job.corpus.held_out, job.config.eval.samples, job.sets, writer_of(job, engine))
     status = train_and_finish(job, start, memory, engine, evaluation, state, tier, lease, preemption)
@@ -227,7 +229,7 @@ def restore(engine: TrainingEngine, start: Start, memory: Path | None) -> tuple[
             tiers,
             engine.pieces_for,
             generation=start.generation,
-            only=None if start.state.get(IMPORTED, {}).get("optimizer", True) else ["model/"],
+            only=None if start.state.get(IMPORTED, {}).get("optimizer", True) else ["model/", "buffer/"],
             chosen=lambda tier, _: found.append(str(tier)),
         )
     except (MismatchError, DamagedError) as error:
@@ -270,7 +272,7 @@ def train_and_finish(
             logger.warning("%s/hf is not whole, and an export will need --config: %s", config.run.dir, error)
     compute, peak = config.precision.compute, config.tracking.peak_tflops
     speed = full_speed(job.shapes, config.train.seq_len, job.device, compute, peak)
-    tracker = RunTracker(config, run_id, world.rank, start.incarnation, done.step, speed)
+    tracker = RunTracker(config, run_id, world.rank, start.incarnation, done.step, speed, altered=start.altered)
     status = 1
     with ExitStack() as opened:
         opened.callback(lambda: tracker.close(status))
@@ -305,6 +307,8 @@ def train_and_finish(
             if train(config, engine, feed, evaluation, tracker, saver, done, preemption):
                 tracker.emit("finish", step=done.step)
                 status = 0
+                if (text := evaluation.write()) is not None:
+                    tracker.sample(done.step, *text)
                 if done.step < config.train.steps and world.rank == 0:
                     print(
                         f"  {'ended':10} after step {done.step}: the loss on held-out samples was not below "
@@ -316,7 +320,8 @@ def train_and_finish(
                 leave(Outcome(status, final=False, why=f"preempted after step {done.step}", saved=True))
                 if world.rank == 0:
                     where = f"after step {done.step}, which is saved" if done.step else "before the first step"
-                    print(f"  {'preempted':10} {where}. Run the same command again.")
+                    again = "" if config.resume == "auto" else f", without resume={config.resume}"
+                    print(f"  {'preempted':10} {where}. Run the same command again{again}.")
         except LeaseHeldError:
             raise
         except Exception as error:

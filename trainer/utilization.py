@@ -6,6 +6,8 @@ computed again for the backward does not count, nor does padding.
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 
@@ -15,11 +17,13 @@ from trainer.config import Compute
 # name; from the vendors' data sheets. Of several that match the first counts.
 PEAKS = {
     "B200": 2250.0,
+    "H200 NVL": 835.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
     "H100": 989.0,
     "A100": 312.0,
+    "A10G": 70.0,
     "A10": 125.0,
     "L40S": 362.0,
     "L40": 181.0,
@@ -40,7 +44,9 @@ def full_speed(
     peak = peak_tflops
     if not peak and device.type == "cuda" and compute is not Compute.fp32:
         name = torch.cuda.get_device_name(device)
-        peak = next((value for part, value in PEAKS.items() if part in name), 0.0)
+        # Whole words: there is an RTX A1000. A part of a device (MIG) has a part of its peak.
+        known = (value for part, value in PEAKS.items() if re.search(rf"\b{part}\b", name) and "MIG" not in name)
+        peak = next(known, 0.0)
     return peak * 1e12 / operations(model, seq_len) if peak else None
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -107,7 +107,7 @@ def read_pickle(path: Path) -> Any:
         raise DamagedError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the one in Python: of the other, BUILD is fixed
     def __init__(
         self, file: io.BytesIO, mapped: mmap.mmap | None = None, storage: Callable[[str], tuple[int, int]] | None = None
     ) -> None:
@@ -131,15 +131,28 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"a tensor of {numel} elements in {nbytes} bytes")
         if not numel:
             return torch.empty(0, dtype=dtype)
-        if start % dtype.itemsize:  # as in a part of a file
-            held = bytearray(self.mapped[start : start + numel * dtype.itemsize])
-            return torch.frombuffer(held, dtype=dtype, count=numel)
         return torch.frombuffer(self.mapped, dtype=dtype, count=numel, offset=start)
+
+    stack: list[Any]
+
+    def load_build(self) -> None:
+        """The state of an object. Of what is not inert only attributes of a dict come up, and they are not needed: any
+        other would change a function of this module, or have torch run what a tensor asks for."""
+        state = self.stack.pop()
+        made = self.stack[-1]
+        if isinstance(made, Inert):
+            made.__setstate__(state)
+        elif not isinstance(made, OrderedDict):
+            raise pickle.UnpicklingError(f"a {type(made).__name__} with a state of its own")
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
 
 def _tensor(storage: torch.Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> torch.Tensor:
     if not prod(size):
         return storage.new_empty(tuple(size))
+    if any(step == 0 and count > 1 for step, count in zip(stride, size, strict=True)):
+        raise pickle.UnpicklingError(f"a tensor of {prod(size)} elements that are the same ones again and again")
     return storage.as_strided(tuple(size), tuple(stride), offset)  # torch checks that it lies in the storage
 
 

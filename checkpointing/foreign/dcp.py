@@ -15,7 +15,7 @@ import torch
 
 from checkpointing.errors import DamagedError, MismatchError, VersionError, first_few
 from checkpointing.foreign.archive import Mapped, read_archive, read_pickle
-from checkpointing.foreign.state import Foreign, bare
+from checkpointing.foreign.state import Foreign, as_buffers_too, bare
 from checkpointing.geometry import Piece
 
 METADATA = ".metadata"
@@ -64,7 +64,7 @@ def describe_dcp(directories: Sequence[Path], ignored: Sequence[str] = ()) -> Fo
     ]
     steps = [p.tensor.item() for p in pieces if p.name.startswith("optim/") and p.name.endswith("/step")]
     kind = f"torch.distributed.checkpoint, {writers} file{'s' * (writers != 1)}"
-    return Foreign(kind, int(max(steps)) if steps else None, pieces, sorted(set(left_out)))
+    return Foreign(kind, int(max(steps)) if steps else None, as_buffers_too(pieces), sorted(set(left_out)))
 
 
 def _get(metadata: Any, name: str, kind: type, directory: Path, *, optional: bool = False) -> Any:
@@ -78,16 +78,20 @@ def _named(paths: Sequence[Path_]) -> dict[Path_, str]:
     """Our names. The model's parameters are the last part of their paths, and its optimizer's state names them."""
     states = {path: match for path in paths if (match := _STATE.search(".".join(map(str, path))))}
     models = [path for path in paths if path not in states]
+    tops = {path[:-1] for path in models}
+    # A part of a model may be called `state`.
+    models += [path for path in states if path[:-1] in tops]
+    states = {path: match for path, match in states.items() if path[:-1] not in tops}
+    if len(tops) > 1:
+        names_of = sorted(".".join(map(str, top)) or "no path" for top in tops)
+        shortest = sorted((len(path), ".".join(map(str, path))) for path in models)[0][1]
+        raise MismatchError(
+            f"There are tensors under {first_few(names_of)} that are no optimizer's, and one model is read at a time. "
+            f"Type --ignore PATH for each that is not to be imported, such as --ignore {shortest}."
+        )
     inner = [str(path[-1]) for path in models]
     names = {path: f"model/{bare(str(path[-1]), inner)}" for path in models}
     known = set(names.values())
-    if len(known) < len(models):
-        twice = sorted({name for name in names.values() if list(names.values()).count(name) > 1})
-        tops = sorted({".".join(map(str, path[:-1])) for path in models})
-        raise MismatchError(
-            f"{first_few([name.removeprefix('model/') for name in twice])} is there more than once, under "
-            f"{first_few(tops)}. Type --ignore PATH for those that are not to be imported."
-        )
     strangers = []
     every = [match["name"] for match in states.values()]
     for path, match in states.items():
@@ -96,7 +100,7 @@ def _named(paths: Sequence[Path_]) -> dict[Path_, str]:
             strangers.append(".".join(map(str, path)))
         names[path] = f"optim/{name}/{match['key']}"
     if strangers:
-        numbered = all(_STATE.search(one)["name"].isdigit() for one in strangers)  # type: ignore[index]
+        numbered = all(str(_STATE.search(one)["name"]).isdigit() for one in strangers)  # type: ignore[index]
         why = (
             "numbers its parameters, which tells nothing of their names: save it with "
             "torch.distributed.checkpoint.state_dict.get_optimizer_state_dict"

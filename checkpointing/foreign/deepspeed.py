@@ -16,19 +16,20 @@ from typing import Any
 
 import torch
 
-from checkpointing.errors import DamagedError, MismatchError, NotFoundError
+from checkpointing.errors import DamagedError, MismatchError, NotFoundError, first_few
 from checkpointing.foreign.archive import Mapped, read_archive
 from checkpointing.foreign.state import Foreign, bare, under_all_names
 from checkpointing.geometry import Piece, Shape
 
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<model>\d+)_optim_states\.pt$")
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<model>\d+)_model_states\.pt$")
+_EXPERTS = re.compile(r"expert|^expp_rank")
 _NOT_PARAMETERS = ("lr_scheduler", "data_sampler", "random_ltd", "loss_scaler")
 
 
 def newest_tag(directory: Path) -> Path | None:
     """The directory of the checkpoint that DIR means: itself, or the one that its file `latest` names."""
-    if any(_MODEL.search(path.name) for path in directory.glob("*.pt")):
+    if any(_MODEL.fullmatch(path.name) for path in directory.glob("*.pt")):
         return directory
     latest = directory / "latest"
     if latest.is_file():
@@ -41,10 +42,15 @@ def newest_tag(directory: Path) -> Path | None:
 
 def describe_deepspeed(directory: Path) -> Foreign:
     """What all ranks have saved in `directory`. `MismatchError` for model parallelism, whose cuts it does not say."""
+    if experts := sorted(path.name for path in directory.glob("*.pt") if _EXPERTS.search(path.name)):
+        raise MismatchError(
+            f"{directory} holds experts that DeepSpeed shared out over processes ({first_few(experts, 2)}), which is "
+            "not read here. Save the model whole first, as with zero_to_fp32, and import that."
+        )
     files = {_OPTIMIZER: dict[int, Path](), _MODEL: dict[int, Path]()}
     for path in sorted(directory.glob("*.pt")):
         for pattern, found in files.items():
-            if match := pattern.search(path.name):
+            if match := pattern.fullmatch(path.name):
                 if int(match["model"]):
                     raise MismatchError(
                         f"{directory} was saved under tensor or pipeline parallelism of DeepSpeed, which does not say "
@@ -75,7 +81,8 @@ def describe_deepspeed(directory: Path) -> Foreign:
     if not optimizers and first.get("optimizer"):
         left_out.append("optimizer, which numbers its parameters")
     kind = f"DeepSpeed ZeRO stage {stage}, {max(1, len(optimizers))} rank{'s' * (len(optimizers) > 1)}"
-    return Foreign(kind, int(first.get("global_steps") or 0), renamed, left_out)
+    steps = first.get("global_steps")
+    return Foreign(kind, None if steps is None else int(steps), renamed, left_out)
 
 
 def _renamed(piece: Piece, names: Sequence[str]) -> Piece:
@@ -100,7 +107,12 @@ def _optimizer(path: Path) -> dict[str, Any]:
 
 def _partitions(state: Mapping[str, Any]) -> int:
     counts = state["partition_count"]  # one for each group, or one for all
-    return int(counts[0] if isinstance(counts, list | tuple) else counts)
+    every = {int(count) for count in (counts if isinstance(counts, list | tuple) else [counts])}
+    if len(every) != 1:
+        raise MismatchError(
+            f"Groups of parameters are shared by {sorted(every)} ranks each, as experts are: not read here."
+        )
+    return every.pop()
 
 
 def _stage(state: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from checkpointing.errors import DamagedError
 from checkpointing.foreign.archive import Mapped, read_archive
-from checkpointing.foreign.state import Foreign
+from checkpointing.foreign.state import Foreign, as_buffers_too
 from checkpointing.geometry import Piece
 
 SAFE, TORCH = "model.safetensors", "pytorch_model.bin"
@@ -36,9 +36,11 @@ def describe_hugging_face(directory: Path) -> Foreign:
         for name, tensor in (_safe(file) if file.suffix == ".safetensors" else _torch(file)).items():
             pieces.append(Piece(f"model/{name}", tensor, (0,) * tensor.dim(), tuple(tensor.shape)))
     state = directory / "trainer_state.json"
-    step = int(_read(state).get("global_step", 0)) if state.is_file() else None
+    step = _read(state).get("global_step") if state.is_file() else None
     left_out = [name for name in ("optimizer.pt", "scheduler.pt") if (directory / name).is_file()]
-    return Foreign(f"Hugging Face directory, {len(files)} file{'s' * (len(files) > 1)}", step, pieces, left_out)
+    return Foreign(
+        f"Hugging Face directory, {len(files)} file{'s' * (len(files) > 1)}", step, as_buffers_too(pieces), left_out
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

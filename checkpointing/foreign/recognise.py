@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpointing.errors import LayoutError, NotFoundError
+from checkpointing.errors import CheckpointError, DamagedError, LayoutError, NotFoundError
 from checkpointing.foreign.dcp import METADATA, describe_dcp
 from checkpointing.foreign.deepspeed import describe_deepspeed, newest_tag
 from checkpointing.foreign.huggingface import describe_hugging_face, weight_files
@@ -20,6 +20,17 @@ def describe_foreign(directory: Path, *, trust_pickle: bool = False, ignored: Se
     pickles are read by a reader that runs none of what they name, and a person still says that they come from somebody
     they trust. `NotFoundError` for a directory of none of these.
     """
+    try:
+        return _described(directory, trust_pickle, ignored)
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:  # of what anybody may have written
+        raise DamagedError(
+            f"{directory} is damaged, or of a form that is not known here ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _described(directory: Path, trust_pickle: bool, ignored: Sequence[str]) -> Foreign:
     if not directory.is_dir():
         raise NotFoundError(f"{directory} is not a directory")
     if (tag := newest_tag(directory)) is not None:

@@ -10,8 +10,9 @@ from checkpointing.geometry import Piece
 
 IMPORTED = "imported"  # the object of a generation that says where it came from
 
-# What wrappers put into the names of parameters.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+# What wrappers by name put into the names of parameters, anywhere; DDP and DeepSpeed put `module.` in front.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+_FRONT = "module."
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,19 @@ class Foreign:
 
 def bare(name: str, names: Sequence[str]) -> str:
     """A parameter's name without those of wrappers; `module.` only where all of `names` begin so."""
-    if not all(_WRAPPERS.match(one) for one in names):
-        return re.sub(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.", "", name)
-    return _WRAPPERS.sub("", name)
+    return _WRAPPERS.sub("", name.removeprefix(_FRONT) if all(one.startswith(_FRONT) for one in names) else name)
+
+
+def as_buffers_too(pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces, and once more under the names of buffers what has no optimizer's state: a state dict does not tell a
+    buffer from a parameter that does not train."""
+    trained = {piece.name.split("/")[1] for piece in pieces if piece.name.startswith("optim/")}
+    found = list(pieces)
+    for piece in pieces:
+        group, _, name = piece.name.partition("/")
+        if group == "model" and name not in trained:
+            found.append(replace(piece, name=f"buffer/{name}"))
+    return found
 
 
 def under_all_names(pieces: Sequence[Piece], tied: Mapping[str, str]) -> list[Piece]:

@@ -140,11 +140,12 @@ def test_nothing_that_is_read_is_executed(tmp_path: Path) -> None:
 def test_no_module_of_the_library_can_execute_what_it_reads() -> None:
     forbidden = {"eval", "exec", "compile", "__import__"}
     for path in (ROOT / "checkpointing").rglob("*.py"):
-        if path.parts[-2:] == ("foreign", "archive.py"):  # a reader that runs nothing: its own test has traps
-            continue
+        # A reader that runs nothing of them: its own test has traps.
+        reads = {"pickle"} if path.parts[-2:] == ("foreign", "archive.py") else set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
-                assert not {alias.name.split(".")[0] for alias in node.names} & {"pickle", "marshal", "shelve", "dill"}
+                names = {alias.name.split(".")[0] for alias in node.names} - reads
+                assert not names & {"pickle", "marshal", "shelve", "dill"}
             elif isinstance(node, ast.ImportFrom):
                 assert (node.module or "").split(".")[0] not in {"pickle", "marshal", "shelve", "dill"}
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from trainer import evaluation
+from trainer.errors import TrainingFailed
 from trainer.evaluation import Evaluation, Writer
 
 
@@ -35,3 +36,12 @@ def test_a_model_that_cannot_write_is_asked_once(
     monkeypatch.setattr(evaluation, "sample_text", lambda *_: 1 / 0)
     assert shown.write() is None is shown.write() and caplog.text.count("no text can be sampled") == 1
     assert Evaluation([], 0).write() is None  # type: ignore[arg-type]
+
+
+def test_where_some_ranks_cannot_write_the_run_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "sample_text", lambda *_: ("a", "b"))
+    others = SimpleNamespace(together=lambda say: [say(), "MemoryError: "], rank=0)
+    monkeypatch.setattr(evaluation, "Team", lambda: others)
+    writer: Any = Writer(None, None, None, 5, 0, 9)  # type: ignore[arg-type]
+    with pytest.raises(TrainingFailed, match=r"not on \[1\]: MemoryError"):
+        writer.write()

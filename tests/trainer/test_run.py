@@ -286,7 +286,7 @@ def test_a_resumed_run_is_the_same_wandb_run(tmp_path: Path, monkeypatch: pytest
     started: list[tuple[str, str]] = []
 
     class Recorder:
-        def __init__(self, project: str, name: str, run_id: str, directory: Path, config: dict, restarts: int) -> None:
+        def __init__(self, project: str, name: str, run_id: str, directory: Path, config: dict, *_: object) -> None:
             started.append((run_id, config["run"]["name"]))
 
         def step(self, row: dict) -> None: ...

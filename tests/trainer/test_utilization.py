@@ -35,12 +35,16 @@ def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
     assert full_speed(model, 16, CPU, Compute.bf16, 0) is None
     assert full_speed(model, 16, CPU, Compute.fp32, 2.0) == 2e12 / operations(model, 16)
-    for name, peak in (
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA L40S", 362),
-        ("GTX 10", 0),
-    ):
+    devices = {
+        "NVIDIA H100 80GB HBM3": 989,
+        "NVIDIA H200 NVL": 835,
+        "NVIDIA A100-SXM4-80GB": 312,
+        "NVIDIA L40S": 362,
+        "NVIDIA A10G": 70,
+        "NVIDIA RTX A1000": 0,
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb": 0,
+    }
+    for name, peak in devices.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         found = full_speed(model, 16, torch.device("cuda"), Compute.bf16, 0)
         assert found == (pytest.approx(peak * 1e12 / operations(model, 16)) if peak else None), name

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import uuid
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -33,6 +35,7 @@ from trainer.errors import Refused
 logger = logging.getLogger(__name__)
 
 PART = 2000  # records
+VERSION = 1  # of the files, and of what is made of a record: one more with every change of either
 DONE = "done.json"
 SIDES = ("train", "held_out")
 # Where a record stands, the record, and whether it is held out.
@@ -54,7 +57,7 @@ def tokenized(
     `key` tells their content, the tokenizer and all options that the samples follow from. `Refused` for a record that
     is malformed, or a directory that cannot be written; what was made before stays.
     """
-    place = directory / key
+    place = directory / f"{key}-{VERSION}"
     try:
         place.mkdir(parents=True, exist_ok=True)
         with _alone(place):
@@ -63,7 +66,7 @@ def tokenized(
                 _make(place, rows(), count, reader, workers)
             try:
                 return _mapped(place)
-            except (ValueError, EOFError, FileNotFoundError) as error:
+            except (ValueError, EOFError, KeyError, TypeError, FileNotFoundError) as error:
                 logger.warning("%s is damaged (%s), and is made anew", place, error)
                 (place / DONE).unlink()
                 _make(place, rows(), count, reader, workers)
@@ -97,17 +100,22 @@ def _alone(place: Path) -> Iterator[None]:
 
 def _make(place: Path, rows: Iterable[Row], count: int, reader: RecordReader, workers: int) -> None:
     parts = -(-count // PART)
+    for path in place.glob("part-*.npz"):  # of a run that was interrupted, perhaps by the end of its machine
+        if not _is_sound(path):
+            path.unlink(missing_ok=True)
     workers = max(1, min(workers, parts))
     # In processes of their own, for Python tokenizes one text at a time; spawned, for this one has threads of torch.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (reader,)) if workers > 1 else None
-    _begin(reader)
+    if pool is None:
+        global _reader
+        _reader = reader
     with _shown(f"tokenizing into {place}", count) as advance:
         try:
             waiting: list[tuple[int, Future[None]]] = []
             iterator = iter(rows)
             for number in range(parts):
                 part = list(islice(iterator, PART))
-                if _part(place, number).is_file():  # of a run that was interrupted
+                if _part(place, number).is_file():
                     advance(len(part))
                 elif pool is None:
                     _work(place, number, part)
@@ -136,6 +144,15 @@ def _begin(reader: RecordReader) -> None:
     _reader = reader
 
 
+def _is_sound(path: Path) -> bool:
+    """An archive has checksums, which reading compares."""
+    try:
+        with np.load(path) as part:
+            return all(part[name] is not None for name in part.files) and "tally" in part.files
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return False
+
+
 def _part(place: Path, number: int) -> Path:
     return place / f"part-{number:06d}.npz"
 
@@ -146,7 +163,7 @@ def _work(place: Path, number: int, rows: Sequence[Row]) -> None:
     arrays: dict[str, Any] = {}
     for side, samples in zip(SIDES, tokenize(_reader, rows), strict=True):
         arrays |= {f"{side}-{name}": array for name, array in Joined.of(samples)._asdict().items()}
-    draft = _part(place, number).with_suffix(f".{os.getpid()}")
+    draft = _part(place, number).with_suffix(f".{uuid.uuid4().hex[:8]}")
     with open(draft, "wb") as file:
         np.savez(file, tally=np.frombuffer(json.dumps(_reader.tally).encode(), np.uint8), **arrays)
     draft.replace(_part(place, number))
@@ -155,6 +172,7 @@ def _work(place: Path, number: int, rows: Sequence[Row]) -> None:
 def _join(place: Path, parts: int) -> None:
     """The parts as arrays that can be mapped, and DONE when they are whole."""
     tally: Counter[str] = Counter()
+    hashes: dict[str, str] = {}
     files = [_part(place, number) for number in range(parts)]
     for side in SIDES:
         sizes = []
@@ -184,27 +202,39 @@ def _join(place: Path, parts: int) -> None:
             at, index = at + size, index + many
         for name, array in made.items():
             array.flush()
+            hashes[f"{side}-{name}"] = _hash(array)
             drafts[name].replace(place / f"{side}-{name}.npy")
-    draft = place / f"{DONE}.draft"
-    draft.write_text(json.dumps(tally), encoding="utf-8")
+    draft = place / f"{DONE}.{uuid.uuid4().hex[:8]}"
+    draft.write_text(json.dumps({"tally": tally, "hashes": hashes}), encoding="utf-8")
     draft.replace(place / DONE)
     for path in files:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _mapped(place: Path) -> Tokenized:
+    told = json.loads((place / DONE).read_text(encoding="utf-8"))
+    hashes = told["hashes"]
+
     def side(name: str) -> Joined:
-        # Of no elements there is nothing to map.
-        return Joined(*(_read(place / f"{name}-{array}.npy") for array in Joined._fields))
+        return Joined(
+            *(_read(place / f"{key}.npy", hashes[key]) for key in (f"{name}-{one}" for one in Joined._fields))
+        )
 
-    return Tokenized(side("train"), side("held_out"), Counter(json.loads((place / DONE).read_text(encoding="utf-8"))))
+    return Tokenized(side("train"), side("held_out"), Counter(told["tally"]))
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, expected: str) -> Any:
     try:
-        return np.load(path, mmap_mode="r")
-    except ValueError:
-        return np.load(path)
+        array = np.load(path, mmap_mode="r")
+    except ValueError:  # of no elements there is nothing to map
+        array = np.load(path)
+    if _hash(array) != expected:
+        raise ValueError(f"{path.name} does not hold what was written")
+    return array
+
+
+def _hash(array: Any) -> str:
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(array).data)
 
 
 @contextmanager

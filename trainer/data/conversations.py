@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,12 @@ def is_empty(message: Message) -> bool:
     return not message["content"].strip() and not message.get("tool_calls")
 
 
+# Some templates put the day into their text, and samples must not be others tomorrow: it is 26 July 2024 for them.
+_CODES = ("d", "b", "B", "m", "Y", "y", "A", "a", "H", "M", "S")
+_FIXED = "".join(f"|replace('%{code}','{datetime(2024, 7, 26):%{code}}')" for code in _CODES)
+_DAY = f"{{% macro strftime_now(format) %}}{{{{ format{_FIXED} }}}}{{% endmacro %}}"
+
+
 class Template:
     """A chat template, and where in its text the assistant speaks."""
 
@@ -238,7 +245,7 @@ class Template:
             made: Any = render_jinja_template(
                 [messages],
                 tools=tools,
-                chat_template=self.source,
+                chat_template=(_DAY if "strftime_now" in self.source else "") + self.source,
                 return_assistant_tokens_mask=self.marks,
                 add_generation_prompt=prompt,
                 **self._tokenizer.named_specials,

@@ -15,6 +15,7 @@ from torch.nn import functional
 from trainer.data.order import Ids
 from trainer.data.tokenizer import Tokens
 
+SAMPLES_AT_ONCE = 10_000
 IGNORE = -100  # the label of a position that is no target, as torch's cross entropy has it
 Mask = npt.NDArray[np.bool_]
 
@@ -107,10 +108,15 @@ def _sums(targets: Mask, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]
 
 def _first(targets: Mask, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Each sample's first target, counted from its beginning; 0 where it has none."""
-    places = np.flatnonzero(targets)
-    at = np.searchsorted(places, starts)
-    found = places[np.minimum(at, len(places) - 1)] - starts if len(places) else np.zeros(len(starts), np.int64)
-    return np.where(_sums(targets, starts) > 0, found, 0)
+    found = np.zeros(len(starts), np.int64)
+    ends = np.append(starts[1:], len(targets))
+    for at in range(0, len(starts), SAMPLES_AT_ONCE):  # places are eight times as large as targets
+        some, last = starts[at : at + SAMPLES_AT_ONCE], ends[min(at + SAMPLES_AT_ONCE, len(starts)) - 1]
+        places = np.append(np.flatnonzero(targets[some[0] : last]) + some[0], last)
+        first = places[np.searchsorted(places, some)]
+        has = first < ends[at : at + SAMPLES_AT_ONCE]
+        found[at : at + SAMPLES_AT_ONCE] = np.where(has, first - some, 0)
+    return found
 
 
 class Records:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformers
 import xxhash
 
 from trainer.choices import Chat, Data, Hub, Jsonl, Mix, Stdlib, Text
@@ -77,14 +78,18 @@ def load_corpus(config: Data, tokenizer: Tokenizer, seq_len: int) -> Corpus:
 
 def load_sets(given: Sequence[str], data: Data, tokenizer: Tokenizer, seq_len: int) -> dict[str, Dataset]:
     """What `eval.sets` names, all of each. `Refused` for what is no NAME@KIND:PATH."""
-    mix, sets = Mix(eval_fraction=0, template=str(getattr(data, "template", ""))), dict[str, Dataset]()
+    own: Any = {key: getattr(data, key) for key in ("template", "cache", "workers") if hasattr(data, key)}
+    mix, sets = Mix(eval_fraction=0, **own), dict[str, Dataset]()
     for one in given:
         name, at, source = one.partition("@")
         if not at or not re.fullmatch(r"[\w.-]+", name) or name in sets:
             raise Refused(
                 f"eval.sets: {one} is no NAME@KIND:PATH with a name of its own. Type one such as code@jsonl:code.jsonl."
             )
-        sets[name] = load_corpus(_source(mix, source, "eval.sets")[0], tokenizer, seq_len).train
+        try:
+            sets[name] = load_corpus(_source(mix, source)[0], tokenizer, seq_len).train
+        except Refused as error:
+            raise Refused(f"eval.sets: {one} cannot be read. {error}") from None
     return sets
 
 
@@ -108,7 +113,7 @@ def _mixed(config: Mix, tokenizer: Tokenizer, seq_len: int) -> Corpus:
     )
 
 
-def _source(config: Mix, source: str, key: str = "data.sources") -> tuple[Data, float]:
+def _source(config: Mix, source: str) -> tuple[Data, float]:
     """`KIND:PATH@SHARE` as options of its own, and the share."""
     kind, _, rest = source.partition(":")
     path, at, share = rest.rpartition("@")
@@ -126,7 +131,7 @@ def _source(config: Mix, source: str, key: str = "data.sources") -> tuple[Data, 
     }
     if kind not in makes or not (path or kind == "stdlib") or not 0 < weight < float("inf"):
         raise Refused(
-            f"{key}: {source} is no KIND:PATH@SHARE with a KIND of {', '.join(makes)} and a SHARE above 0. Type "
+            f"data.sources: {source} is no KIND:PATH@SHARE with a KIND of {', '.join(makes)} and a SHARE above 0. Type "
             "one such as chat:talk.jsonl@2."
         )
     return makes[kind](), weight
@@ -224,7 +229,8 @@ def _corpus(
     if config.cache is None:
         train, test = cache.tokenize(reader, rows())
         return Corpus(Records(train, seq_len), Records(test, seq_len), config.path, reader.notes())
-    told, count = xxhash.xxh3_128(f"{reader.key} {config.eval_fraction if apart is None else ''}".encode()), 0
+    fraction = config.eval_fraction if apart is None else None
+    told, count = xxhash.xxh3_128(f"{reader.key} {fraction} {transformers.__version__} {cache.PART}".encode()), 0
     for source in (records, apart):
         told.update(b"|")
         for _, content, _ in source() if source is not None else ():

@@ -33,8 +33,13 @@ class RunTracker:
         incarnation: int = 1,
         step: int = 0,
         full_speed: float | None = None,
+        *,
+        altered: bool = False,
     ) -> None:
-        """`step` is the last that is done; MFU is the share of `full_speed`, in tokens a second of one device."""
+        """`step` is the last that is done; MFU is the share of `full_speed`, in tokens a second of one device.
+
+        `altered` says that steps after it may give other numbers than those that were told before.
+        """
         self._full_speed = full_speed
         self._sinks: list[Sink] = []
         self._metrics: Metrics | None = None
@@ -50,7 +55,9 @@ class RunTracker:
         ]
         if config.tracking.tracker is Tracker.wandb:
             project, name = config.tracking.project, config.run.name
-            self._sinks.append(WandbRun(project, name, run_id, run_dir, as_json(config), incarnation - 1))
+            self._sinks.append(
+                WandbRun(project, name, run_id, run_dir, as_json(config), incarnation - 1, step if altered else None)
+            )
         elif config.tracking.tracker is Tracker.tensorboard:
             self._sinks.append(TensorBoard(run_dir / "tensorboard", step))
 

@@ -28,11 +28,19 @@ def unheard(*signals: signal.Signals) -> Iterator[None]:
 class WandbRun(Guarded):
     """One wandb run for all the incarnations of ours: the id is kept in the checkpoint.
 
-    Every step is told once: one that is computed again after a resume gives the same numbers, and is left out.
+    Every step is told once: one that is computed again after a resume gives the same numbers, and is left out. Where
+    settings have changed, steps after `anew` give others, and are told once more.
     """
 
     def __init__(
-        self, project: str, name: str, run_id: str, directory: Path, config: dict[str, Any], restarts: int = 0
+        self,
+        project: str,
+        name: str,
+        run_id: str,
+        directory: Path,
+        config: dict[str, Any],
+        restarts: int = 0,
+        anew: int | None = None,
     ) -> None:
         super().__init__("wandb")
         self._run: Any = None
@@ -43,7 +51,7 @@ class WandbRun(Guarded):
         with unheard(signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             self.guard(lambda: self._start(project, name, run_id, directory, config))
         self.guard(lambda: self._run.summary.update({"restarts": restarts}))
-        self._last = self._logged()
+        self._last = self._logged() if anew is None else min(anew, self._logged())
 
     def step(self, row: dict[str, Any]) -> None:
         if row["step"] <= self._last:

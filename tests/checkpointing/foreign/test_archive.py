@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from checkpointing import CheckpointError, DamagedError
+from checkpointing.foreign import archive
 from checkpointing.foreign.archive import Inert, Mapped, read_archive, read_pickle
 
 BASE = torch.arange(24, dtype=torch.float32)
@@ -63,6 +64,12 @@ def test_it_reads_what_torch_reads(tmp_path: Path, before: int) -> None:
     path.write_bytes(b"x" * before + held.getvalue() + b"y" * 100)
     found = read_archive(Mapped.of(path), before, len(held.getvalue()))
     assert_alike(found, WRITTEN)
+    # Nothing was copied: each lies in the file's memory.
+    mapped = Mapped.of(path)
+    start = torch.frombuffer(mapped.data, dtype=torch.uint8).data_ptr()
+    for tensor in read_archive(mapped, before, len(held.getvalue())).values():
+        if isinstance(tensor, torch.Tensor) and tensor.numel():
+            assert start <= tensor.data_ptr() < start + len(mapped.data)
     found["whole"].zero_()  # copy-on-write
     assert_alike(read_archive(Mapped.of(path), before, len(held.getvalue())), WRITTEN)
 
@@ -96,6 +103,22 @@ def test_nothing_runs(tmp_path: Path) -> None:
     assert isinstance(read_pickle(tmp_path / "pickle")[0], Inert) and not marker.exists()
     torch.load(path, weights_only=False)  # the control: the trap works
     assert marker.exists()
+
+
+def test_state_is_given_to_inert_objects_alone(tmp_path: Path) -> None:
+    """By BUILD, which calls `__setstate__` or sets attributes, of tensors and of this module's functions too."""
+    path = tmp_path / "pickle"
+    before = dict(archive._tensor.__dict__), archive._tensor.__defaults__
+    for target in (b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nFloatStorage\n"):
+        path.write_bytes(b"\x80\x02" + target + b"N}X\x0c\x00\x00\x00__defaults__K\x01s\x86b.")
+        with pytest.raises(DamagedError, match="with a state of its own"):
+            read_pickle(path)
+    assert (dict(archive._tensor.__dict__), archive._tensor.__defaults__) == before
+    path.write_bytes(pickle.dumps(Settings()))
+    assert read_pickle(path).stage == 2
+    torch.save({"w": torch.ones(1).expand(10**6)}, path)  # one number that is said to be a million
+    with pytest.raises(DamagedError, match="the same ones again and again"):
+        read_archive(Mapped.of(path))
 
 
 def test_what_it_is_not_is_said(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from checkpointing import DamagedError, MismatchError, describe, save
+from checkpointing import DamagedError, MismatchError, describe, load, save
 from checkpointing.diff import compare
 from checkpointing.foreign import describe_foreign
 from tests.checkpointing.foreign.test_deepspeed import reader
@@ -60,17 +60,23 @@ def test_an_import_holds_what_the_ranks_held(tmp_path: Path, size: int, dtype: t
     for form in FORMS:
         foreign = describe_foreign(tmp_path / form, trust_pickle=True)
         assert foreign.step == 2
-        # A state dict does not tell a buffer from a parameter, and torch has a tied one's moments under one name.
-        known = {("buffer/seen", "only in a"), ("model/seen", "only in b")}
-        known |= {(f"optim/head.weight/{key}", "only in a") for key in ("exp_avg", "exp_avg_sq", "step")}
+        # torch has a tied one's moments under one name; what has none may be a buffer, and has two names here.
+        known = {(f"optim/head.weight/{key}", "only in a") for key in ("exp_avg", "exp_avg_sq", "step")}
+        twice = {"buffer/head.weight", "buffer/frozen.weight", "buffer/frozen.bias", "model/seen"}
+        known |= {(name, "only in b") for name in twice}
         assert set(differing(tmp_path, ours, foreign, form)) == known, form
+        model = Model().to(dtype)
+        optimizer = optimizer_of(model)
+        assert model.seen == 0
+        load(tmp_path / f"{form}-imported", describe(model, optimizer))  # all of it, the buffer and the tied one too
+        assert model.seen > 0 and optimizer.state[model.head.weight]["step"] == 2
     left_out = set(describe_foreign(tmp_path / "nested", trust_pickle=True).left_out)
     assert "extra.epoch" in left_out and all(name.startswith(("extra.", "optim.param_groups")) for name in left_out)
     # Several models are told apart by hand.
-    with pytest.raises(MismatchError, match=r"is there more than once, under ema, model\. Type --ignore PATH"):
+    with pytest.raises(MismatchError, match=r"There are tensors under ema, model that .* --ignore ema\."):
         describe_foreign(tmp_path / "twice", trust_pickle=True)
     alone = describe_foreign(tmp_path / "twice", trust_pickle=True, ignored=["ema"])
-    assert {p.name.partition("/")[0] for p in alone.pieces} == {"model"} and alone.step is None
+    assert {p.name.partition("/")[0] for p in alone.pieces} == {"model", "buffer"} and alone.step is None
     with pytest.raises(MismatchError, match=r"numbers its parameters.* --ignore optim "):
         describe_foreign(tmp_path / "numbered", trust_pickle=True)
     assert not describe_foreign(tmp_path / "numbered", trust_pickle=True, ignored=["optim"]).has_optimizer
@@ -82,7 +88,7 @@ def test_an_import_holds_what_the_ranks_held(tmp_path: Path, size: int, dtype: t
 
 def test_what_is_damaged_is_refused(tmp_path: Path) -> None:
     dcp.save({"model": {"w": torch.arange(5.0)}}, checkpoint_id=tmp_path / "whole", no_dist=True)
-    assert [p.name for p in describe_foreign(tmp_path / "whole", trust_pickle=True).pieces] == ["model/w"]
+    assert [p.name for p in describe_foreign(tmp_path / "whole", trust_pickle=True).pieces] == ["model/w", "buffer/w"]
     file = next((tmp_path / "whole").glob("*.distcp"))
     data = file.read_bytes()
     for kept in (len(data) - 1, 1, 0):
@@ -94,3 +100,23 @@ def test_what_is_damaged_is_refused(tmp_path: Path) -> None:
         metadata.write_bytes(content)
         with pytest.raises(DamagedError, match="metadata"):
             describe_foreign(tmp_path / "whole", trust_pickle=True)
+
+
+def test_what_is_no_model_is_not_taken_for_one(tmp_path: Path) -> None:
+    state = {"model": {"state.proj.weight": torch.ones(2), "b": torch.ones(1)}, "rng": torch.zeros(3)}
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(MismatchError, match=r"under model, no path that are no optimizer's.* --ignore rng\."):
+        describe_foreign(tmp_path, trust_pickle=True)
+    found = describe_foreign(tmp_path, trust_pickle=True, ignored=["rng"])
+    assert {p.name for p in found.pieces if p.name.startswith("model/")} == {"model/state.proj.weight", "model/b"}
+    assert found.step is None and found.left_out == ["rng"]
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Odd()))
+    with pytest.raises(DamagedError, match="of a form that is not known here"):
+        describe_foreign(tmp_path, trust_pickle=True)
+
+
+class Odd:
+    """Has all that metadata has, of other kinds inside."""
+
+    def __init__(self) -> None:
+        self.state_dict_metadata, self.storage_data, self.planner_data = {"x": 1}, {"x": 1}, {}

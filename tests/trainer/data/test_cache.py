@@ -112,8 +112,10 @@ def test_interrupted_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         load_corpus(config, ByteTokenizer(), SEQ_LEN)
     assert worked == [0, 1, 2] and len(list(tmp_path.rglob("part-*.npz"))) == 3
     monkeypatch.setattr(cache, "_work", lambda place, number, rows: (worked.append(number), work(place, number, rows)))
+    part = next(tmp_path.rglob("part-000001.npz"))  # as where the machine went down with it
+    part.write_bytes(part.read_bytes()[:-40])
     kept = load_corpus(config, ByteTokenizer(), SEQ_LEN)
-    assert worked == [0, 1, 2, 3, 4, 5]  # none twice
+    assert worked == [0, 1, 2, 1, 3, 4, 5]  # none twice but that
     assert_same(load_corpus(Jsonl(path=config.path), ByteTokenizer(), SEQ_LEN), kept)
 
 
@@ -122,7 +124,7 @@ def test_damaged_it_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     expected = load_corpus(config, ByteTokenizer(), SEQ_LEN)
     file = next(tmp_path.rglob("train-tokens.npy"))
     content = file.read_bytes()
-    for damage in (content[:-1], content[:20], b""):
+    for damage in (content[:-1], content[:20], b"", content[:-1] + b"x"):
         os.unlink(file)  # what is mapped stays
         file.write_bytes(damage)
         assert_same(expected, load_corpus(config, ByteTokenizer(), SEQ_LEN))

@@ -369,3 +369,14 @@ def test_a_file_of_conversations_is_a_corpus(tmp_path: Path) -> None:
     said = bytes(tokens[targets].tolist()).decode()
     assert said.removesuffix("\n").removesuffix("<|im_end|>").isdigit()
     assert np.flatnonzero(targets)[0] > 10
+
+
+def test_a_template_that_writes_the_day_gives_the_same_samples_tomorrow(tmp_path: Path) -> None:
+    """As those of Llama 3 do."""
+    template = tmp_path / "template.jinja"
+    day = "{{ strftime_now('%d %b %Y') }} {{ strftime_now('%Y-%m-%d') }}"
+    template.write_text(day + "{% for m in messages %}{{ m['role'] }} {{ m['content'] }};{% endfor %}")
+    reader = Conversations(str(template), ByteTokenizer(), 200)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (sample,) = reader.samples("here", {"messages": turns})
+    assert ByteTokenizer().decode(sample.tokens.tolist()) == "26 Jul 2024 2024-07-26user a;assistant b;"

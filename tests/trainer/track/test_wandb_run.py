@@ -83,6 +83,17 @@ def test_an_offline_run_is_written_into_the_run_directory(tmp_path: Path, capsys
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
+def test_what_is_computed_anew_is_told_again(tmp_path: Path) -> None:
+    """After a rollback with other settings, which gives other numbers."""
+    for anew, steps in ((None, (1, 2, 3)), (1, (2, 3, 4))):
+        another_second()
+        run = WandbRun("project", "name", "abc12345", tmp_path, {}, anew=anew)
+        for step in steps:
+            run.step({"step": step, "loss": 1.0})
+        run.close(0)
+    assert steps_told(tmp_path) == [1, 2, 2, 3, 3, 4]
+
+
 def test_the_step_is_an_ordinary_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[Any] = []
 
