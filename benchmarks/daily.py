@@ -242,7 +242,6 @@ def side(name: str, directory: Path) -> None:
     if name == "ours":
         import trainer.run  # noqa: F401
     else:
-        import trl as _  # noqa: F401
         from trl import SFTTrainer as _trainer  # noqa: F401
     found = ours(directory) if name == "ours" else trl(directory, packed=name == "trl")
     print(json.dumps(found), flush=True)

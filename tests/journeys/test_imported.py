@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,6 @@ def original(directory: str, kind: str, model_path: str, batches: Batches) -> li
     return losses[DONE:]
 
 
-Step = Iterator[Any]
-
-
 def optimizer_of(model: torch.nn.Module) -> torch.optim.AdamW:
     matrices = {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1}
     others = {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}
@@ -99,12 +96,9 @@ def loss_of(model: Any, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
-def _of_fsdp(model: Any, directory: str, _: str) -> Any:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    optimizer, loss = optimizer_of(model), None
+def _plain(model: Any, optimizer: torch.optim.Optimizer, saved: Callable[[], torch.optim.Optimizer]) -> Any:
+    """A plain loop; `saved` saves after DONE steps, and gives the optimizer that goes on."""
+    loss = None
     while True:
         inputs, labels, factor, number = yield loss
         loss = loss_of(model, inputs, labels) * factor
@@ -113,25 +107,33 @@ def _of_fsdp(model: Any, directory: str, _: str) -> Any:
         optimizer.zero_grad()
         loss = loss.detach()
         if number == DONE:
-            state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
-            dcp.save(state, checkpoint_id=directory)
+            optimizer = saved()
+
+
+def _of_fsdp(model: Any, directory: str, _: str) -> Any:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = optimizer_of(model)
+
+    def saved() -> torch.optim.Optimizer:
+        state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
+        dcp.save(state, checkpoint_id=directory)
+        return optimizer
+
+    return _plain(model, optimizer, saved)
 
 
 def _of_transformers(model: Any, directory: str, _: str) -> Any:
     """Which has no moments in its directory, so that its optimizer begins anew."""
-    parallel = torch.nn.parallel.DistributedDataParallel(model)
-    optimizer, loss = optimizer_of(model), None
-    while True:
-        inputs, labels, factor, number = yield loss
-        loss = loss_of(parallel, inputs, labels) * factor
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss = loss.detach()
-        if number == DONE:
-            optimizer = optimizer_of(model)
-            if dist.get_rank() == 0:
-                model.save_pretrained(directory)
+
+    def saved() -> torch.optim.Optimizer:
+        if dist.get_rank() == 0:
+            model.save_pretrained(directory)
+        return optimizer_of(model)
+
+    return _plain(torch.nn.parallel.DistributedDataParallel(model), optimizer_of(model), saved)
 
 
 def _of_deepspeed(model: Any, directory: str, kind: str) -> Any:
