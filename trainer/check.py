@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
+from importlib.util import find_spec
 from math import isfinite
 from typing import Any
 
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from trainer.choices import CHOICES, Full, Growth, LocalLaunch, Order, Reselection, Selector, Sparse, Stdlib, TinyLlama
-from trainer.config import Compute, Config, as_json, flatten
+from trainer.config import Compute, Config, Implementation, as_json, flatten
 from trainer.elastic.preemption import warnings_of
 from trainer.errors import Refused
 
@@ -103,6 +104,15 @@ def check(config: Config) -> None:
         _check_heads(model)
     _check_fp16(config)
     parallel = config.parallel
+    if (kind := config.optimizer.implementation) is not Implementation.fused and isinstance(config.method, Sparse):
+        raise Refused(
+            f"optimizer.implementation={kind.value} is for whole matrices, and method={config.method.name} trains "
+            "single entries with an optimizer of its own. Type optimizer=adamw."
+        )
+    if kind is Implementation.torchao_8bit and find_spec("torchao") is None:
+        raise Refused(
+            "8-bit moments are torchao's, which is not installed. Type `pip install torchao`, or optimizer=adamw."
+        )
     for name in ("zero_stage", "offload", "deepspeed"):
         if (value := getattr(parallel, name)) and not parallel.uses_deepspeed:
             raise Refused(

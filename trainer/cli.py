@@ -45,6 +45,10 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     # transformers warns of what peft calls in it: nothing that a user could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # It imports torchao where that is, which warns of kernels for other GPUs than this machine has, and torch of how
+    # torchao declares its types.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         status = _compose_and_run()
     except BaseException as error:

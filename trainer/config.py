@@ -44,10 +44,17 @@ class Eval:
     generate_every: int = option(0, low=0)  # steps between such texts on the way; 0: at the end only
 
 
+class Implementation(Enum):
+    fused = "fused"  # torch's
+    foreach = "foreach"  # torch's: many tensors at a time, with temporaries of their size
+    torchao_8bit = "torchao_8bit"  # moments of 8 bits (Dettmers et al. 2022, arXiv:2110.02861)
+
+
 @dataclass
 class Optimizer:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
 
+    implementation: Implementation = Implementation.fused
     lr: float = option("${method.lr}", low=0)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = option(1e-8, low=0)

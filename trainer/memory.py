@@ -16,10 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn import functional
 
-from trainer.config import Config, PipelineSchedule
+from trainer.config import Config, Implementation, PipelineSchedule
 from trainer.models import blocks
 from trainer.parallel.computing import LOW, computed_in, summed_loss
 from trainer.parallel.deepspeed_options import engine_options
+from trainer.parallel.eight_bit import BYTES, is_in_blocks
 from trainer.parallel.families import FAMILIES
 from trainer.parallel.pipeline import INTERLEAVED, cut_out, inside, stages_of
 from trainer.parallel.shares import balanced
@@ -51,6 +52,7 @@ class Footprint:
     tied: int
     total: int  # parameters of all
     trained: int  # and of those that train
+    moments: int  # AdamW's two of each of them
     kept: int  # of a layer's forward for its backward: what every tensor-parallel rank keeps whole
     cut: int  # and what it keeps its share of
     hidden: int  # what passes from layer to layer
@@ -92,6 +94,7 @@ def footprint(config: Config, model: nn.Module) -> Footprint:
         tied=tied * FP32,
         total=total * FP32,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad) * FP32,
+        moments=_moments(config, model),
         kept=two.whole - one.whole,
         cut=two.cut - one.cut,
         hidden=tokens * int(getattr(settings, "hidden_size", 0) or 0),
@@ -99,6 +102,12 @@ def footprint(config: Config, model: nn.Module) -> Footprint:
         ends=max(0, 2 * one.whole - two.whole + 2 * one.cut - two.cut),
         known=known,
     )
+
+
+def _moments(config: Config, model: nn.Module) -> int:
+    low = config.optimizer.implementation is Implementation.torchao_8bit
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return int(sum(p.numel() * (BYTES if low and is_in_blocks(p.shape) else 2 * FP32) for p in trained))
 
 
 def plan_memory(config: Config, print_: Footprint, topology: Topology, rounds: int) -> MemoryPlan:
@@ -156,7 +165,7 @@ def _plan_state(config: Config, of: Footprint, topology: Topology, held: int) ->
         parameters=-(-held // shards),
         gradients=gradients,
         # AdamW's two moments, and DeepSpeed's masters beside the parameters; host memory with parallel.offload.
-        optimizer=-(-3 * trained // topology.data_size) if zero else -(-2 * trained // shards),
+        optimizer=-(-3 * trained // topology.data_size) if zero else -(-held * of.moments // (of.total * shards)),
         gathered=gathered,
         buckets=buckets,
     )

@@ -10,7 +10,7 @@ from math import prod
 
 from torch import nn
 
-from trainer.config import Config, Engine, Parallel, choice_of, method_name
+from trainer.config import Config, Engine, Implementation, Parallel, choice_of, method_name
 from trainer.errors import Refused
 
 
@@ -157,11 +157,13 @@ def describe_run(
     layout = f"DeepSpeed, ZeRO stage {parallel.zero_stage}" if parallel.uses_deepspeed else str(topology)
     layout += " (set up by accelerate)" if parallel.engine is Engine.accelerate else ""
     rate = f"lr {config.optimizer.lr:g} after {schedule.warmup_steps} steps of warm-up, then {schedule.curve.name}"
+    kind = config.optimizer.implementation
+    optimizer = "AdamW" if kind is Implementation.fused else f"AdamW ({kind.value})"
     return [
         ("model", f"{choice_of(config, 'model')}, {total:,} parameters; {method}"),
         ("processes", f"{topology.size} on {device}: {layout}; precision={config.precision.compute.name}"),
         ("batch", f"{batch.global_batch} samples = {split}; {tokens}"),
-        ("steps", f"{train.steps}; AdamW, {rate}"),
+        ("steps", f"{train.steps}; {optimizer}, {rate}"),
         ("memory", f"about {_megabytes(memory.total)} a process: {parts}"),
     ]
 

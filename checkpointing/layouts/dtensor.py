@@ -57,6 +57,24 @@ def pieces_of(name: str, tensor: torch.Tensor, logical: Shape | Held | None = No
     return Piece.runs(name, local, held, shape, mean)
 
 
+def of_blocks(name: str, logical: Shape | Held, parameter: Shape, state: Shape) -> Shape | Held | None:
+    """`logical` of a parameter for a state of it, which may have one value for a block of a row; None for other states.
+
+    `LayoutError` where what is held begins or ends within a block.
+    """
+    if state == parameter:
+        return logical
+    if len(state) != len(parameter) or state[:-1] != parameter[:-1] or not state[-1] or parameter[-1] % state[-1]:
+        return None
+    shape, ranges = logical if isinstance(logical, Held) else (logical, [[(0, size)] for size in logical])
+    block = parameter[-1] // state[-1]
+    if any(n % block for n in (shape[-1], *(n for run in ranges[-1] for n in run))):
+        raise LayoutError(f"{name} has a value for every {block} of a row, and its rows are cut within such a block")
+    last = [(start // block, length // block) for start, length in ranges[-1]]
+    cut = (*shape[:-1], shape[-1] // block)
+    return Held(cut, [*ranges[:-1], last]) if isinstance(logical, Held) else cut
+
+
 def held_intervals(
     ranges: Sequence[Sequence[Interval]],
     mesh: tuple[int, ...],

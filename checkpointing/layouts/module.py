@@ -15,7 +15,7 @@ from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from checkpointing.errors import LayoutError, MismatchError, first_few
 from checkpointing.geometry import Piece, Shape
-from checkpointing.layouts.dtensor import Held, pieces_of
+from checkpointing.layouts.dtensor import Held, of_blocks, pieces_of
 
 logger = logging.getLogger("checkpointing")
 
@@ -44,8 +44,9 @@ def describe(
     Several models and optimizers are given as `{"actor": (model, optimizer), "ema": (model, None)}` and named
     `model/actor/<fqn>`, `optim/actor/<fqn>/<key>`, ...; one without a model holds parameters of the others'. Where the
     engine pads a parameter, `logical` has its shape without padding under its name (`<fqn>`, `actor/<fqn>`), and where
-    it has cut one, what it holds of it; for its optimizer state as well. `LayoutError` for FSDP1, whose flat parameters
-    do not say what they hold.
+    it has cut one, what it holds of it; for its optimizer state as well, also where that has one value for a block of
+    a row, such as the scales of quantised moments. `LayoutError` for FSDP1, whose flat parameters do not say what they
+    hold.
     """
     entries = _entries(model, optimizer)
     shapes = logical or {}
@@ -60,8 +61,9 @@ def describe(
         for name, tensor in _named(_persistent_buffers(module)):
             pieces += [replace(p, volatile=True) for p in pieces_of(f"buffer/{prefix}{name}", tensor)]
     for owner, name, key, value in _optimizer_state(entries):
-        shape = shapes[name] if name in shapes and value.shape == padded[name] else None
-        pieces += pieces_of(f"optim/{owner}{name.removeprefix(owner)}/{key}", value, shape)
+        stored = f"optim/{owner}{name.removeprefix(owner)}/{key}"
+        shape = of_blocks(stored, shapes[name], padded[name], value.shape) if name in shapes else None
+        pieces += pieces_of(stored, value, shape)
     return pieces
 
 

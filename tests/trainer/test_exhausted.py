@@ -22,7 +22,14 @@ def test_an_allocation_that_fails_says_what_to_type() -> None:
     told = str(failed.value)
     places = [
         told.index(word)
-        for word in ("local_batch=1 ", "activation_checkpointing", "parallel=fsdp", "precision=bf16", "method=lora")
+        for word in (
+            "local_batch=1 ",
+            "activation_checkpointing",
+            "parallel=fsdp",
+            "precision=bf16",
+            "adamw_8bit",
+            "method=lora",
+        )
     ]
     assert places == sorted(places) and "\n" not in told
     with (

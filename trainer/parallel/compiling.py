@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.config import Config
+from trainer.config import Config, Implementation
 from trainer.errors import Refused, TrainingFailed
 
 
 def check_compiling(config: Config, device: torch.device) -> None:
     """`Refused` where layers cannot be compiled. Not collective."""
     parallel = config.parallel
+    if config.optimizer.implementation is Implementation.torchao_8bit:
+        _check_compiler("optimizer=adamw_8bit", "optimizer=adamw", device)
     if not parallel.compile:
         return
     if parallel.uses_deepspeed:
@@ -34,10 +36,15 @@ def check_compiling(config: Config, device: torch.device) -> None:
             f"parallel.compile_backend={parallel.compile_backend} is not one of this torch's: {', '.join(known)}. "
             "Type parallel.compile_backend=inductor."
         )
-    if parallel.compile_backend == "inductor" and device.type == "cpu" and not (_found("g++") or _found("clang++")):
+    if parallel.compile_backend == "inductor":
+        _check_compiler("parallel.compile=true", "parallel.compile=false", device)
+
+
+def _check_compiler(option: str, without: str, device: torch.device) -> None:
+    if device.type == "cpu" and not (_found("g++") or _found("clang++")):
         raise Refused(
-            "parallel.compile=true needs a C++ compiler to make code for the CPU, and there is neither g++ nor "
-            "clang++ here. Install one, or type parallel.compile=false."
+            f"{option} needs a C++ compiler to make code for the CPU, and there is neither g++ nor clang++ here. "
+            f"Install one, or type {without}."
         )
 
 

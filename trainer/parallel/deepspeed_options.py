@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config
+from trainer.config import Config, Implementation
 from trainer.errors import Refused
 from trainer.plan import Topology
 
@@ -55,6 +55,11 @@ def check_deepspeed(config: Config, topology: Topology) -> None:
                 f"parallel.{key}={degree}: DeepSpeed's engine shards over all processes, by parallel.zero_stage. "
                 f"Type parallel.{key}=1, or parallel=fsdp parallel.{key}={degree}."
             )
+    if (kind := config.optimizer.implementation) is Implementation.torchao_8bit:
+        raise Refused(
+            f"optimizer.implementation={kind.value} keeps moments in blocks of rows, and DeepSpeed cuts parameters "
+            "anywhere. Type optimizer=adamw, or parallel=fsdp."
+        )
     if config.parallel.offload and config.parallel.zero_stage == 0:
         raise Refused(
             "parallel.offload=true moves what ZeRO partitions, and parallel.zero_stage=0 partitions nothing. "

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpointing import parameter_names
+from checkpointing import Held, parameter_names
 from trainer.check import rates_by_pattern
 from trainer.choices import Growth, Reselection, Sparse
-from trainer.config import Config, Optimizer
+from trainer.config import Config, Implementation, Optimizer
 from trainer.errors import Refused
 from trainer.methods.sparse.entry_optimizers import EntryAdamW, EntrySM3
 from trainer.methods.sparse.layer import VALUES
+from trainer.parallel.eight_bit import EightBitAdamW, parameters_in_blocks
 
 
 def lr_scales(model: nn.Module, config: Optimizer) -> dict[str, float]:
@@ -56,15 +57,24 @@ def param_groups(model: nn.Module, config: Optimizer, scales: Mapping[str, float
     ]
 
 
-def make_optimizer(model: nn.Module, config: Config, scales: Mapping[str, float]) -> torch.optim.Optimizer:
-    """AdamW; of values that are selected anew with an age of their own, or SM3 where a method grows by it."""
+def make_optimizer(
+    model: nn.Module, config: Config, scales: Mapping[str, float], held: Mapping[str, Held] | None = None
+) -> torch.optim.Optimizer:
+    """AdamW; of values that are selected anew with an age of their own, or SM3 where a method grows by it.
+
+    `held` says of what the parameters of a tensor-parallel rank are a part.
+    """
     options, method = config.optimizer, config.method
     groups, betas = param_groups(model, options, scales), (options.betas[0], options.betas[1])
     if isinstance(method, Sparse) and method.schedule is Reselection.regrow and method.growth is Growth.sm3:
         return EntrySM3(groups, lr=options.lr, eps=options.eps)
     if isinstance(method, Sparse) and method.schedule not in (Reselection.once, Reselection.rewind):
         return EntryAdamW(groups, lr=options.lr, betas=betas, eps=options.eps)
-    return torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True)
+    if options.implementation is Implementation.torchao_8bit:
+        blocked = parameters_in_blocks(model, held or {})
+        return EightBitAdamW(groups, blocked, lr=options.lr, betas=betas, eps=options.eps)
+    kernels: dict[str, Any] = {options.implementation.value: True}
+    return torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, **kernels)
 
 
 def set_lr(groups: list[dict[str, Any]], lr: float) -> None:

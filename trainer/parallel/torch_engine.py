@@ -85,7 +85,7 @@ class TorchEngine:
             self._pipeline.make_stages(self._draws, lambda stage: wrap(stage, self._mesh, device))
         else:
             self._model = wrap(model, self._mesh, device)
-        self._optimizer = make_optimizer(model, config, scales)
+        self._optimizer = make_optimizer(model, config, scales, self._cuts.held)
         self._tell_positions()
         if whole is not None:
             self._check_same(whole, topology)

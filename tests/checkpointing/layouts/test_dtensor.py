@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import Partial, Replicate, Shard, _StridedShard
 
-from checkpointing import LayoutError, pieces_of
-from checkpointing.layouts.dtensor import held_intervals
+from checkpointing import Held, LayoutError, pieces_of
+from checkpointing.layouts.dtensor import held_intervals, of_blocks
 from tests.worlds import WORLD
 
 
@@ -90,3 +90,21 @@ def check_fsdp_over_tp() -> list[bool]:
 
 def test_fsdp_over_tensor_parallel_is_strided_and_right() -> None:
     assert all(all(result) for result in WORLD.run(check_fsdp_over_tp, 4))
+
+
+def test_a_state_with_a_value_for_each_block_of_a_row_is_held_where_its_parameter_is() -> None:
+    held = Held((10, 12), [[(4, 3), (9, 1)], [(4, 8)]])
+    assert of_blocks("s", held, (4, 8), (4, 8)) == held
+    assert of_blocks("s", held, (4, 8), (4, 2)) == Held((10, 3), [[(4, 3), (9, 1)], [(1, 2)]])
+    assert of_blocks("s", (9, 8), (10, 16), (10, 4)) == (9, 2)  # of a parameter that is padded
+    for other in ((), (4,), (3, 8), (4, 3), (4, 0)):  # a step count, and states of other forms
+        assert of_blocks("s", held, (4, 8), other) is None
+    for cut in ([(2, 8)], [(4, 6), (0, 2)]):
+        with pytest.raises(LayoutError, match=r"s has a value for every 4 of a row, and its rows are cut within"):
+            of_blocks("s", Held((10, 12), [[(0, 4)], cut]), (4, 8), (4, 2))
+    values = torch.arange(8.0).view(4, 2)
+    pieces = pieces_of("s", values, of_blocks("s", held, (4, 8), (4, 2)))
+    assert [(p.offset, tuple(p.tensor.shape), p.global_shape) for p in pieces] == [
+        ((4, 1), (3, 2), (10, 3)),
+        ((9, 1), (1, 2), (10, 3)),
+    ]

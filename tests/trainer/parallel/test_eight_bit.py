@@ -1,0 +1,231 @@
+"""8-bit moments: those of torchao bit for bit, the same under every layout, and kept by checkpoints as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchao.optim import AdamW8bit
+from torchao.optim.quant_utils import create_dynamic_map
+
+from checkpointing import Held, Piece, describe, load, save
+from tests.trainer.parallel.test_torch_engine import dataset
+from tests.worlds import WORLD
+from trainer import check
+from trainer.compose import compose
+from trainer.config import Optimizer
+from trainer.data.feed import Feed
+from trainer.errors import Refused
+from trainer.loop import optimize
+from trainer.memory import footprint, plan_memory
+from trainer.methods import build
+from trainer.parallel.deepspeed_options import check_deepspeed
+from trainer.parallel.eight_bit import EightBitAdamW, parameters_in_blocks
+from trainer.parallel.engine import make_engine
+from trainer.parallel.optimizing import param_groups, set_lr
+from trainer.parallel.world import World
+from trainer.plan import resolve_topology
+
+# Rows of 512, so that two tensor-parallel ranks hold a whole block of each.
+MODEL = ["model.hidden_size=512", "model.intermediate_size=512", "model.num_layers=2", "model.vocab_size=256"]
+COMMON = [*MODEL, "train.seq_len=12", "train.global_batch=8", "train.micro_batch=2", "optimizer=adamw_8bit"]
+MAPS = {"exp_avg": np.array(create_dynamic_map(signed=True)), "exp_avg_sq": np.array(create_dynamic_map(signed=False))}
+
+
+def eager() -> Any:
+    """torchao's step as it is written: compiled it is the same arithmetic, after seconds for every shape."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def train(overrides: list[str], steps: list[int], start: str = "", end: str = "") -> dict[str, Any]:
+    """On this process's world, from one generation to another: losses, and all that it holds."""
+    with eager():
+        config = compose([*COMMON, *overrides])
+        world = World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
+        topology = resolve_topology(config.parallel, world.size)
+        engine = make_engine(config, build(config), topology, world, torch.device("cpu"))
+        if start:
+            load(start, engine.pieces())
+        rank, size = engine.data_rank, engine.data_size
+        feed = Feed(dataset(), global_batch=8, micro_batch=2, seed=1, pad=0, num_ranks=size, rank=rank)
+        before = parts(engine.pieces())
+        rows = [optimize(engine, feed.step(step), 1e-3, key=step) for step in steps]
+        if end:
+            save(end, steps[-1], engine.pieces())
+        return {"rows": rows, "before": before, "after": parts(engine.pieces())}
+
+
+def parts(pieces: Any) -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]:
+    return [(p.name, p.offset, p.global_shape, p.tensor.detach().clone().numpy()) for p in pieces if type(p) is Piece]
+
+
+def whole(results: list[dict[str, Any]], when: str) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for result in results:
+        for name, offset, shape, part in result[when]:
+            target = found.setdefault(name, np.zeros(shape, part.dtype))
+            target[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = part
+    return found
+
+
+def moments(held: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As numbers."""
+    found = {}
+    for name, codes in held.items():
+        if name.endswith("_codes"):
+            plain, key = name.removesuffix("_codes"), name.rpartition("/")[2].removesuffix("_codes")
+            scales = np.repeat(held[f"{plain}_scales"], codes.shape[-1] // held[f"{plain}_scales"].shape[-1], axis=-1)
+            found[plain] = MAPS[key][codes] * scales
+        elif name.startswith("optim/") and not name.endswith("_scales"):
+            found[name] = codes
+    return found
+
+
+LAYOUTS = [
+    (3, ["parallel=fsdp"]),
+    (4, ["parallel.tp=2", "parallel.dp_shard=2"]),
+    (2, ["parallel=pp"]),
+]
+
+
+def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys() and len(found) > 50
+    numbers = moments(found)
+    for name, value in moments(expected).items():
+        # Of the largest moment of a tensor: rounding in another order moves a value to the next code.
+        np.testing.assert_allclose(numbers[name], value, atol=0.03 * np.abs(value).max(), err_msg=name)
+    for name in (name for name in expected if name.startswith("model/")):
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-3, err_msg=name)
+
+
+def test_every_layout_has_the_moments_of_one_process_and_loads_those_of_another(tmp_path: Path) -> None:
+    alone = train([], [1, 2], end=str(tmp_path / "alone"))
+    on = train([], [3], start=str(tmp_path / "alone"))
+    expected, last = whole([alone], "after"), whole([on], "after")
+    saved = tmp_path / "alone"
+    for number, (size, layout) in enumerate(LAYOUTS):
+        there = tmp_path / str(number)
+        begun = WORLD.run(train, size, layout, [1, 2])
+        assert_close(whole(begun, "after"), expected)
+        # What the layout before saved is here bit for bit: codes and scales, not numbers that were quantised again.
+        results = WORLD.run(train, size, layout, [3], str(saved), str(there))
+        held, stored = whole(results, "before"), whole([train([], [], start=str(saved))], "before")
+        assert held.keys() == stored.keys() and all(np.array_equal(held[name], stored[name]) for name in stored)
+        if saved == tmp_path / "alone":
+            assert_close(whole(results, "after"), last)
+            assert results[0]["rows"] == [pytest.approx(row, rel=1e-4) for row in on["rows"]]
+        saved = there
+    # The comparison sees scales that are in the wrong place.
+    wrong = {k: np.roll(v, 1, axis=0) if k.endswith("_scales") else v for k, v in expected.items()}
+    with pytest.raises(AssertionError):
+        assert_close(wrong, expected)
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(256, 16), nn.LayerNorm(16), nn.Linear(16, 256))
+
+
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, set_rate: Any, steps: int = 3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        set_rate(1e-3 * (step + 1))
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    return param_groups(model, Optimizer(lr=1e-3, weight_decay=0.1), {n: 1.0 for n, _ in model.named_parameters()})
+
+
+def ours(model: nn.Module) -> EightBitAdamW:
+    return EightBitAdamW(groups_of(model), parameters_in_blocks(model, {}), lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+
+
+def test_it_is_torchaos_arithmetic_compiled_or_not() -> None:
+    """In blocks bit for bit; other parameters have AdamW of torch."""
+    torch.compiler.reset()
+    model, low, full, compiled = small(), small(), small(), small()
+    with eager():
+        optimizer = ours(model)
+        found = stepped(model, optimizer, lambda lr: set_lr(optimizer.param_groups, lr))
+        theirs = AdamW8bit(groups_of(low), lr=1e-3, betas=(0.9, 0.95))
+        in_blocks = stepped(low, theirs, lambda lr: [group["lr"].fill_(lr) for group in theirs.param_groups])
+    plain = torch.optim.AdamW(groups_of(full), lr=1e-3, betas=(0.9, 0.95), fused=True)
+    others = stepped(full, plain, lambda lr: set_lr(plain.param_groups, lr))
+    assert torch.equal(found[0], in_blocks[0]) and not torch.equal(found[0], others[0])
+    assert all(map(torch.equal, found[1:], others[1:]))  # the other matrix has rows of 16, which is no block
+    other = ours(compiled)
+    for a, b in zip(found, stepped(compiled, other, lambda lr: set_lr(other.param_groups, lr)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    kept = {p.name: p.tensor for p in describe(model, optimizer)}
+    assert kept["optim/0.weight/exp_avg_codes"].dtype == torch.uint8 and kept["optim/0.weight/step"] == 3
+    assert kept["optim/0.weight/exp_avg_scales"].shape == (16, 1) and kept["optim/2.weight/exp_avg"].shape == (256, 16)
+    state = {p.name: p.tensor.clone() for p in describe(compiled, other)}
+    assert state["optim/0.weight/exp_avg_codes"].count_nonzero() and state["optim/0.weight/exp_avg_scales"].all()
+
+
+def test_it_learns_as_adamw_does_and_not_without_its_moments() -> None:
+    inputs, wanted = torch.randn(2, 64, 256, generator=torch.Generator().manual_seed(2))
+
+    def fitted(make: Any, forget: bool = False) -> list[float]:
+        model = small()
+        optimizer, losses = make(model), []
+        with eager():
+            for _ in range(40):
+                losses.append(loss := (model(inputs) - wanted).square().mean())
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if forget:
+                    optimizer.state[model[0].weight]["exp_avg_sq_scales"].zero_()
+        return [loss.item() for loss in losses]
+
+    full = fitted(lambda model: torch.optim.AdamW(groups_of(model), lr=1e-3, betas=(0.9, 0.95)))
+    assert full[-1] < 0.9 * full[0]
+    np.testing.assert_allclose(fitted(ours), full, rtol=2e-3)
+    assert not np.allclose(fitted(ours, forget=True), full, rtol=2e-3)
+
+
+def test_rows_that_are_cut_within_a_block_are_refused() -> None:
+    model = nn.Linear(512, 16, bias=False)
+    whole_rows = Held((32, 512), [[(0, 16)], [(0, 512)]])
+    assert parameters_in_blocks(model, {"weight": whole_rows}) == {model.weight}
+    for runs in ([(0, 384)], [(128, 256)]):
+        with pytest.raises(Refused, match=r"cuts the rows of weight at 384.*|.*at 128.* that divides 2,"):
+            parameters_in_blocks(model, {"weight": Held((16, 512), [[(0, 16)], runs])})
+    model.weight.requires_grad_(False)
+    assert parameters_in_blocks(model, {}) == set()
+
+
+def test_deepspeed_and_sparse_methods_keep_fp32_moments() -> None:
+    config = compose(["parallel=zero1", "optimizer=adamw_8bit"])
+    with pytest.raises(Refused, match=r"DeepSpeed cuts parameters anywhere\. Type optimizer=adamw, or parallel=fsdp"):
+        check_deepspeed(config, resolve_topology(config.parallel, 2))
+    with pytest.raises(Refused, match=r"method=lift trains single entries"):
+        compose(["method=lift", "optimizer.implementation=foreach"])
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    with pytest.raises(Refused, match=r"torchao's, which is not installed\. Type `pip install torchao`, or"):
+        compose(["optimizer=adamw_8bit"])
+
+
+def test_the_plan_counts_a_quarter_of_the_optimizers_state() -> None:
+    def planned(*overrides: str) -> int:
+        config = compose([*MODEL, *overrides])
+        topology = resolve_topology(config.parallel, 1)
+        return plan_memory(config, footprint(config, build(config, "meta")), topology, 1).optimizer
+
+    model = build(compose(MODEL))
+    held = describe(model, ours(model))
+    taken = sum(p.tensor.nbytes for p in held if p.name.startswith("optim/") and p.tensor.dim())
+    assert planned("optimizer=adamw_8bit") == taken < 0.26 * planned()
