@@ -43,7 +43,7 @@ class Holder:
     @staticmethod
     def this_process() -> Holder:
         pid = os.getpid()
-        return Holder(*_machine(), pid=pid, started=_start_time(pid), token=secrets.token_hex(8))
+        return Holder(*pid_space(), pid=pid, started=_start_time(pid), token=secrets.token_hex(8))
 
     @property
     def machine(self) -> tuple[str, str, str]:
@@ -198,7 +198,7 @@ def held_generations(storage: Storage, purpose: str = "") -> set[str]:
 
 def _lives(storage: Storage, name: str) -> bool:
     holder = _parse_holder(_read(storage, f"{name}.json"))
-    if holder and holder.machine == _machine():
+    if holder and holder.machine == pid_space():
         return _start_time(holder.pid) == holder.started
     beat, now = _read(storage, f"{name}.beat"), time.monotonic()
     last, since = _last_beats.setdefault((str(storage), name), (beat, now))
@@ -211,7 +211,7 @@ def _lives(storage: Storage, name: str) -> bool:
 def _living_holder(storage: Storage, number: int, expiry_s: float) -> Holder | None:
     """Whoever holds this lease, or None where it is dead or gone."""
     holder = _read_holder(storage, number)
-    if holder and holder.machine == _machine():
+    if holder and holder.machine == pid_space():
         return holder if _start_time(holder.pid) == holder.started else None
     deadline, first = time.monotonic() + expiry_s, _read(storage, _beat_name(number))
     while time.monotonic() < deadline:
@@ -263,7 +263,7 @@ def this_machine() -> tuple[str, str]:
         return socket.gethostname(), "unknown"
 
 
-def _machine() -> tuple[str, str, str]:
+def pid_space() -> tuple[str, str, str]:
     """Where a pid names one process: host, boot and pid namespace."""
     try:
         return *this_machine(), os.readlink("/proc/self/ns/pid")

@@ -167,7 +167,7 @@ def train_together(job: Job, start: Start, lease: Lease | None, preemption: Pree
     """What happens while the processes are joined; the exit status. Nothing of it outlives the process group."""
     start = agree(job, start)
     memory = prepare_memory(job)
-    model = build(job.config, sizes=start.sizes)
+    model = build(job.config, sizes=start.sizes, team=Team())
     engine = make_engine(job.config, model, job.topology, job.world, job.device, start.sizes)
     state, tier = restore(engine, start, memory)
     if (

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
-from tests.conftest import ROOT
 from tests.models import save_tiny_model, tokenizer
 from tests.runs import rows
 from tests.worlds import WORLD, train
@@ -26,8 +25,16 @@ SIZES = {
     "llama_1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
     "llama_8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
     "llama_8b_lora": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+    "llama_70b_lora": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
 }
-PARAMETERS = {"llama_1b": 1.24e9, "llama_8b": 8.03e9, "llama_8b_lora": 8.03e9}
+PARAMETERS = {"llama_1b": 1.24e9, "llama_8b": 8.03e9, "llama_8b_lora": 8.03e9, "llama_70b_lora": 70.55e9}
+# Processes, and what is divided with their number.
+SMALLER = {"llama_8b": (2, []), "llama_70b_lora": (4, ["parallel.dp_shard=2"])}
 
 
 @pytest.fixture
@@ -71,7 +78,7 @@ def test_it_trains_when_everything_is_small(name: str, chats: Path, tmp_path: Pa
         "eval.generate_tokens=2",
     ]
     small += ["checkpoint.memory.every=0", f"model.path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}"]
-    processes = 2 if "fsdp" in (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text() else 1
-    WORLD.run(train, processes, [f"experiment={name}", f"data.path={chats}", *small], environment=True)
+    processes, smaller = SMALLER.get(name, (1, []))
+    WORLD.run(train, processes, [f"experiment={name}", f"data.path={chats}", *small, *smaller], environment=True)
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
     assert all("eval_loss" in row for row in rows(tmp_path / "run"))

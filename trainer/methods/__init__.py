@@ -6,17 +6,21 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from checkpointing.collective import Team
 from trainer.choices import Lora, Method, Reselection, Selective, Sparse
 from trainer.config import Config
 from trainer.models import build_model
 
 
-def build(config: Config, device: str = "cpu", sizes: Mapping[str, int] | None = None) -> nn.Module:
+def build(
+    config: Config, device: str = "cpu", sizes: Mapping[str, int] | None = None, team: Team | None = None
+) -> nn.Module:
     """The model with its method, its values a function of the seed; on `meta` its shapes only.
 
-    `sizes` are what a sparse method trains of each layer, where a checkpoint tells.
+    `sizes` are what a sparse method trains of each layer, where a checkpoint tells. With a team, all of whose ranks
+    call this, one process of each machine reads the model.
     """
-    model = build_model(config.model, seq_len=config.train.seq_len, seed=config.train.seed, device=device)
+    model = build_model(config.model, seq_len=config.train.seq_len, seed=config.train.seed, device=device, team=team)
     return apply_method(model, config.method, seed=config.train.seed, sizes=sizes)
 
 

@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import is_flash_attn_2_available
 
+from checkpointing.collective import Team
 from trainer.choices import Attention, HuggingFace, Model, TinyLlama
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import Refused
 from trainer.models import huggingface, tiny_llama
+from trainer.models.lent import read_once
 
 
 def load_tokenizer(config: Model) -> Tokenizer:
@@ -26,11 +28,18 @@ def load_tokenizer(config: Model) -> Tokenizer:
     return tiny_llama.load_tokenizer(config)
 
 
-def build_model(config: Model, *, seq_len: int, seed: int, device: str = "cpu") -> nn.Module:
+def build_model(config: Model, *, seq_len: int, seed: int, device: str = "cpu", team: Team | None = None) -> nn.Module:
     """A causal language model with fp32 parameters: `model(input_ids=...)` returns an object with `.logits`.
 
-    On the device `meta` it has shapes and no values, which is enough to plan.
+    On the device `meta` it has shapes and no values, which is enough to plan. With a team, all of whose ranks call
+    this, files are read by one process of each machine.
     """
+    if team is not None and isinstance(config, HuggingFace):
+        return read_once(
+            lambda: build_model(config, seq_len=seq_len, seed=seed),
+            lambda: build_model(config, seq_len=seq_len, seed=seed, device="meta"),
+            team,
+        )
     with torch.device(device):
         if isinstance(config, HuggingFace):
             model = huggingface.build(config, seq_len)
