@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ import torch
 
 from checkpointing.errors import LayoutError, MismatchError, NotFoundError, first_few
 from checkpointing.format import DTYPE_NAMES, DTYPES
+from checkpointing.hub_names import Place, are_fused, places, whole
 from checkpointing.reader import GenerationReader
-from checkpointing.stream import boxes, read, read_whole
+from checkpointing.stream import read, read_whole
 from checkpointing.tensors import tensor_bytes
 
 MODEL, BUFFER = "model/", "buffer/"  # parameters, and buffers that a state dict has
-_FUSED = re.compile(r"\.experts\.(gate_up_proj|down_proj|up_proj)$")
 FILE_BYTES = 5_000_000_000  # of a file of weights, as transformers writes them
 WEIGHTS = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"),
@@ -44,20 +44,20 @@ def export_hugging_face(
 
     `dtype` is what floating-point parameters are rounded to; None keeps what they were trained in. Returns how many
     numbers were written. The directory is there when it is whole. `MismatchError` for a generation that does not hold
-    a whole model, `NotFoundError` without a config.json, `LayoutError` for a directory that is not empty.
+    a whole model, `NotFoundError` without a config.json, `LayoutError` for a directory that is not empty. Experts that
+    the model has as one tensor are taken apart as transformers does it.
     """
-    tensors = parameters(reader)
+    stored = parameters(reader)
     if not (description / "config.json").is_file():
         raise NotFoundError(
             f"{description} has no config.json, so nothing says what model this is. Type --config DIR with a directory "
             "of that model."
         )
-    if fused := [_bare(name) for name in tensors if _FUSED.search(name)]:
-        raise MismatchError(
-            f"{first_few(fused)} are the experts of a layer as one tensor, which Hugging Face directories hold apart. "
-            "`python -m trainer.methods merge RUN DIR` writes them as transformers does."
-        )
-    files = _dealt([(name, _nbytes(reader, name, dtype)) for name in tensors], file_bytes)
+    tensors = _named(reader, stored, description)
+    sizes = {
+        name: place.box.numel * _stored_as(reader, place.tensor, dtype).itemsize for name, place in tensors.items()
+    }
+    files = _dealt(list(sizes.items()), file_bytes)
     single = len(files) == 1
     names = [
         "model.safetensors" if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"
@@ -65,14 +65,39 @@ def export_hugging_face(
     ]
     with whole_directory(directory) as draft:
         for file, held in zip(names, files, strict=True):
-            _write_file(reader, draft / file, held, dtype)
+            _write_file(reader, draft / file, {name: tensors[name] for name in held}, dtype)
         if not single:
-            where = {_bare(name): file for file, held in zip(names, files, strict=True) for name in held}
-            total = sum(_nbytes(reader, name, dtype) for name in tensors)
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+            where = {name: file for file, held in zip(names, files, strict=True) for name in held}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
             (draft / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-        _describe(description, draft, dtype or DTYPES[reader.manifest.tensors[tensors[0]].dtype])
-    return sum(reader.manifest.tensors[name].nbytes // reader.manifest.tensors[name].itemsize for name in tensors)
+        _describe(description, draft, dtype or DTYPES[reader.manifest.tensors[stored[0]].dtype])
+    return sum(place.box.numel for place in tensors.values())
+
+
+def _named(reader: GenerationReader, stored: Sequence[str], description: Path) -> dict[str, Place]:
+    """The tensors of the directory, in the order of their names."""
+    names = {name: [name] for name in stored}
+    for alias, one in reader.manifest.aliases.items():
+        if one in names:
+            names[one].append(alias)
+    # Of a tied tensor the name that lies deepest: a head hangs on the model, and what readers look for is the embedding
+    # inside of it.
+    shapes = {
+        _bare(max(sorted(called), key=lambda each: each.count("."))): (name, reader.manifest.tensors[name].shape)
+        for name, called in names.items()
+    }
+    if not are_fused(shapes):
+        return {bare: whole(name, shape) for bare, (name, shape) in shapes.items()}
+    placed, described = places(description)
+    if other := sorted(bare for bare, (_, shape) in shapes.items() if described.get(bare) != shape):
+        raise MismatchError(
+            f"{description} describes another model: {first_few(other)} is of another shape there, or not at all"
+        )
+    return {
+        name: replace(place, tensor=shapes[place.tensor][0])
+        for name, place in sorted(placed.items())
+        if place.tensor in shapes
+    }
 
 
 def export_torch(reader: GenerationReader, file: Path, *, dtype: torch.dtype | None = None) -> int:
@@ -118,11 +143,6 @@ def _bare(name: str) -> str:
     return name.removeprefix(MODEL).removeprefix(BUFFER)
 
 
-def _nbytes(reader: GenerationReader, name: str, dtype: torch.dtype | None) -> int:
-    tensor = reader.manifest.tensors[name]
-    return tensor.nbytes // tensor.itemsize * _stored_as(reader, name, dtype).itemsize
-
-
 def _stored_as(reader: GenerationReader, name: str, dtype: torch.dtype | None) -> torch.dtype:
     own = DTYPES[reader.manifest.tensors[name].dtype]
     return dtype if dtype is not None and own.is_floating_point else own
@@ -130,12 +150,6 @@ def _stored_as(reader: GenerationReader, name: str, dtype: torch.dtype | None) -
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-
-def _parts(reader: GenerationReader, name: str) -> Iterator[torch.Tensor]:
-    tensor = reader.manifest.tensors[name]
-    for box in boxes(tensor.shape, tensor.itemsize):
-        yield read(reader, name, box)
 
 
 def _dealt(sizes: Sequence[tuple[str, int]], most: int) -> list[list[str]]:
@@ -151,24 +165,25 @@ def _dealt(sizes: Sequence[tuple[str, int]], most: int) -> list[list[str]]:
     return files
 
 
-def _write_file(reader: GenerationReader, path: Path, names: Sequence[str], dtype: torch.dtype | None) -> None:
+def _write_file(reader: GenerationReader, path: Path, tensors: dict[str, Place], dtype: torch.dtype | None) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     # Wider ones first, so that every element is aligned; readers go by the header.
-    names = sorted(names, key=lambda name: (-_stored_as(reader, name, dtype).itemsize, name))
+    kinds = {name: _stored_as(reader, place.tensor, dtype) for name, place in tensors.items()}
+    names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
     position = 0
     for name in names:
-        end = position + _nbytes(reader, name, dtype)
-        kind = DTYPE_NAMES[_stored_as(reader, name, dtype)]
-        shape = list(reader.manifest.tensors[name].shape)
-        header[_bare(name)] = {"dtype": kind, "shape": shape, "data_offsets": [position, end]}
+        end = position + tensors[name].box.numel * kinds[name].itemsize
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": DTYPE_NAMES[kinds[name]], "shape": shape, "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            for part in _parts(reader, name):
-                file.write(tensor_bytes(_cast(part, dtype)))
+            place = tensors[name]
+            for box in place.parts(reader.manifest.tensors[place.tensor].itemsize):
+                file.write(tensor_bytes(_cast(read(reader, place.tensor, box), dtype)))
         file.flush()
         os.fsync(file.fileno())
 

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from checkpointing.errors import DamagedError
 from checkpointing.foreign.archive import Mapped, read_archive
 from checkpointing.foreign.state import Foreign, as_buffers_too
-from checkpointing.geometry import Piece
+from checkpointing.geometry import Piece, Shape
+from checkpointing.hub_names import Place, are_apart, places, whole
 
 SAFE, TORCH = "model.safetensors", "pytorch_model.bin"
 
@@ -29,12 +30,25 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def describe_hugging_face(directory: Path) -> Foreign:
-    """The model's parameters. There are no moments by name in such a directory."""
-    pieces = []
+    """The model's parameters, experts of a layer as the one tensor that transformers makes of them.
+
+    There are no moments by name in such a directory.
+    """
     files = weight_files(directory)
+    tensors: dict[str, torch.Tensor] = {}
     for file in files:
-        for name, tensor in (_safe(file) if file.suffix == ".safetensors" else _torch(file)).items():
-            pieces.append(Piece(f"model/{name}", tensor, (0,) * tensor.dim(), tuple(tensor.shape)))
+        tensors |= _safe(file) if file.suffix == ".safetensors" else _torch(file)
+    placed: dict[str, Place] = {}
+    shapes: dict[str, Shape] = {}
+    if are_apart(tensors):
+        placed, shapes = places(directory)
+    pieces = []
+    for name, tensor in tensors.items():
+        place = placed.get(name) or whole(name, tuple(tensor.shape))
+        if place.shape != tuple(tensor.shape):
+            raise DamagedError(f"{name} is of shape {tuple(tensor.shape)}, and {place.shape} by its config.json")
+        at = tensor.reshape(place.box.size)
+        pieces.append(Piece(f"model/{place.tensor}", at, place.box.offset, shapes.get(place.tensor, place.box.size)))
     state = directory / "trainer_state.json"
     step = _read(state).get("global_step") if state.is_file() else None
     left_out = [name for name in ("optimizer.pt", "scheduler.pt") if (directory / name).is_file()]

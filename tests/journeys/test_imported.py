@@ -23,6 +23,7 @@ from checkpointing.foreign import IMPORTED, describe_foreign
 from tests.journeys.test_own_model import own_data
 from tests.models import save_tiny_model
 from tests.runs import rows
+from tests.trainer.parallel.zoo import save_model
 from tests.worlds import WORLD, train
 from trainer.compose import compose
 from trainer.data.feed import Feed
@@ -223,3 +224,30 @@ def test_what_the_command_says(common: list[str], tmp_path: Path, capsys: pytest
     dcp.save({"w": torch.zeros(2)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     assert checkpointing(["import", str(tmp_path / "dcp"), str(tmp_path / "b")]) == 2
     assert "type --trust-pickle" in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
+def test_experts_go_in_and_out_under_their_own_names(common: list[str], tmp_path: Path) -> None:
+    """A run that begins at imported weights is one whose model has them, and leaves the house as such a directory."""
+    save_model(tmp_path / "right", "mixtral")
+    save_model(tmp_path / "wrong", "mixtral")
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "wrong")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    other.save_pretrained(tmp_path / "wrong")
+    assert checkpointing(["import", str(tmp_path / "right"), str(tmp_path / "imported"), "--step", "0"]) == 0
+    small = [option for option in common if "model" not in option]
+
+    def losses(name: str, model: str, *more: str) -> list[float]:
+        options = [*small, "model=hf", f"model.path={tmp_path / model}", f"run.dir={tmp_path / name}", "train.steps=3"]
+        WORLD.run(train, 2, [*options, "parallel=fsdp", *more], environment=True)
+        return [row["loss"] for row in rows(tmp_path / name)]
+
+    expected = losses("direct", "right")
+    assert losses("resumed", "wrong", f"resume={tmp_path / 'imported'}") == pytest.approx(expected, abs=1e-6)
+    assert losses("control", "wrong") != pytest.approx(expected, abs=1e-3)
+    assert checkpointing(["export", str(tmp_path / "resumed"), "--to", "hf", str(tmp_path / "out")]) == 0
+    assert checkpointing(["export", str(tmp_path / "direct"), "--to", "torch", str(tmp_path / "out.pt")]) == 0
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in torch.load(tmp_path / "out.pt", weights_only=True).items():
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-5, msg=name)
