@@ -21,6 +21,7 @@ from checkpointing.errors import LayoutError, MismatchError, NotFoundError, firs
 from checkpointing.format import DTYPE_NAMES, DTYPES
 from checkpointing.hub_names import Place, are_fused, places, whole
 from checkpointing.reader import GenerationReader
+from checkpointing.storage import Buffer, write_behind
 from checkpointing.stream import read, read_whole
 from checkpointing.tensors import tensor_bytes
 
@@ -178,13 +179,16 @@ def _write_file(reader: GenerationReader, path: Path, tensors: dict[str, Place],
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+
+    def chunks() -> Iterator[Buffer]:
+        yield len(text).to_bytes(8, "little") + text
         for name in names:
             place = tensors[name]
             for box in place.parts(reader.manifest.tensors[place.tensor].itemsize):
-                file.write(tensor_bytes(_cast(read(reader, place.tensor, box), dtype)))
-        file.flush()
+                yield tensor_bytes(_cast(read(reader, place.tensor, box), dtype))
+
+    with open(path, "wb", buffering=0) as file:
+        write_behind(file.fileno(), chunks())
         os.fsync(file.fileno())
 
 

@@ -63,7 +63,7 @@ class FileStorage:
         path = self._path(name)
         make_directories(path.parent)
         with open(path, "wb", buffering=0) as file:
-            _write_behind(file.fileno(), chunks)
+            write_behind(file.fileno(), chunks)
             os.fsync(file.fileno())
         sync_directory(path.parent)
 
@@ -165,7 +165,7 @@ def _link(draft: Path, path: Path) -> bool | None:
     return True
 
 
-def _write_behind(descriptor: int, chunks: Iterable[Buffer]) -> None:
+def write_behind(descriptor: int, chunks: Iterable[Buffer]) -> None:
     """Write chunks while the next ones are prepared, and have the disk take them meanwhile.
 
     Copying and hashing, writing, and the disk each go on while the others do; the sync at the end finds little left.
