@@ -330,11 +330,14 @@ def resident(what: str) -> int:
 
 def export_one(how: str, directory: Path) -> None:
     """In a process of its own: how long it takes until the file is on the disk, and how much memory."""
+    import transformers.core_model_loading
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from checkpointing.__main__ import find, open_newest
     from checkpointing.export import export_hugging_face
 
+    assert transformers.core_model_loading and AutoConfig and AutoModelForCausalLM  # imported, as far as they are lazy
     target = directory / f"{how}.out"
     gc.collect()
     before = resident("VmRSS")

@@ -19,10 +19,10 @@ import torch
 
 from checkpointing.errors import LayoutError, MismatchError, NotFoundError, first_few
 from checkpointing.format import DTYPE_NAMES, DTYPES
-from checkpointing.hub_names import Place, are_fused, places, whole
+from checkpointing.hub_names import Place, are_fused, hub_names, whole
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import Buffer, write_behind
-from checkpointing.stream import read, read_whole
+from checkpointing.stream import read_each, read_whole
 from checkpointing.tensors import tensor_bytes
 
 MODEL, BUFFER = "model/", "buffer/"  # parameters, and buffers that a state dict has
@@ -76,28 +76,32 @@ def export_hugging_face(
 
 
 def _named(reader: GenerationReader, stored: Sequence[str], description: Path) -> dict[str, Place]:
-    """The tensors of the directory, in the order of their names."""
-    names = {name: [name] for name in stored}
-    for alias, one in reader.manifest.aliases.items():
-        if one in names:
-            names[one].append(alias)
-    # Of a tied tensor the name that lies deepest: a head hangs on the model, and what readers look for is the embedding
-    # inside of it.
-    shapes = {
-        _bare(max(sorted(called), key=lambda each: each.count("."))): (name, reader.manifest.tensors[name].shape)
-        for name, called in names.items()
-    }
-    if not are_fused(shapes):
-        return {bare: whole(name, shape) for bare, (name, shape) in shapes.items()}
-    placed, described = places(description)
-    if other := sorted(bare for bare, (_, shape) in shapes.items() if described.get(bare) != shape):
+    """The tensors of the directory by their names there, in the order of them."""
+    called = {name: name for name in stored}
+    called |= {alias: name for alias, name in reader.manifest.aliases.items() if name in called}
+    names = {_bare(name): of for name, of in called.items()}
+    shapes = {bare: reader.manifest.tensors[of].shape for bare, of in names.items()}
+    try:
+        hub = hub_names(description)
+    except MismatchError as error:
+        if are_fused(names):
+            raise MismatchError(
+                f"The model has the experts of a layer as one tensor, and {error}. `python -m trainer.methods merge "
+                "RUN DIR` writes a model as transformers does."
+            ) from error
+        # Of a tied tensor the name that lies deepest: a head hangs on the model, and what readers look for is the
+        # embedding inside of it.
+        deepest = {of: max((n for n in names if names[n] == of), key=lambda n: (n.count("."), n)) for of in stored}
+        return {bare: whole(of, shapes[bare]) for of, bare in sorted(deepest.items(), key=lambda item: item[1])}
+    if other := sorted(set(shapes.items()) ^ set(hub.shapes.items())):
         raise MismatchError(
-            f"{description} describes another model: {first_few(other)} is of another shape there, or not at all"
+            f"{description} describes another model: {other[0][0]} is here or there alone, or of another shape. Type "
+            "--config DIR with a directory of the model that was trained."
         )
     return {
-        name: replace(place, tensor=shapes[place.tensor][0])
-        for name, place in sorted(placed.items())
-        if place.tensor in shapes
+        name: replace(place, tensor=names[place.tensor])
+        for name, place in sorted(hub.places.items())
+        if names[place.tensor] != names.get(hub.tied.get(place.tensor, ""))
     }
 
 
@@ -182,10 +186,10 @@ def _write_file(reader: GenerationReader, path: Path, tensors: dict[str, Place],
 
     def chunks() -> Iterator[Buffer]:
         yield len(text).to_bytes(8, "little") + text
-        for name in names:
-            place = tensors[name]
-            for box in place.parts(reader.manifest.tensors[place.tensor].itemsize):
-                yield tensor_bytes(_cast(read(reader, place.tensor, box), dtype))
+        places = [(tensors[name], reader.manifest.tensors[tensors[name].tensor].itemsize) for name in names]
+        parts = ((place.tensor, box) for place, itemsize in places for box in place.parts(itemsize))
+        for part in read_each(reader, parts):
+            yield tensor_bytes(_cast(part, dtype))
 
     with open(path, "wb", buffering=0) as file:
         write_behind(file.fileno(), chunks())

@@ -1,11 +1,12 @@
-"""Which part of a model's tensors each tensor of a Hugging Face directory is, where transformers puts several into one.
+"""Which part of a model's tensors each tensor of a Hugging Face directory is: several may be one, and names others.
 
-It computes the experts of a layer as one tensor, which such directories hold apart and under other names. How is told
-by transformers itself: it takes the tensors apart without their values, and every result says where it lies.
+transformers computes the experts of a layer as one tensor, which such directories hold apart. How is told by itself: it
+takes the tensors apart without their values, and every result says where it lies.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from checkpointing.errors import MismatchError
 from checkpointing.geometry import Box, Shape
 from checkpointing.stream import boxes
 
+# Names that only a model with experts has: in memory, and in a directory.
 _FUSED = re.compile(r"\.experts\.(gate_up_proj|down_proj|up_proj)$")
 _APART = re.compile(r"\.experts\.\d+\.")
 
@@ -56,8 +58,17 @@ def are_apart(names: Collection[str]) -> bool:
     return any(_APART.search(name) for name in names)
 
 
-def places(description: Path) -> tuple[dict[str, Place], dict[str, Shape]]:
-    """By the names of a directory's tensors, for the model that its config.json describes; and the model's shapes.
+@dataclass(frozen=True, slots=True)
+class HubNames:
+    """How transformers names what the model of a config.json holds."""
+
+    places: dict[str, Place]  # by the names of a directory's tensors
+    shapes: dict[str, Shape]  # of the model's own tensors, by their names in memory
+    tied: dict[str, str]  # names in memory that a directory leaves out, and those they are tied to
+
+
+def hub_names(description: Path) -> HubNames:
+    """For the model of a directory's config.json. Nothing of code that comes with a model is run.
 
     `MismatchError` where transformers does not know the model, or makes numbers of others.
     """
@@ -70,30 +81,29 @@ def places(description: Path) -> tuple[dict[str, Place], dict[str, Shape]]:
             found = revert_weight_conversion(model, state)
     except Exception as error:  # whatever is in that file
         raise MismatchError(
-            f"how {description} names the experts of a layer is not known ({type(error).__name__}: {error}). "
-            "`python -m trainer.methods merge RUN DIR` writes a model as transformers does."
+            f"how the tensors of {description} are named is not known ({type(error).__name__}: {error})"
         ) from error
     placed = {}
     for name, tensor in found.items():
         of = lies.get(tensor.untyped_storage()._cdata)
         if of is None or (place := _place(of, state[of], tensor)) is None:
-            raise MismatchError(
-                f"transformers computes {name} from several tensors of the model. `python -m trainer.methods merge RUN "
-                "DIR` writes a model as transformers does."
-            )
+            raise MismatchError(f"transformers makes {name} of several tensors of the model, or in another order")
         placed[name] = place
-    return placed, {name: tuple(tensor.shape) for name, tensor in state.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return HubNames(placed, shapes, dict(getattr(model, "all_tied_weights_keys", None) or {}))
 
 
 def _skeleton(description: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     """The model without values, and what its state dict holds, each with a storage of its own."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if "auto_map" in json.loads((description / "config.json").read_text(encoding="utf-8")):
+        raise ValueError("the model has code of its own")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(description))
-        return model, {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in model.state_dict().items()
-        }
+        config = AutoConfig.from_pretrained(description, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        state = model.state_dict()
+        return model, {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in state.items()}
 
 
 class _Views(TorchDispatchMode):  # type: ignore[no-untyped-call]

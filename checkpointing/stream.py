@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 
 import torch
@@ -12,6 +12,7 @@ from checkpointing.geometry import Box, Piece
 from checkpointing.reader import GenerationReader
 
 PART_BYTES = 64 * 1024 * 1024
+TOGETHER_BYTES = 16 * 1024 * 1024  # of small tensors that are read at a time: more would leave the processor's cache
 
 
 def boxes(shape: tuple[int, ...], itemsize: int) -> Iterator[Box]:
@@ -26,10 +27,25 @@ def boxes(shape: tuple[int, ...], itemsize: int) -> Iterator[Box]:
 
 def read(reader: GenerationReader, name: str, box: Box) -> torch.Tensor:
     """A box of a tensor that is stored under this name, its checksums verified."""
-    tensor = reader.manifest.tensors[name]
-    piece = Piece(name, torch.empty(box.size, dtype=DTYPES[tensor.dtype]), box.offset, tensor.shape)
-    reader.load([piece])
-    return piece.tensor
+    (tensor,) = read_each(reader, [(name, box)])
+    return tensor
+
+
+def read_each(reader: GenerationReader, wanted: Iterable[tuple[str, Box]]) -> Iterator[torch.Tensor]:
+    """One box after the other; small ones are read together, up to `TOGETHER_BYTES`."""
+    pieces: list[Piece] = []
+    nbytes = 0
+    for name, box in wanted:
+        about = reader.manifest.tensors[name]
+        if pieces and nbytes + box.numel * about.itemsize > TOGETHER_BYTES:
+            reader.load(pieces)
+            yield from (piece.tensor for piece in pieces)
+            pieces, nbytes = [], 0
+        pieces.append(Piece(name, torch.empty(box.size, dtype=DTYPES[about.dtype]), box.offset, about.shape))
+        nbytes += box.numel * about.itemsize
+    if pieces:
+        reader.load(pieces)
+        yield from (piece.tensor for piece in pieces)
 
 
 def read_whole(reader: GenerationReader, name: str) -> torch.Tensor:

@@ -107,11 +107,12 @@ def check(config: Config) -> None:
     if (kind := config.optimizer.implementation) is not Implementation.fused and isinstance(config.method, Sparse):
         raise Refused(
             f"optimizer.implementation={kind.value} is for whole matrices, and method={config.method.name} trains "
-            "single entries with an optimizer of its own. Type optimizer=adamw."
+            "single entries with an optimizer of its own. Type optimizer.implementation=fused."
         )
     if kind is Implementation.torchao_8bit and find_spec("torchao") is None:
         raise Refused(
-            "8-bit moments are torchao's, which is not installed. Type `pip install torchao`, or optimizer=adamw."
+            "8-bit moments are torchao's, which is not installed. Type `pip install torchao`, or "
+            "optimizer.implementation=fused."
         )
     for name in ("zero_stage", "offload", "deepspeed"):
         if (value := getattr(parallel, name)) and not parallel.uses_deepspeed:

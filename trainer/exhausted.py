@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from trainer.choices import Full, Sparse
+from trainer.choices import Full
 from trainer.config import Compute, Config, Implementation
 from trainer.errors import TrainingFailed
 
@@ -52,8 +52,10 @@ def remedies(config: Config) -> list[str]:
     if config.precision.compute is Compute.fp32:
         found.append("in a new run precision=bf16 (half the activations)")
     low = config.optimizer.implementation is Implementation.torchao_8bit
-    if not (low or parallel.uses_deepspeed or isinstance(config.method, Sparse)):
-        found.append("in a new run optimizer=adamw_8bit (a quarter of the optimizer's state)")
+    if isinstance(config.method, Full) and not (low or parallel.uses_deepspeed):
+        found.append(
+            "in a new run optimizer=adamw_8bit (a quarter of the optimizer's state, where rows are multiples of 256)"
+        )
     found.append(f"in a new run train.seq_len={max(1, config.train.seq_len // 2)} (shorter samples)")
     if isinstance(config.method, Full):
         found.append("in a new run method=lora (trains adapters only)")

@@ -159,6 +159,11 @@ def describe_run(
     rate = f"lr {config.optimizer.lr:g} after {schedule.warmup_steps} steps of warm-up, then {schedule.curve.name}"
     kind = config.optimizer.implementation
     optimizer = "AdamW" if kind is Implementation.fused else f"AdamW ({kind.value})"
+    if kind is Implementation.torchao_8bit:
+        from trainer.parallel.eight_bit import is_in_blocks  # with what launchers need not wait for
+
+        low = sum(p.numel() for p in model.parameters() if p.requires_grad and is_in_blocks(p.shape))
+        optimizer = f"AdamW ({kind.value}: {low / max(1, trained):.0%} of the moments)"
     return [
         ("model", f"{choice_of(config, 'model')}, {total:,} parameters; {method}"),
         ("processes", f"{topology.size} on {device}: {layout}; precision={config.precision.compute.name}"),

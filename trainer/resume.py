@@ -27,7 +27,7 @@ from checkpointing.memory.directory import why_not_private
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage
 from trainer.choices import CHOICES, Sparse, Stdlib, Text
-from trainer.config import Config, as_json, choice_of, flatten
+from trainer.config import Config, Implementation, as_json, choice_of, flatten
 from trainer.errors import Refused
 from trainer.methods import build
 from trainer.methods.sparse.attach import grows_by_gradient, sizes_in
@@ -201,6 +201,16 @@ def check_state(
     """What has changed since a checkpoint was saved, as (was, is) by option; `Refused` if that alters the result."""
     changes = _changes(_filled(state["config"], config), as_json(config))
     refused = {key: f"{key} (was {was}, is {now})" for key, (was, now) in changes.items() if not key.startswith(FREE)}
+    kinds = set(changes.get("optimizer.implementation", ()))
+    if kinds and Implementation.torchao_8bit.value not in kinds:  # the same arithmetic, rounded in another order
+        del refused["optimizer.implementation"]
+    elif kinds:
+        was, is_ = changes["optimizer.implementation"]
+        raise Refused(
+            f"This run was saved with optimizer.implementation={was}, whose moments cannot be loaded for {is_}. "
+            f"Type optimizer.implementation={was}, or begin another run with the model of this one: `python -m "
+            "checkpointing export RUN --to hf DIR`, and model=hf model.path=DIR."
+        )
     if "train.steps" in refused and config.train.steps > changes["train.steps"][0]:
         del refused["train.steps"]
     if "parallel.local_batch" in changes and grows_by_gradient(config.method):

@@ -30,7 +30,7 @@ from checkpointing.memory.client import ensure_keeper
 from checkpointing.memory.directory import why_not_private
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage
-from trainer.config import Compute, Config
+from trainer.config import Compute, Config, Implementation
 from trainer.data.conversations import chosen_template
 from trainer.data.dataset import Dataset
 from trainer.data.feed import Feed
@@ -52,6 +52,7 @@ from trainer.parallel.engine import TrainingEngine, as_launched, find_topology, 
 from trainer.parallel.optimizing import lr_scales
 from trainer.parallel.pipeline import check_stages, is_stageable
 from trainer.parallel.tensor import check_splittable, is_splittable
+from trainer.parallel.whole_blocks import check_blocks, cut_within
 from trainer.parallel.world import World, pick_device, process_group
 from trainer.plan import Topology, describe_run, plan_batch
 from trainer.progress import Progress
@@ -131,6 +132,7 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
         check_packing(model)
     lr_scales(model, config.optimizer)
     sizes, why = footprint(config, build_largest(config)), list[str]()
+    low = config.optimizer.implementation is Implementation.torchao_8bit
     if config.parallel.auto:
         cluster = Cluster(world.size, world.local_size, memory_of(device, world.local_size))
         schedule = config.parallel.pp_schedule
@@ -138,13 +140,15 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
             config,
             sizes,
             cluster,
-            lambda size: is_splittable(model, size),
+            lambda size: is_splittable(model, size) and not (low and cut_within(model, size)),
             lambda size: is_stageable(model, size, schedule),
         )
     topology = find_topology(config, world, device)
     batch = plan_batch(config, topology.data_size)
     if topology.tp > 1:
         check_splittable(model, topology.tp)
+        if low:
+            check_blocks(model, topology.tp)
     if topology.pp > 1:
         check_stages(model, topology.pp, config.parallel.pp_schedule)
     memory = plan_memory(config, sizes, topology, batch.rounds)
@@ -167,8 +171,15 @@ def train_together(job: Job, start: Start, lease: Lease | None, preemption: Pree
     """What happens while the processes are joined; the exit status. Nothing of it outlives the process group."""
     start = agree(job, start)
     memory = prepare_memory(job)
-    model = build(job.config, sizes=start.sizes, team=Team())
-    engine = make_engine(job.config, model, job.topology, job.world, job.device, start.sizes)
+    # The model is not held here: what an engine makes shards of is given back.
+    engine = make_engine(
+        job.config,
+        build(job.config, sizes=start.sizes, team=Team()),
+        job.topology,
+        job.world,
+        job.device,
+        start.sizes,
+    )
     state, tier = restore(engine, start, memory)
     if (
         state and state["step"] != start.step and IMPORTED not in state

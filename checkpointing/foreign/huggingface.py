@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from checkpointing.errors import DamagedError
+from checkpointing.errors import DamagedError, MismatchError
 from checkpointing.foreign.archive import Mapped, read_archive
 from checkpointing.foreign.state import Foreign, as_buffers_too
 from checkpointing.geometry import Piece, Shape
-from checkpointing.hub_names import Place, are_apart, places, whole
+from checkpointing.hub_names import Place, are_apart, hub_names, whole
+
+logger = logging.getLogger("checkpointing")
 
 SAFE, TORCH = "model.safetensors", "pytorch_model.bin"
 
@@ -30,7 +33,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def describe_hugging_face(directory: Path) -> Foreign:
-    """The model's parameters, experts of a layer as the one tensor that transformers makes of them.
+    """The model's parameters under its own names, experts of a layer as the one tensor that transformers makes of them.
 
     There are no moments by name in such a directory.
     """
@@ -40,8 +43,12 @@ def describe_hugging_face(directory: Path) -> Foreign:
         tensors |= _safe(file) if file.suffix == ".safetensors" else _torch(file)
     placed: dict[str, Place] = {}
     shapes: dict[str, Shape] = {}
-    if are_apart(tensors):
-        placed, shapes = places(directory)
+    try:
+        hub = hub_names(directory)
+        placed, shapes = hub.places, hub.shapes
+    except MismatchError as error:
+        if are_apart(tensors):
+            logger.warning("experts are imported one by one, as they lie there: %s", error)
     pieces = []
     for name, tensor in tensors.items():
         place = placed.get(name) or whole(name, tuple(tensor.shape))

@@ -64,7 +64,13 @@ def of_blocks(name: str, logical: Shape | Held, parameter: Shape, state: Shape) 
     """
     if state == parameter:
         return logical
-    if len(state) != len(parameter) or state[:-1] != parameter[:-1] or not state[-1] or parameter[-1] % state[-1]:
+    if (
+        len(state) < 2
+        or len(state) != len(parameter)
+        or state[:-1] != parameter[:-1]
+        or not state[-1]
+        or parameter[-1] % state[-1]
+    ):
         return None
     shape, ranges = logical if isinstance(logical, Held) else (logical, [[(0, size)] for size in logical])
     block = parameter[-1] // state[-1]

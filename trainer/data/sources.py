@@ -114,8 +114,9 @@ def _mixed(config: Mix, tokenizer: Tokenizer, seq_len: int) -> Corpus:
 
 
 def _source(config: Mix, source: str) -> tuple[Data, float]:
-    """`KIND:PATH@SHARE` as options of its own, and the share."""
+    """`KIND:PATH@SHARE` as options of its own, and the share; `hf/SPLIT` is a kind as well."""
     kind, _, rest = source.partition(":")
+    kind, _, split = kind.partition("/")
     path, at, share = rest.rpartition("@")
     try:
         path, weight = (path, float(share)) if at else (rest, 1.0)
@@ -127,9 +128,9 @@ def _source(config: Mix, source: str) -> tuple[Data, float]:
         "text": lambda: Text(path=path, eval_fraction=config.eval_fraction),
         "jsonl": lambda: Jsonl(**own),
         "chat": lambda: Chat(**own, template=config.template),
-        "hf": lambda: Hub(**own, template=config.template),
+        "hf": lambda: Hub(**own, template=config.template, split=split or "train"),
     }
-    if kind not in makes or not (path or kind == "stdlib") or not 0 < weight < float("inf"):
+    if kind not in makes or (split and kind != "hf") or not (path or kind == "stdlib") or not 0 < weight < float("inf"):
         raise Refused(
             f"data.sources: {source} is no KIND:PATH@SHARE with a KIND of {', '.join(makes)} and a SHARE above 0. Type "
             "one such as chat:talk.jsonl@2."

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 ALIGNED = 64  # bytes that a tensor starts at a multiple of
 TURN_S = 5.0  # that a process waits for another one in a collective, whose own limit is shorter than a read may take
 
+T = TypeVar("T")
 Table = dict[str, tuple[int, str, list[int], bool]]  # by a tensor's name: where it begins, dtype, shape, requires_grad
 
 
@@ -38,54 +40,65 @@ def read_once(read: Callable[[], nn.Module], skeleton: Callable[[], nn.Module], 
     owner = spaces.index(spaces[team.rank])
     if len({tuple(space) for space in spaces}) == team.size:
         return read()
-    model = _read_while_others_wait(read if owner == team.rank else None, team)
-    lent: list[Lent] = []
+    owns, shares = owner == team.rank, spaces.count(spaces[team.rank]) > 1
+    model = _while_others_wait(read if owns else None, team)
+    lent = _while_others_wait((lambda: _lend(model)) if model is not None and shares else None, team)
+    told = team.together(lambda: None if lent is None else lent.told())[owner]
 
-    def lend() -> dict[str, Any] | None:
-        if model is None or spaces.count(spaces[team.rank]) == 1:
-            return None
-        try:
-            lent.append(Lent.of(model))
-        except (OSError, AttributeError) as error:  # such as a system that has no memory without a name
-            logger.warning("every process reads the model by itself: %s", error)
-            return None
-        return lent[0].told()
-
-    told = team.together(lend)[owner]
-
-    def borrow() -> None:
-        nonlocal model
-        if model is not None:
-            return
+    def borrow() -> nn.Module:
         try:
             if told is None:
                 raise LookupError("the one that read it could not lend it")
-            model = borrowed(skeleton(), told)
+            return borrowed(skeleton(), told)
         except (OSError, LookupError) as error:
             logger.warning("this process reads the model by itself: %s", error)
-            model = read()
+            return read()
 
-    team.together(borrow)
-    for one in lent:
-        os.close(one.file)
-    assert model is not None
-    return model
+    borrows = _while_others_wait(None if owns else borrow, team)
+    if lent is not None:
+        os.close(lent.file)
+    found = model if borrows is None else borrows
+    assert found is not None
+    return found
 
 
-def _read_while_others_wait(read: Callable[[], nn.Module] | None, team: Team) -> nn.Module | None:
-    """What `read` gives where there is one. A read that fails fails on all."""
-    with ThreadPoolExecutor(1) as pool:
-        reading = None if read is None else pool.submit(read)
+def _lend(model: nn.Module) -> Lent | None:
+    try:
+        return Lent.of(model)
+    except (OSError, AttributeError) as error:  # such as a system that has no memory without a name
+        logger.warning("every process reads the model by itself: %s", error)
+        return None
 
-        def is_done() -> bool:
-            if reading is None:
-                return True
-            wait([reading], TURN_S)
-            return reading.done() and bool(reading.result())
 
-        while not all(team.together(is_done)):
-            pass
-        return None if reading is None else reading.result()
+def _while_others_wait(action: Callable[[], T] | None, team: Team) -> T | None:
+    """What `action` gives where there is one. Collective; what fails on one fails on all.
+
+    It runs in a thread, so that nobody waits in one collective for as long as that takes. The thread is a daemon's: a
+    process that fails meanwhile does not wait for it.
+    """
+    future: Future[T] = Future()
+
+    def act() -> None:
+        assert action is not None
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    if action is not None:
+        threading.Thread(target=act, name="read-model", daemon=True).start()
+
+    def is_done() -> bool:
+        if action is None:
+            return True
+        wait([future], TURN_S)
+        if future.done():
+            future.result()  # raises what it failed with
+        return future.done()
+
+    while not all(team.together(is_done)):
+        pass
+    return None if action is None else future.result()
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,7 @@ class Lent:
 
     @staticmethod
     def of(model: nn.Module) -> Lent:
-        """Move a model's parameters and buffers there, one by one, so that little is held twice."""
+        """Move a model's parameters there, one by one, so that little is held twice, and copy its buffers."""
         table: Table = {}
         starts: dict[int, int] = {}
         end = 0
@@ -117,7 +130,8 @@ class Lent:
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
                     over(shared, table[name]).copy_(tensor.detach())
-                    tensor.data = over(mapped, table[name])
+                    if isinstance(tensor, nn.Parameter):
+                        tensor.data = over(mapped, table[name])
         except BaseException:
             os.close(file)
             raise
@@ -151,15 +165,28 @@ def borrowed(skeleton: nn.Module, told: dict[str, Any]) -> nn.Module:
         for kind in (module._parameters, module._buffers):
             for key, tensor in kind.items():
                 if tensor is not None:
-                    start, dtype, shape, trains = table[f"{path}.{key}" if path else key]
-                    place = (start, dtype, *shape, kind is module._buffers)
+                    name = f"{path}.{key}" if path else key
+                    start, dtype, shape, trains = where = table[name]
+                    place = (start, dtype, *shape, kind is module._buffers, "" if over(mapped, where).numel() else name)
                     if place not in made:
-                        plain = over(mapped, (start, dtype, shape, trains))
-                        made[place] = plain if kind is module._buffers else nn.Parameter(plain, requires_grad=trains)
+                        # Buffers are small, and live as long as the model: as views they would keep all of the memory.
+                        plain = over(mapped, where)
+                        made[place] = (
+                            plain.clone() if kind is module._buffers else nn.Parameter(plain, requires_grad=trains)
+                        )
                     kind[key] = made[place]
-        if left := [name for name, value in vars(module).items() if isinstance(value, torch.Tensor) and value.is_meta]:
-            raise LookupError(f"{path}.{left[0]} is a tensor that is neither a parameter nor a buffer")
+        if left := [name for name, value in vars(module).items() if _holds_nothing(value)]:
+            raise LookupError(f"{path}.{left[0]} has a tensor that is neither a parameter nor a buffer")
     return skeleton
+
+
+def _holds_nothing(value: Any) -> bool:
+    """Whether there is a tensor without values in it."""
+    if isinstance(value, torch.Tensor):
+        return value.is_meta
+    if isinstance(value, dict):
+        return any(map(_holds_nothing, value.values()))
+    return isinstance(value, list | tuple | set) and any(map(_holds_nothing, value))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -22,7 +22,7 @@ def check_compiling(config: Config, device: torch.device) -> None:
     """`Refused` where layers cannot be compiled. Not collective."""
     parallel = config.parallel
     if config.optimizer.implementation is Implementation.torchao_8bit:
-        _check_compiler("optimizer=adamw_8bit", "optimizer=adamw", device)
+        _check_compiler("optimizer=adamw_8bit", "optimizer.implementation=fused", device)
     if not parallel.compile:
         return
     if parallel.uses_deepspeed:
@@ -41,10 +41,11 @@ def check_compiling(config: Config, device: torch.device) -> None:
 
 
 def _check_compiler(option: str, without: str, device: torch.device) -> None:
-    if device.type == "cpu" and not (_found("g++") or _found("clang++")):
+    compilers = ("g++", "clang++") if device.type == "cpu" else ("gcc", "cc", "clang")  # the latter for triton
+    if not any(map(_found, compilers)):
         raise Refused(
-            f"{option} needs a C++ compiler to make code for the CPU, and there is neither g++ nor clang++ here. "
-            f"Install one, or type {without}."
+            f"{option} needs a compiler to make code for the {'CPU' if device.type == 'cpu' else 'GPU'}, and there is "
+            f"none of {', '.join(compilers)} here. Install one, or type {without}."
         )
 
 
@@ -78,7 +79,7 @@ class Compiled:
         if not graphs and not new:
             return None
         breaks = "; ".join(f"{count} x {reason}" for reason, count in new.items())
-        return f"{graphs} graphs of layers, {sum(new.values())} graph breaks{f': {breaks}' if breaks else ''}"
+        return f"{graphs} graphs, {sum(new.values())} graph breaks{f': {breaks}' if breaks else ''}"
 
 
 def _seen() -> Counter[str]:

@@ -58,7 +58,7 @@ def check_deepspeed(config: Config, topology: Topology) -> None:
     if (kind := config.optimizer.implementation) is Implementation.torchao_8bit:
         raise Refused(
             f"optimizer.implementation={kind.value} keeps moments in blocks of rows, and DeepSpeed cuts parameters "
-            "anywhere. Type optimizer=adamw, or parallel=fsdp."
+            "anywhere. Type optimizer.implementation=fused, or parallel=fsdp."
         )
     if config.parallel.offload and config.parallel.zero_stage == 0:
         raise Refused(

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from checkpointing import Held, materialize, parameter_names
-from trainer.errors import Refused
 
 BLOCK = 256  # values that share a scale
 LEAST = 4096  # parameters with fewer values keep fp32 moments, as in bitsandbytes and torchao
@@ -31,23 +30,12 @@ def is_in_blocks(shape: tuple[int, ...] | torch.Size) -> bool:
 
 
 def parameters_in_blocks(model: nn.Module, held: Mapping[str, Held]) -> set[nn.Parameter]:
-    """What trains with 8-bit moments; `held` says of what the parameters of a tensor-parallel rank are a part.
-
-    `Refused` where it holds parts of blocks.
-    """
-    found = set()
-    for name, parameter in parameter_names(model).items():
-        part = held.get(name, Held(tuple(parameter.shape), [[(0, n)] for n in parameter.shape]))
-        if not parameter.requires_grad or not is_in_blocks(part.shape):
-            continue
-        if odd := [length for run in part.ranges[-1] for length in run if length % BLOCK]:
-            raise Refused(
-                f"8-bit moments have a scale for every {BLOCK} values of a row, and this parallel.tp cuts the rows of "
-                f"{name} at {odd[0]}, within a block. Type a parallel.tp that divides {part.shape[-1] // BLOCK}, or "
-                "optimizer=adamw."
-            )
-        found.add(parameter)
-    return found
+    """What trains with 8-bit moments; `held` says of what the parameters of a tensor-parallel rank are a part."""
+    return {
+        parameter
+        for name, parameter in parameter_names(model).items()
+        if parameter.requires_grad and is_in_blocks(held[name].shape if name in held else parameter.shape)
+    }
 
 
 class EightBitAdamW(Optimizer):
@@ -115,6 +103,10 @@ class EightBitAdamW(Optimizer):
         for parameter in self._blocked - self._local.keys():
             if parameter.grad is not None:  # of which other ranks hold the rows
                 self.state[parameter]["step"] += 1
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Not this way: load into the tensors that `describe` gives, which other optimizers work on as well."""
+        raise NotImplementedError("load into the pieces that describe() gives")
 
     def _in_order(self) -> Iterator[nn.Parameter]:
         return (p for group in self.param_groups for p in group["params"] if p in self._blocked)

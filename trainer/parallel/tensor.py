@@ -132,15 +132,24 @@ def cut(model: Any, group: dist.ProcessGroup) -> Cuts:
 
     Collective; `check_splittable` has accepted the model.
     """
-    cutter = _Cutter(model, group)
+    cutter = _Cutter(model, group, dist.get_world_size(group), dist.get_rank(group))
     cutter.cut()
     return cutter.cuts
 
 
+def shares_of(model: Any, size: int) -> list[Cuts]:
+    """What each of so many ranks would hold of a model on the device meta, which stays as it is. Not collective."""
+    found = []
+    for at in range(size):
+        cutter = _Cutter(copy.deepcopy(model), None, size, at)
+        cutter.cut()
+        found.append(cutter.cuts)
+    return found
+
+
 class _Cutter:
-    def __init__(self, model: Any, group: dist.ProcessGroup) -> None:
-        self.model, self.group = model, group
-        self.size, self.at = dist.get_world_size(group), dist.get_rank(group)
+    def __init__(self, model: Any, group: Any, size: int, at: int) -> None:
+        self.model, self.group, self.size, self.at = model, group, size, at
         self.settings: Any = self.model.config
         self.family: Family = FAMILIES[self.settings.model_type]
         self.cuts = Cuts()

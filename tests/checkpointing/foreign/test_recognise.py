@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from checkpointing import LayoutError, MismatchError, NotFoundError
+from checkpointing import CheckpointError, LayoutError, MismatchError, NotFoundError
 from checkpointing.foreign import describe_foreign
 from tests.models import save_tiny_model
 
@@ -29,6 +31,56 @@ def test_each_is_recognised(tmp_path: Path) -> None:
     for kind, who in (("dcp", r"torch\.distributed\.checkpoint"), ("ds", "DeepSpeed")):
         with pytest.raises(LayoutError, match=f"was written by {who}.*type --trust-pickle"):
             describe_foreign(tmp_path / kind)
+
+
+def written(directory: Path) -> list[Path]:
+    """A small checkpoint of each library."""
+    save_tiny_model(directory / "hf")
+    model = torch.nn.Linear(3, 2)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=directory / "dcp", no_dist=True)
+    (directory / "ds").mkdir()
+    torch.save({"module": model.state_dict(), "global_steps": 5}, directory / "ds" / "mp_rank_00_model_states.pt")
+    torch.save({"w": torch.ones(2)}, directory / "bin")
+    (directory / "torch").mkdir()
+    (directory / "bin").rename(directory / "torch" / "pytorch_model.bin")
+    return [directory / kind for kind in ("hf", "dcp", "ds", "torch")]
+
+
+def test_whatever_the_bytes_a_directory_is_described_or_refused(tmp_path: Path) -> None:
+    """Damage anywhere is an error of ours or of the system, and never another one, nor a hang."""
+    draws, outcomes = random.Random(5), Counter[str]()
+    for directory in written(tmp_path):
+        assert describe_foreign(directory, trust_pickle=True).pieces
+        files = sorted(path for path in directory.iterdir() if path.suffix not in (".jinja", ".txt"))
+        for _ in range(120):
+            file = draws.choice(files)
+            whole = file.read_bytes()
+            file.write_bytes(damaged(whole, draws))
+            try:
+                for piece in describe_foreign(directory, trust_pickle=True).pieces:
+                    piece.tensor.sum()
+                outcomes["read"] += 1
+            except (CheckpointError, OSError) as error:
+                outcomes[type(error).__name__] += 1
+            file.write_bytes(whole)
+        assert describe_foreign(directory, trust_pickle=True).pieces
+    assert outcomes["read"] > 50 and outcomes["DamagedError"] > 50, outcomes
+
+
+def damaged(data: bytes, draws: random.Random) -> bytes:
+    """Cut off, with bytes changed, or with a range moved elsewhere."""
+    how, at = draws.randrange(4), draws.randrange(max(1, len(data)))
+    if how == 0:
+        return data[:at]
+    if how == 1:
+        other = draws.randrange(max(1, len(data)))
+        return data[:at] + data[other : other + 40] + data[at + 40 :]
+    changed = bytearray(data)
+    for _ in range(how * how):
+        if changed:
+            place = draws.randrange(min(len(changed), 600)) if how == 3 else draws.randrange(len(changed))
+            changed[place] = draws.randrange(256)
+    return bytes(changed)
 
 
 def test_others_are_refused(tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_a_state_with_a_value_for_each_block_of_a_row_is_held_where_its_paramete
     assert of_blocks("s", (9, 8), (10, 16), (10, 4)) == (9, 2)  # of a parameter that is padded
     for other in ((), (4,), (3, 8), (4, 3), (4, 0)):  # a step count, and states of other forms
         assert of_blocks("s", held, (4, 8), other) is None
+    assert of_blocks("s", (9,), (10,), (1,)) is None  # a step count that is kept so
     for cut in ([(2, 8)], [(4, 6), (0, 2)]):
         with pytest.raises(LayoutError, match=r"s has a value for every 4 of a row, and its rows are cut within"):
             of_blocks("s", Held((10, 12), [[(0, 4)], cut]), (4, 8), (4, 2))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 
-from trainer.choices import Chat, Hub, Jsonl
-from trainer.data.sources import Corpus, load_corpus
+from trainer.choices import Chat, Hub, Jsonl, Mix
+from trainer.data.sources import Corpus, load_corpus, load_sets
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.errors import Refused
 
@@ -44,6 +44,18 @@ def test_a_directory_of_files_is_what_the_file_is_elsewhere(records: list[dict[s
     theirs = load_corpus(kind(path=path, eval_fraction=0.0, **more), ByteTokenizer(), 100)  # type: ignore[arg-type]
     assert ours.train.fingerprint == theirs.train.fingerprint
     assert ours.train.num_targets(np.arange(30)) > 30
+
+
+def test_a_split_as_a_source_and_as_a_set_to_evaluate(tmp_path: Path) -> None:
+    DatasetDict({"train": Dataset.from_list(TEXT), "test": Dataset.from_list(TEXT[:4])}).save_to_disk(tmp_path)
+    sets = load_sets([f"own@hf/test:{tmp_path}", f"all@hf:{tmp_path}"], Mix(), ByteTokenizer(), 100)
+    assert {name: len(held) for name, held in sets.items()} == {"own": 4, "all": 30}
+    mixed = load_corpus(Mix(sources=[f"hf/test:{tmp_path}@2"], eval_fraction=0), ByteTokenizer(), 100)
+    assert len(mixed.train) == 4
+    with pytest.raises(Refused, match="has no split other"):
+        load_sets([f"own@hf/other:{tmp_path}"], Mix(), ByteTokenizer(), 100)
+    with pytest.raises(Refused, match=r"is no KIND:PATH@SHARE"):
+        load_sets([f"own@chat/test:{tmp_path}"], Mix(), ByteTokenizer(), 100)
 
 
 def test_fields_that_are_named_count_more_than_what_a_row_looks_like(tmp_path: Path) -> None:

@@ -125,12 +125,14 @@ def odd(how: str) -> dict[str, Any]:
             model.more = nn.Linear(2, 2, device="meta")
         elif how == "a tensor that is no parameter":
             model[0].table = torch.empty(3, device="meta")
+        elif how == "one in a list":
+            model[0].tables = {"a": [torch.empty(3, device="meta")]}
         return model
 
     told, of = lent.Lent.told, lent.Lent.of
     if how == "another process":
         lent.Lent.told = lambda self: {**told(self), "file": 0}  # type: ignore[method-assign]
-    elif how == "no memory without a name":
+    elif how == "no memory":
         lent.Lent.of = lambda model: os.memfd_creat  # type: ignore[attr-defined,assignment]
     try:
         model = read_once(read, other, team)
@@ -141,7 +143,7 @@ def odd(how: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "how",
-    ["", "another skeleton", "a tensor that is no parameter", "another process", "no memory without a name"],
+    ["", "another skeleton", "a tensor that is no parameter", "one in a list", "another process", "no memory"],
 )
 def test_what_cannot_be_mapped_is_read(how: str) -> None:
     results = WORLD.run(odd, 2, how)
@@ -186,6 +188,33 @@ def test_a_read_may_take_longer_than_a_collective_and_fails_on_all() -> None:
         "ValueError: the files are damaged",
         "PeerError: rank 0: the files are damaged",
     ]
+
+
+def on_two_machines(fails: bool) -> tuple[int, str]:
+    """As if ranks 0 and 2 were on one, and 1 and 3 on another."""
+    team, before, reads = Team(), lent.pid_space, []
+
+    def read() -> nn.Module:
+        reads.append(1)
+        if fails and team.rank == 1:
+            raise ValueError("the files are damaged")
+        return small()
+
+    lent.pid_space = lambda: ("host", str(team.rank % 2), "")
+    try:
+        return len(reads), str(same(held(read_once(read, skeleton, team)), held(small())))
+    except Exception as error:
+        return len(reads), f"{type(error).__name__}: {error}"
+    finally:
+        lent.pid_space = before
+
+
+def test_one_process_of_each_machine_reads() -> None:
+    results = WORLD.run(on_two_machines, 4, False)
+    assert [told for _, told in results] == ["True"] * 4
+    results = WORLD.run(on_two_machines, 4, True)
+    own, others = "ValueError: the files are damaged", "PeerError: rank 1: the files are damaged"
+    assert [told for _, told in results] == [others, own, others, others]
 
 
 def test_one_process_reads_by_itself() -> None:

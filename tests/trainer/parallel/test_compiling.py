@@ -49,9 +49,9 @@ def test_compiled_layers_compute_the_same_under_every_layout(size: int, layout: 
         assert [part[0] for part in found["parts"]] and not any("_orig_mod" in part[0] for part in found["parts"])
     said = [found["said"] for found in results]
     if "parallel=pp" in layout:
-        assert all(f"pipeline rank {n}: 1 graphs of layers, 0 graph breaks" in text for n, text in enumerate(said))
+        assert all(f"pipeline rank {n}: 1 graphs, 0 graph breaks" in text for n, text in enumerate(said))
     else:
-        assert "  compiled   1 graphs of layers, 0 graph breaks\n" in said[0] and set(said[1:]) == {""}
+        assert "  compiled   1 graphs, 0 graph breaks\n" in said[0] and set(said[1:]) == {""}
 
 
 def test_code_made_for_this_machine_draws_the_same_dropout() -> None:
@@ -84,11 +84,11 @@ def test_graph_breaks_are_counted_and_told() -> None:
     for layer in layers:
         assert layer(torch.ones(2)).tolist() == [3, 3]
     news = compiled.news()
-    assert news is not None and re.fullmatch(r"2 graphs of layers, 1 graph breaks: 1 x .*graph_break.*", news)
+    assert news is not None and re.fullmatch(r"2 graphs, 1 graph breaks: 1 x .*graph_break.*", news)
     layers[0](torch.ones(2))
     assert compiled.news() is None  # nothing new
     layers[0](torch.ones(2, dtype=torch.float64))
-    assert (compiled.news() or "").startswith("2 graphs of layers")  # made again for other inputs
+    assert (compiled.news() or "").startswith("2 graphs")  # made again for other inputs
 
 
 def test_going_on_uncompiled_is_an_error_and_not_a_silence() -> None:

@@ -10,12 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torchao.optim import AdamW8bit
 from torchao.optim.quant_utils import create_dynamic_map
 
-from checkpointing import Held, Piece, describe, load, save
+from checkpointing import Piece, describe, load, save
+from tests.runs import rows
 from tests.trainer.parallel.test_torch_engine import dataset
 from tests.worlds import WORLD
+from tests.worlds import train as run_trainer
 from trainer import check
 from trainer.compose import compose
 from trainer.config import Optimizer
@@ -100,7 +104,7 @@ def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
         # Of the largest moment of a tensor: rounding in another order moves a value to the next code.
         np.testing.assert_allclose(numbers[name], value, atol=0.03 * np.abs(value).max(), err_msg=name)
     for name in (name for name in expected if name.startswith("model/")):
-        np.testing.assert_allclose(found[name], expected[name], atol=1e-3, err_msg=name)
+        np.testing.assert_allclose(found[name], expected[name], atol=2e-4, err_msg=name)  # a fifth of a step
 
 
 def test_every_layout_has_the_moments_of_one_process_and_loads_those_of_another(tmp_path: Path) -> None:
@@ -194,20 +198,80 @@ def test_it_learns_as_adamw_does_and_not_without_its_moments() -> None:
     assert not np.allclose(fitted(ours, forget=True), full, rtol=2e-3)
 
 
-def test_rows_that_are_cut_within_a_block_are_refused() -> None:
-    model = nn.Linear(512, 16, bias=False)
-    whole_rows = Held((32, 512), [[(0, 16)], [(0, 512)]])
-    assert parameters_in_blocks(model, {"weight": whole_rows}) == {model.weight}
-    for runs in ([(0, 384)], [(128, 256)]):
-        with pytest.raises(Refused, match=r"cuts the rows of weight at 384.*|.*at 128.* that divides 2,"):
-            parameters_in_blocks(model, {"weight": Held((16, 512), [[(0, 16)], runs])})
-    model.weight.requires_grad_(False)
-    assert parameters_in_blocks(model, {}) == set()
+def rows_of_two(steps: int) -> list[tuple[str, Any]]:
+    """A matrix of fewer rows than ranks, sharded where there are several: what each rank holds after a few steps."""
+    torch.manual_seed(3)
+    model = nn.Linear(4096, 2, bias=False)
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    if size > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    optimizer = ours(model)
+    inputs = torch.randn(8, 4096, generator=torch.Generator().manual_seed(4))
+    with eager():
+        for _ in range(steps):
+            model(inputs).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return [(p.name, p.offset, p.tensor.detach().numpy().copy()) for p in describe(model, optimizer)]
+
+
+def test_ranks_without_rows_go_along() -> None:
+    alone = {name: value for name, _, value in rows_of_two(3)}
+    results = WORLD.run(rows_of_two, 3, 3)
+    assert [len(held) for held in results] == [6, 6, 1]  # the third has nothing but the count of steps
+    assert not np.allclose(alone["model/weight"], rows_of_two(2)[0][2], atol=1e-7)
+    for held in results:
+        for name, offset, value in held:
+            whole = alone[name]
+            start = offset[0] if offset else 0
+            expected = whole[start : start + len(value)] if value.ndim else whole
+            np.testing.assert_allclose(
+                value, expected, rtol=1e-5, atol=1, err_msg=name
+            ) if value.dtype == np.uint8 else (
+                np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-7, err_msg=name)
+            )
+    assert all(value == 3 for held in results for name, _, value in held if name.endswith("/step"))
+
+
+def resumed(directory: str, overrides: list[str], last: int) -> list[float]:
+    with eager():
+        run_trainer([*RUN, f"run.dir={directory}", f"train.steps={last}", *overrides])
+    return [row["loss"] for row in rows(Path(directory))]
+
+
+RUN = [*MODEL, "optimizer=adamw_8bit", "train.seq_len=16", "train.global_batch=6", "train.micro_batch=2", "data=stdlib"]
+RUN += ["eval.every=0", "eval.samples=4", "eval.generate_tokens=0", "tracking=none", "checkpoint.every=3"]
+RUN += ["schedule=constant", "schedule.warmup_steps=0", "optimizer.lr=3e-3"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_goes_on_under_another_layout(method: str, tmp_path: Path) -> None:
+    own = [f"method={method}", "optimizer.lr=3e-3"]
+    whole_run = resumed(str(tmp_path / "whole"), own, 6)
+    WORLD.run(resumed, 4, str(tmp_path / "parts"), [*own, "parallel.dp_shard=2"], 3, environment=True)
+    again = WORLD.run(resumed, 2, str(tmp_path / "parts"), [*own, "parallel=ddp"], 6, environment=True)[0]
+    assert again == pytest.approx(whole_run, rel=2e-3) and len(again) == 6
+    assert resumed(str(tmp_path / "fused"), [*own, "optimizer.implementation=foreach"], 6) != whole_run
+    with pytest.raises(
+        Refused, match=r"whose moments cannot be loaded for fused\. Type optimizer\.implementation=torchao_8bit"
+    ):
+        resumed(str(tmp_path / "parts"), [*own, "optimizer.implementation=fused"], 7)
+
+
+def test_torchs_two_kernels_are_free_to_change(tmp_path: Path) -> None:
+    own = ["optimizer=adamw", "method=full"]
+    whole_run = resumed(str(tmp_path / "whole"), own, 6)
+    resumed(str(tmp_path / "parts"), own, 3)
+    assert resumed(str(tmp_path / "parts"), [*own, "optimizer.implementation=foreach"], 6) == pytest.approx(
+        whole_run, rel=1e-5
+    )
 
 
 def test_deepspeed_and_sparse_methods_keep_fp32_moments() -> None:
     config = compose(["parallel=zero1", "optimizer=adamw_8bit"])
-    with pytest.raises(Refused, match=r"DeepSpeed cuts parameters anywhere\. Type optimizer=adamw, or parallel=fsdp"):
+    with pytest.raises(
+        Refused, match=r"DeepSpeed cuts parameters anywhere\. Type optimizer\.implementation=fused, or parallel=fsdp"
+    ):
         check_deepspeed(config, resolve_topology(config.parallel, 2))
     with pytest.raises(Refused, match=r"method=lift trains single entries"):
         compose(["method=lift", "optimizer.implementation=foreach"])
