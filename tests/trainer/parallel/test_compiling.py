@@ -107,7 +107,13 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(Refused, match=r"compile_backend=nonsense is not one of this torch's: .*inductor"):
         check_compiling(compose([on, "parallel.compile_backend=nonsense"]), cpu)
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    with pytest.raises(Refused, match=r"needs a C\+\+ compiler"):
+    with pytest.raises(
+        Refused, match=r"for the CPU, and there is none of g\+\+, clang\+\+ here.*parallel\.compile=false"
+    ):
         check_compiling(compose([on]), cpu)
-    check_compiling(compose([on]), torch.device("cuda", 0))
+    with pytest.raises(Refused, match=r"for the GPU, and there is none of gcc, cc, clang here"):
+        check_compiling(compose([on]), torch.device("cuda", 0))
+    with pytest.raises(Refused, match=r"optimizer=adamw_8bit needs a compiler.* type optimizer\.implementation=fused"):
+        check_compiling(compose(["optimizer=adamw_8bit"]), cpu)
+    check_compiling(compose([on, "parallel.compile_backend=aot_eager"]), cpu)
     check_compiling(compose([]), cpu)
