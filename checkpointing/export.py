@@ -6,6 +6,7 @@ Read from whatever layout it was saved under, part by part: the memory this take
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -24,6 +25,8 @@ from checkpointing.reader import GenerationReader
 from checkpointing.storage import Buffer, write_behind
 from checkpointing.stream import read_each, read_whole
 from checkpointing.tensors import tensor_bytes
+
+logger = logging.getLogger("checkpointing")
 
 MODEL, BUFFER = "model/", "buffer/"  # parameters, and buffers that a state dict has
 FILE_BYTES = 5_000_000_000  # of a file of weights, as transformers writes them
@@ -83,21 +86,24 @@ def _named(reader: GenerationReader, stored: Sequence[str], description: Path) -
     shapes = {bare: reader.manifest.tensors[of].shape for bare, of in names.items()}
     try:
         hub = hub_names(description)
+        for alias, one in [pair for tie in hub.tied.items() for pair in (tie, tie[::-1])]:
+            if one in names and alias not in names:  # which other libraries store under one of its names
+                names[alias], shapes[alias] = names[one], shapes[one]
+        known = hub.shapes
+        if odd := sorted(name for name in shapes.keys() | known.keys() if shapes.get(name) != known.get(name)):
+            here, there = (of.get(odd[0], "none") for of in (shapes, known))
+            raise MismatchError(f"the shape of {odd[0]} is {here} in the checkpoint and {there} by {description}")
     except MismatchError as error:
         if are_fused(names):
             raise MismatchError(
-                f"The model has the experts of a layer as one tensor, and {error}. `python -m trainer.methods merge "
-                "RUN DIR` writes a model as transformers does."
+                f"The model has the experts of a layer as one tensor, and {error}. Type --config DIR with a directory "
+                "of that model; `python -m trainer.methods merge RUN DIR` writes a run's as transformers does."
             ) from error
+        logger.warning("tensors are written under the names that they have here: %s", error)
         # Of a tied tensor the name that lies deepest: a head hangs on the model, and what readers look for is the
         # embedding inside of it.
         deepest = {of: max((n for n in names if names[n] == of), key=lambda n: (n.count("."), n)) for of in stored}
         return {bare: whole(of, shapes[bare]) for of, bare in sorted(deepest.items(), key=lambda item: item[1])}
-    if other := sorted(set(shapes.items()) ^ set(hub.shapes.items())):
-        raise MismatchError(
-            f"{description} describes another model: {other[0][0]} is here or there alone, or of another shape. Type "
-            "--config DIR with a directory of the model that was trained."
-        )
     return {
         name: replace(place, tensor=names[place.tensor])
         for name, place in sorted(hub.places.items())
@@ -139,7 +145,8 @@ def parameters(reader: GenerationReader) -> list[str]:
             f"{first_few([_bare(name) for name in lacking])}. `python -m trainer.methods merge RUN DIR` "
             "puts it into its base."
         )
-    if not any(name.startswith(MODEL) for name in found):
+    # What was imported from a directory that does not tell buffers from parameters is stored as either.
+    if not any(name.startswith(MODEL) for name in (*found, *manifest.aliases)):
         raise MismatchError(f"{manifest.generation} holds no model: no tensor's name begins with {MODEL}.")
     return found
 

@@ -104,11 +104,15 @@ def check(config: Config) -> None:
         _check_heads(model)
     _check_fp16(config)
     parallel = config.parallel
-    if (kind := config.optimizer.implementation) is not Implementation.fused and isinstance(config.method, Sparse):
-        raise Refused(
-            f"optimizer.implementation={kind.value} is for whole matrices, and method={config.method.name} trains "
-            "single entries with an optimizer of its own. Type optimizer.implementation=fused."
-        )
+    kind, method = config.optimizer.implementation, config.method
+    if isinstance(method, Sparse) and kind is not Implementation.fused:
+        # Entries that are chosen anew have an optimizer of our own; those that are not are too few to keep in 8 bits.
+        own = method.schedule not in (Reselection.once, Reselection.rewind)
+        if own or kind is Implementation.torchao_8bit:
+            raise Refused(
+                f"optimizer.implementation={kind.value} is for whole matrices, and method={method.name} trains single "
+                "entries. Type optimizer.implementation=fused."
+            )
     if kind is Implementation.torchao_8bit and find_spec("torchao") is None:
         raise Refused(
             "8-bit moments are torchao's, which is not installed. Type `pip install torchao`, or "

@@ -26,7 +26,7 @@ from checkpointing.generations import Generation, abandon, candidates, read_inde
 from checkpointing.memory.directory import why_not_private
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage
-from trainer.choices import CHOICES, Sparse, Stdlib, Text
+from trainer.choices import CHOICES, Full, Sparse, Stdlib, Text
 from trainer.config import Config, Implementation, as_json, choice_of, flatten
 from trainer.errors import Refused
 from trainer.methods import build
@@ -206,10 +206,12 @@ def check_state(
         del refused["optimizer.implementation"]
     elif kinds:
         was, is_ = changes["optimizer.implementation"]
+        whole = isinstance(config.method, Full)
+        leave = "checkpointing export RUN --to hf" if whole else "trainer.methods merge RUN"
         raise Refused(
             f"This run was saved with optimizer.implementation={was}, whose moments cannot be loaded for {is_}. "
-            f"Type optimizer.implementation={was}, or begin another run with the model of this one: `python -m "
-            "checkpointing export RUN --to hf DIR`, and model=hf model.path=DIR."
+            f"Type optimizer.implementation={was}, or begin another run with its model: `python -m {leave} DIR`, "
+            "and model=hf model.path=DIR."
         )
     if "train.steps" in refused and config.train.steps > changes["train.steps"][0]:
         del refused["train.steps"]

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from checkpointing.errors import DamagedError, MismatchError
 from checkpointing.foreign.archive import Mapped, read_archive
 from checkpointing.foreign.state import Foreign, as_buffers_too
-from checkpointing.geometry import Piece, Shape
-from checkpointing.hub_names import Place, are_apart, hub_names, whole
+from checkpointing.geometry import Piece
+from checkpointing.hub_names import HubNames, are_apart, hub_names, whole
 
 logger = logging.getLogger("checkpointing")
 
@@ -41,21 +41,23 @@ def describe_hugging_face(directory: Path) -> Foreign:
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         tensors |= _safe(file) if file.suffix == ".safetensors" else _torch(file)
-    placed: dict[str, Place] = {}
-    shapes: dict[str, Shape] = {}
+    names, why = HubNames({}, {}, {}), "its model has other names"
     try:
-        hub = hub_names(directory)
-        placed, shapes = hub.places, hub.shapes
+        names = hub_names(directory)
     except MismatchError as error:
-        if are_apart(tensors):
-            logger.warning("experts are imported one by one, as they lie there: %s", error)
+        why = str(error)
+    if are_apart([name for name in tensors if name not in names.places]):
+        logger.warning("experts are imported one by one, as they lie there: %s", why)
     pieces = []
     for name, tensor in tensors.items():
-        place = placed.get(name) or whole(name, tuple(tensor.shape))
-        if place.shape != tuple(tensor.shape):
-            raise DamagedError(f"{name} is of shape {tuple(tensor.shape)}, and {place.shape} by its config.json")
-        at = tensor.reshape(place.box.size)
-        pieces.append(Piece(f"model/{place.tensor}", at, place.box.offset, shapes.get(place.tensor, place.box.size)))
+        shape = tuple(tensor.shape)
+        place = names.places.get(name)
+        if place is None or (place.shape != shape and place.box.size == names.shapes[place.tensor]):
+            place = whole(name if place is None else place.tensor, shape)  # what is loaded into tells whether it fits
+        elif place.shape != shape:
+            raise DamagedError(f"{name} is of shape {shape}, and {place.shape} by its config.json")
+        whole_shape = shape if place.box.size == shape else names.shapes[place.tensor]
+        pieces.append(Piece(f"model/{place.tensor}", tensor.reshape(place.box.size), place.box.offset, whole_shape))
     state = directory / "trainer_state.json"
     step = _read(state).get("global_step") if state.is_file() else None
     left_out = [name for name in ("optimizer.pt", "scheduler.pt") if (directory / name).is_file()]

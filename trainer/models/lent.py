@@ -50,9 +50,9 @@ def read_once(read: Callable[[], nn.Module], skeleton: Callable[[], nn.Module], 
             if told is None:
                 raise LookupError("the one that read it could not lend it")
             return borrowed(skeleton(), told)
-        except (OSError, LookupError) as error:
+        except Exception as error:  # of the system, or of a model that cannot be put together from its tensors
             logger.warning("this process reads the model by itself: %s", error)
-            return read()
+        return read()
 
     borrows = _while_others_wait(None if owns else borrow, team)
     if lent is not None:
@@ -65,7 +65,7 @@ def read_once(read: Callable[[], nn.Module], skeleton: Callable[[], nn.Module], 
 def _lend(model: nn.Module) -> Lent | None:
     try:
         return Lent.of(model)
-    except (OSError, AttributeError) as error:  # such as a system that has no memory without a name
+    except Exception as error:  # such as a system that has no memory without a name, or tensors of a kind of their own
         logger.warning("every process reads the model by itself: %s", error)
         return None
 
@@ -82,8 +82,8 @@ def _while_others_wait(action: Callable[[], T] | None, team: Team) -> T | None:
         assert action is not None
         try:
             future.set_result(action())
-        except BaseException as error:
-            future.set_exception(error)
+        except BaseException as error:  # of a model's own code as well: the others must hear of it
+            future.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
     if action is not None:
         threading.Thread(target=act, name="read-model", daemon=True).start()

@@ -15,7 +15,8 @@ def check_blocks(model: nn.Module, size: int) -> None:
     if (cut := cut_within(model, size)) is None:
         return
     name, at = cut
-    fits = next(other for other in range(size - 1, 0, -1) if other == 1 or _fits(model, other))
+    smaller = [other for other in range(size - 1, 0, -1) if size % other == 0]  # which fit the same processes
+    fits = next(other for other in smaller if other == 1 or _fits(model, other))
     raise Refused(
         f"8-bit moments have a scale for every {BLOCK} values of a row, and parallel.tp={size} cuts the rows of {name} "
         f"at {at}, within such a block. Type parallel.tp={fits}, or optimizer.implementation=fused."

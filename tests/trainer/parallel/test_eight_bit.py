@@ -273,8 +273,10 @@ def test_deepspeed_and_sparse_methods_keep_fp32_moments() -> None:
         Refused, match=r"DeepSpeed cuts parameters anywhere\. Type optimizer\.implementation=fused, or parallel=fsdp"
     ):
         check_deepspeed(config, resolve_topology(config.parallel, 2))
-    with pytest.raises(Refused, match=r"method=lift trains single entries"):
-        compose(["method=lift", "optimizer.implementation=foreach"])
+    for method, kind in (("lift", "foreach"), ("lt_sft", "torchao_8bit")):
+        with pytest.raises(Refused, match=f"method={method} trains single entries"):
+            compose([f"method={method}", f"optimizer.implementation={kind}"])
+    compose(["method=lt_sft", "optimizer.implementation=foreach"])
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
