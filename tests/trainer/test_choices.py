@@ -19,6 +19,7 @@ REQUIRED = {
     "llama_1b": ["data.path=x"],
     "llama_8b": ["data.path=x"],
     "llama_8b_lora": ["data.path=x"],
+    "llama_70b_lora": ["data.path=x"],
 }
 
 
