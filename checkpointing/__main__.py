@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,10 @@ KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    # transformers, which export and import ask for names, imports torchao where that is: it warns of kernels for other
+    # GPUs than this machine has, and torch of how it declares its types.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(prog="python -m checkpointing", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in (
