@@ -201,18 +201,9 @@ def check_state(
     """What has changed since a checkpoint was saved, as (was, is) by option; `Refused` if that alters the result."""
     changes = _changes(_filled(state["config"], config), as_json(config))
     refused = {key: f"{key} (was {was}, is {now})" for key, (was, now) in changes.items() if not key.startswith(FREE)}
-    kinds = set(changes.get("optimizer.implementation", ()))
-    if kinds and Implementation.torchao_8bit.value not in kinds:  # the same arithmetic, rounded in another order
-        del refused["optimizer.implementation"]
-    elif kinds:
-        was, is_ = changes["optimizer.implementation"]
-        whole = isinstance(config.method, Full)
-        leave = "checkpointing export RUN --to hf" if whole else "trainer.methods merge RUN"
-        raise Refused(
-            f"This run was saved with optimizer.implementation={was}, whose moments cannot be loaded for {is_}. "
-            f"Type optimizer.implementation={was}, or begin another run with its model: `python -m {leave} DIR`, "
-            "and model=hf model.path=DIR."
-        )
+    if "optimizer.implementation" in changes:
+        _check_moments(config, *changes["optimizer.implementation"])
+        del refused["optimizer.implementation"]  # the same arithmetic, rounded in another order
     if "train.steps" in refused and config.train.steps > changes["train.steps"][0]:
         del refused["train.steps"]
     if "parallel.local_batch" in changes and grows_by_gradient(config.method):
@@ -238,6 +229,18 @@ def check_state(
             f"resume_allow=[{','.join([*allowed, *refused])}] to go on all the same."
         )
     return changes
+
+
+def _check_moments(config: Config, was: str, now: str) -> None:
+    """`Refused`, whatever is allowed, where the moments of one implementation are not those of the other."""
+    if Implementation.torchao_8bit.value in (was, now):
+        whole = isinstance(config.method, Full)
+        leave = "checkpointing export RUN --to hf" if whole else "trainer.methods merge RUN"
+        raise Refused(
+            f"This run was saved with optimizer.implementation={was}, whose moments cannot be loaded for {now}. "
+            f"Type optimizer.implementation={was}, or begin another run with its model: `python -m {leave} DIR`, "
+            "and model=hf model.path=DIR."
+        )
 
 
 def _filled(saved: dict[str, Any], config: Config) -> dict[str, Any]:

@@ -106,7 +106,6 @@ class Lent:
     """The memory that holds a model's tensors: a file without a name, as long as this process has it open."""
 
     file: int
-    nbytes: int
     table: Table
 
     @staticmethod
@@ -135,7 +134,7 @@ class Lent:
         except BaseException:
             os.close(file)
             raise
-        return Lent(file, end, table)
+        return Lent(file, table)
 
     def told(self) -> dict[str, Any]:
         """To processes of this machine."""
@@ -161,22 +160,24 @@ def borrowed(skeleton: nn.Module, told: dict[str, Any]) -> nn.Module:
     if odd := sorted(names.keys() ^ table.keys()):
         raise LookupError(f"{odd[0]} is in the model or in its skeleton alone")
     made: dict[tuple[Any, ...], torch.Tensor] = {}
-    for path, module in skeleton.named_modules():
-        for kind in (module._parameters, module._buffers):
-            for key, tensor in kind.items():
-                if tensor is not None:
-                    name = f"{path}.{key}" if path else key
-                    start, dtype, shape, trains = where = table[name]
-                    place = (start, dtype, *shape, kind is module._buffers, "" if over(mapped, where).numel() else name)
-                    if place not in made:
-                        # Buffers are small, and live as long as the model: as views they would keep all of the memory.
-                        plain = over(mapped, where)
-                        made[place] = (
-                            plain.clone() if kind is module._buffers else nn.Parameter(plain, requires_grad=trains)
-                        )
-                    kind[key] = made[place]
+    for inside, module in skeleton.named_modules():
+        for own in (module._parameters, module._buffers):
+            for key, tensor in own.items():
+                if tensor is None:
+                    continue
+                name = f"{inside}.{key}" if inside else key
+                start, _, shape, trains = table[name]
+                values = over(mapped, table[name])
+                # Tied ones lie in one place; those without elements begin where the next one does.
+                place = (start, *shape, own is module._buffers, "" if values.numel() else name)
+                if place not in made and own is module._buffers:
+                    # They are small, and live as long as the model: as views they would keep all of the memory.
+                    made[place] = values.clone()
+                elif place not in made:
+                    made[place] = nn.Parameter(values, requires_grad=trains)
+                own[key] = made[place]
         if left := [name for name, value in vars(module).items() if _holds_nothing(value)]:
-            raise LookupError(f"{path}.{left[0]} has a tensor that is neither a parameter nor a buffer")
+            raise LookupError(f"{inside}.{left[0]} has a tensor that is neither a parameter nor a buffer")
     return skeleton
 
 
