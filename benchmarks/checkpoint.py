@@ -13,7 +13,6 @@ its slowest rank. Loads are from the page cache.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -32,15 +31,16 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.multiprocessing.spawn import spawn
 
 from benchmarks import planning, reads, resident, scale, universal
-from benchmarks.report import Row, compared, cores, finish, free_port
+from benchmarks.report import Row, compared, cores, finish, options_of
 from checkpointing import Piece, load, pieces_of, save
 from checkpointing.tensors import tensor_bytes
+from tests.harness.worlds import on_ranks
 
 SIDE = 2048  # of the square matrices: 16.8 MB each in fp32
 FULL_MEGABYTES = 1300
+WAIT_S = 900.0
 Series = dict[str, list[float]]
 
 
@@ -151,33 +151,27 @@ def measure_loads(source: State, target: State, top: Path, rounds: int) -> Serie
 
 
 def rotated(names: list[str], by: int) -> list[str]:
-    """In another order every round, the same on all ranks."""
+    """Rotate the names by the round, alike on all ranks."""
     return names[by % len(names) :] + names[: by % len(names)]
 
 
-def work(rank: int, size: int, port: int, directory: str, megabytes: int, rounds: int) -> None:
-    """All measurements on one number of ranks; rank 0 leaves the seconds in a file."""
+def work(directory: str, megabytes: int, rounds: int) -> dict[str, Any]:
+    """All measurements on one number of ranks: the seconds."""
     warnings.filterwarnings("ignore")
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(max(1, cores() // size))
-    dist.init_process_group("gloo")
+    torch.set_num_threads(max(1, cores() // dist.get_world_size()))
     top = Path(directory)
     source, reference = State(megabytes, Shard(0), True), State(megabytes, Shard(1), True)
     found: dict[str, Any] = {"save": measure_saves(source, top, rounds)}
     found["same"] = measure_loads(source, State(megabytes, Shard(0), False), top, rounds)
     target = State(megabytes, Shard(1), False)
     found["across"] = measure_loads(reference, target, top, rounds)
-    if rank == 0:
-        (top / "found.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 def run(size: int, megabytes: int, rounds: int) -> list[Row]:
     full = megabytes >= FULL_MEGABYTES and rounds >= 5
     with tempfile.TemporaryDirectory() as directory:
-        spawn(work, args=(size, free_port(), directory, megabytes, rounds), nprocs=size)  # type: ignore[no-untyped-call]
-        found = json.loads(Path(directory, "found.json").read_text())
+        found = on_ranks(work, size, directory, megabytes, rounds, wait_s=WAIT_S)[0]
     what = f"{megabytes / 1000:g} GB on {size} ranks"
     saves, same, across = found["save"], found["same"], found["across"]
     return [
@@ -204,9 +198,11 @@ def run(size: int, megabytes: int, rounds: int) -> list[Row]:
     ]
 
 
+QUICK = {"megabytes": 40, "rounds": 2, "ranks": [2], "parts": ["layouts", "reads", "resident"]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--megabytes", type=int, default=FULL_MEGABYTES, help=f"of state (default {FULL_MEGABYTES})")
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement, after one to warm up (default 5)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 8], help="numbers of processes (default 2 8)")
@@ -219,7 +215,7 @@ def main() -> int:
         "scale": lambda _: scale.run(scale.WRITERS),
     }
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="which (default all)")
-    arguments = parser.parse_args()
+    arguments = options_of(parser, QUICK)
     if arguments.rounds < 2 or arguments.megabytes < 1:
         parser.error("quartiles need --rounds 2 at least, and a state --megabytes 1")
     rows = [row for name in arguments.parts for row in parts[name](arguments)]

@@ -37,7 +37,7 @@ from benchmarks.crash_ranks import (
     state,
     why_no_strace,
 )
-from benchmarks.report import Row, absolute, finish
+from benchmarks.report import Row, absolute, finish, options_of
 from checkpointing import load
 from checkpointing.generations import candidates
 from checkpointing.storage import MemoryStorage
@@ -159,14 +159,16 @@ def run(num_ranks: int, cases: Sequence[str], samples: int, seed: int) -> dict[s
         return {case: campaign(recording, samples, seed) for case, recording in recordings.items()}
 
 
+QUICK = {"samples": 2}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.crash", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--ranks", type=int, default=2, help="number of processes (default 2)")
     parser.add_argument("--samples", type=int, default=32, help="partial losses sampled for each prefix (default 32)")
     parser.add_argument("--seed", type=int, default=0, help="of those samples (default 0)")
     parser.add_argument("--break", dest="broken", choices=[WITHOUT_SYNC, COMMIT_FIRST], help="only this control")
-    arguments = parser.parse_args()
+    arguments = options_of(parser, QUICK)
     if arguments.ranks < 1 or arguments.samples < 0:
         parser.error("--ranks is 1 or more, --samples 0 or more")
     if why := why_no_strace():

@@ -26,11 +26,11 @@ import torch.distributed as dist
 
 from benchmarks.crash_model import Disk, Operation
 from benchmarks.crash_trace import OPTIONS, below, operations
-from benchmarks.report import free_port
 from checkpointing import Piece, save
 from checkpointing.collective import Team
 from checkpointing.format import COMMIT
 from checkpointing.storage import Buffer, FileStorage
+from tests.harness.ports import free_port
 
 OLD, NEW = 1, 2
 SOUND, WITHOUT_SYNC, COMMIT_FIRST = "sound", "sync", "order"

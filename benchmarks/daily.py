@@ -26,12 +26,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Row, absolute, compared, cores, finish, free_port
+from benchmarks.report import Row, absolute, compared, cores, finish, options_of
+from tests.harness.worlds import on_ranks
 
 SEQ_LEN, ROWS = 512, 1  # of a batch; with one, every epoch ends with a batch
 WARM_UP = 2  # steps
 TOLERANCE = 1e-4  # of the mean loss
 RANKS = 4
+PARTS = ("training", "export")
 BARS = {"training": 1.0, "export": 0.5, "start": 1.0}
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}"
@@ -235,7 +237,7 @@ def trl(directory: Path, *, packed: bool) -> dict[str, Any]:
 
 
 def side(name: str, directory: Path) -> None:
-    """In a process of its own: imports first, then the clock."""
+    """Train one side in this process: imports first, then the clock."""
     import torch
 
     torch.set_num_threads(cores())
@@ -297,19 +299,15 @@ def training(count: int, rounds: int, full: bool) -> list[Row]:
 # ---- the export ----
 
 
-def save_both(rank: int, port: int, directory: Path, megabytes: int) -> None:
-    """On one of four ranks: the same model by both, sharded."""
+def save_both(directory: Path, megabytes: int) -> None:
+    """Save the same sharded model by both, on one of four ranks."""
     import torch
-    import torch.distributed as dist
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
     from torch.distributed.checkpoint.state_dict_saver import save as save_by_dcp
     from torch.distributed.fsdp import fully_shard
 
     from checkpointing import describe, save
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(RANKS))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     torch.manual_seed(0)
     count = max(1, round(megabytes * 1e6 / (4 * 2048 * 2048)))
     model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(count)))
@@ -318,8 +316,6 @@ def save_both(rank: int, port: int, directory: Path, megabytes: int) -> None:
     fully_shard(model)
     save(directory / "ours", 1, describe(model))
     save_by_dcp({"model": get_model_state_dict(model)}, checkpoint_id=directory / "dcp")
-    dist.barrier()
-    os._exit(0)
 
 
 def resident(what: str) -> int:
@@ -329,7 +325,7 @@ def resident(what: str) -> int:
 
 
 def export_one(how: str, directory: Path) -> None:
-    """In a process of its own: how long it takes until the file is on the disk, and how much memory."""
+    """Export by one side in this process: how long it takes until the file is on the disk, and how much memory."""
     import transformers.core_model_loading
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -360,14 +356,13 @@ def export(megabytes: int, rounds: int, full: bool) -> list[Row]:
 
     import torch
     from safetensors.torch import load_file
-    from torch.multiprocessing.spawn import spawn
 
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "dcp": []}
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         (directory / "config").mkdir()
         (directory / "config" / "config.json").write_text("{}")
-        spawn(save_both, (free_port(), directory, megabytes), RANKS)  # type: ignore[no-untyped-call]
+        on_ranks(save_both, RANKS, directory, megabytes)
         for _ in range(rounds + 1):
             for how, runs in found.items():
                 target = directory / f"{how}.out"
@@ -389,16 +384,19 @@ def export(megabytes: int, rounds: int, full: bool) -> list[Row]:
     ]
 
 
+QUICK = {"rounds": 2, "megabytes": 40, "parts": ["export"]}  # TRL takes minutes to start so often
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--records", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--megabytes", type=int, default=1300)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which (default both)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--export", choices=("ours", "dcp"), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = options_of(parser, QUICK)
     if options.side:
         side(options.side, options.directory)
         return 0
@@ -406,7 +404,8 @@ def main() -> int:
         export_one(options.export, options.directory)
         return 0
     full = options.records >= 400 and options.megabytes >= 1300 and options.rounds >= 3
-    rows = training(options.records, options.rounds, full) + export(options.megabytes, options.rounds, full)
+    rows = training(options.records, options.rounds, full) if "training" in options.parts else []
+    rows += export(options.megabytes, options.rounds, full) if "export" in options.parts else []
     return finish("daily", rows, as_json=options.json)
 
 

@@ -11,17 +11,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -30,25 +25,20 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.peak import Peak
-from benchmarks.report import Row, compared, finish, free_port
-from checkpointing import Piece
-from checkpointing.layouts.zero import describe_zero
+from benchmarks.report import Row, compared, finish, options_of
+from tests.harness.engines import engine_here, feed_for, held_by, held_by_deepspeed, local_of, windows
+from tests.harness.peak import Peak
+from tests.harness.worlds import on_ranks
 from trainer.compose import compose
-from trainer.data.dataset import Batch, Windows
-from trainer.data.feed import Feed, Share
+from trainer.data.dataset import Batch
+from trainer.data.feed import Share
 from trainer.loop import optimize
 from trainer.methods import build
-from trainer.parallel.deepspeed_engine import DeepSpeedEngine
-from trainer.parallel.engine import TrainingEngine, make_engine
-from trainer.parallel.world import World, process_group
-from trainer.plan import resolve_topology
 
-SIZE, WARMUP = 2, 6
+SIZE, WARMUP, WAIT_S = 2, 6, 600
 TIME_BAR, MEMORY_BAR = 1.05, 1.03
 CONFIG = ["train.global_batch=8", "train.micro_batch=2"]
 ENGINES = {
@@ -102,7 +92,7 @@ class ByHand:
 
     def held(self) -> list[torch.Tensor]:
         """What it keeps between steps."""
-        return [_local(t) for t in (*self.bare.parameters(), *_state(self.optimizer))]
+        return [local_of(t) for t in (*self.bare.parameters(), *_state(self.optimizer))]
 
     def step(self, share: Share) -> float:
         total = self.backward([batch for _, batch in share.micro_batches], 1 / share.num_targets)
@@ -212,7 +202,7 @@ class PP(ByHand):
 
 
 class Zero(ByHand):
-    """As DeepSpeed's documentation does it: mean losses, `backward` and `step` for each micro-batch."""
+    """The loop of DeepSpeed's documentation: mean losses, `backward` and `step` for each micro-batch."""
 
     stage = 0
 
@@ -274,83 +264,53 @@ BY_HAND: dict[str, type[ByHand]] = {
 }
 
 
-def held_by_deepspeed(engine: Any) -> list[torch.Tensor]:
-    """Parameters, their masters and moments."""
-    parameters = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in engine.module.parameters()]
-    return [*parameters, *(piece.tensor for piece in describe_zero(engine))]
-
-
-def measure(rank: int, port: int, name: str, steps: int, directory: str) -> None:
-    """Both in turn; rank 0 leaves seconds and bytes in a file."""
+def measure(name: str, steps: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Both in turn: seconds, and the most bytes of a rank."""
     warnings.filterwarnings("ignore")
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(SIZE), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
     config = compose([*CONFIG, f"parallel={ENGINES[name]}"])
-    world, device = World(rank, SIZE, rank, SIZE), torch.device("cpu")
-    with process_group(world, device):
-        engine = make_engine(config, build(config), resolve_topology(config.parallel, SIZE), world, device)
-        length = config.train.seq_len
-        windows = Windows(np.random.default_rng(0).integers(0, 256, 100_000).astype(np.uint8), length)
-        feed = Feed(
-            windows, global_batch=8, micro_batch=2, seed=1, pad=0, num_ranks=engine.data_size, rank=engine.data_rank
-        )
-        peer = BY_HAND[name](build(config))
-        sides = {
-            "ours": lambda number: optimize(engine, feed.step(number), 1e-3, number)[0],
-            "peer": lambda number: peer.step(feed.step(number)),
-        }
-        seconds: dict[str, list[float]] = {side: [] for side in sides}
-        for number in range(1, WARMUP + steps + 1):
-            losses = {}
-            for side in sides if number % 2 else reversed(sides):
-                dist.barrier()
-                began = time.perf_counter()
-                losses[side] = sides[side](number)
-                if number > WARMUP:
-                    seconds[side].append(time.perf_counter() - began)
-            assert abs(losses["ours"] - losses["peer"]) < 2e-5, f"step {number}: {losses}"
-        held: dict[str, list[torch.Tensor]] = {
-            "ours": held_by(engine),
-            "peer": peer.held(),
-        }
-        peaks = {}
-        for side, tensors in held.items():
-            gc.collect()
-            with Peak(tensors) as peak:
-                sides[side](WARMUP + steps + 1)
-            peaks[side] = _most(peak.most)
-    if rank == 0:
-        Path(directory, "found.json").write_text(json.dumps([seconds, peaks]))
-
-
-def held_by(engine: TrainingEngine) -> list[torch.Tensor]:
-    """What one of our engines keeps between steps."""
-    if isinstance(engine, DeepSpeedEngine):
-        return held_by_deepspeed(engine._engine)
-    inner: Any = engine
-    held = [piece.tensor for piece in engine.pieces() if isinstance(piece, Piece)]
-    return held + [_local(parameter) for parameter in inner._bare.parameters()]  # frozen ones are in no checkpoint
+    engine = engine_here(config)
+    feed = feed_for(engine, config, windows(config.train.seq_len, count=100_000))
+    peer = BY_HAND[name](build(config))
+    sides = {
+        "ours": lambda number: optimize(engine, feed.step(number), 1e-3, number)[0],
+        "peer": lambda number: peer.step(feed.step(number)),
+    }
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(1, WARMUP + steps + 1):
+        losses = {}
+        for side in sides if number % 2 else reversed(sides):
+            dist.barrier()
+            began = time.perf_counter()
+            losses[side] = sides[side](number)
+            if number > WARMUP:
+                seconds[side].append(time.perf_counter() - began)
+        assert abs(losses["ours"] - losses["peer"]) < 2e-5, f"step {number}: {losses}"
+    held: dict[str, list[torch.Tensor]] = {
+        "ours": held_by(engine),
+        "peer": peer.held(),
+    }
+    peaks = {}
+    for side, tensors in held.items():
+        gc.collect()
+        with Peak(tensors) as peak:
+            sides[side](WARMUP + steps + 1)
+        peaks[side] = _most(peak.most)
+    return seconds, peaks
 
 
 def _state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
 def _most(count: int) -> int:
-    """Of the process that needs most."""
+    """The largest count of all processes."""
     found = torch.tensor([count])
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return int(found)
 
 
 def run(name: str, steps: int, full: bool) -> list[Row]:
-    with tempfile.TemporaryDirectory() as directory:
-        spawn(measure, args=(free_port(), name, steps, directory), nprocs=SIZE)  # type: ignore[no-untyped-call]
-        seconds, peaks = json.loads(Path(directory, "found.json").read_text())
+    seconds, peaks = on_ranks(measure, SIZE, name, steps, wait_s=WAIT_S)[0]
     what, peer = f"{name}, 2 processes", f"{name} by hand"
     megabytes = {side: [count / 1e6] * 2 for side, count in peaks.items()}
     return [
@@ -359,12 +319,14 @@ def run(name: str, steps: int, full: bool) -> list[Row]:
     ]
 
 
+QUICK = {"steps": 2, "engines": ["DDP", "TP"]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--steps", type=int, default=40, help="timed steps of each side (default 40)")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="which (default all)")
-    arguments = parser.parse_args()
+    arguments = options_of(parser, QUICK)
     if arguments.steps < 2:
         parser.error(f"--steps {arguments.steps}: quartiles need at least 2")
     rows = [row for name in arguments.engines for row in run(name, arguments.steps, arguments.steps >= 40)]

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import absolute, finish
+from benchmarks.report import absolute, finish, options_of
 from checkpointing import CheckpointError, External, Keep, Piece, codec, load, prune
 from checkpointing.codec import decode_index, decode_manifest, encode_manifest
 from checkpointing.diff import compare
@@ -395,13 +395,15 @@ def lines_of_functions(code: CodeType) -> set[int]:
     return found
 
 
+QUICK = {"seconds": 20.0}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="how long (default 60)")
     parser.add_argument("--seed", type=int, default=0, help="another one tries other cases (default 0)")
     parser.add_argument("--plant", action="store_true", help="take out a check, and expect to find that")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args()
+    arguments = options_of(parser, QUICK)
     torch.set_num_threads(1)
     logging.getLogger("checkpointing").setLevel(logging.ERROR)  # every case would be reported as damaged
     if arguments.plant:

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from checkpointing.memory import client, copying
-from trainer import loop
-from trainer.cli import run_as_process
+from trainer import cli, loop
 from trainer.parallel import torch_engine
+from trainer.process import run_as_process
 
 POINTS = [
     "forward",
@@ -138,4 +138,4 @@ if __name__ == "__main__":
     if point != "none":
         arm(point, Stop(int(step), Path(marker)))
     sys.argv = ["trainer", *overrides]
-    run_as_process()
+    run_as_process(cli.main)

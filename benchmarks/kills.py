@@ -24,13 +24,15 @@ from typing import Any
 import torch
 
 from benchmarks.kill_points import POINTS
-from benchmarks.processes import kill_tree, wait_for
-from benchmarks.report import absolute, finish
+from benchmarks.report import absolute, finish, options_of
 from checkpointing.format import DTYPES
 from checkpointing.generations import newest, read_index
 from checkpointing.geometry import Piece
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
+from tests.harness.processes import kill_tree, wait_for
+from trainer.compose import compose
+from trainer.resume import memory_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 WAIT_S = 180.0
@@ -103,9 +105,11 @@ def differences(a: Path, b: Path) -> list[str]:
     return found
 
 
-def memory_left() -> list[str]:
-    """Entries of shared memory that are this project's or DeepSpeed's."""
-    return [name for name in os.listdir("/dev/shm") if name.startswith(("evershard", "deepspeed"))]
+def memory_of(*runs: Path) -> list[Path]:
+    """Where these runs had their memory: nothing of it is to be there when they have ended."""
+    found = [memory_directory(compose([f"run.dir={run}"])) for run in runs]
+    assert None not in found, f"{runs} had no memory"
+    return [path for path in found if path is not None]
 
 
 def _state(directory: Path) -> dict[str, torch.Tensor]:
@@ -159,18 +163,21 @@ def _rows(directory: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+QUICK = {"kills": 3}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = options_of(parser, QUICK)
     with tempfile.TemporaryDirectory() as top:
         began = time.monotonic()
         kills = run_with_kills(Path(top, "killed"), options.kills)
         seconds = time.monotonic() - began
         run_undisturbed(Path(top, "undisturbed"), options.kills)
         unequal = differences(Path(top, "killed"), Path(top, "undisturbed"))
-    wait_for(lambda: not memory_left())
+        memory = memory_of(Path(top, "killed"), Path(top, "undisturbed"))
+    wait_for(lambda: not any(path.exists() for path in memory))
     for kill in kills:
         print(f"{kill.point}, step {kill.step}: on from step {kill.resumed} in {kill.tier}", file=sys.stderr)
     each, full = Counter(kill.point for kill in kills), options.kills >= 50

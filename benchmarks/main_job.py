@@ -15,16 +15,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import absolute, cores, finish
+from benchmarks.report import absolute, cores, finish, options_of
 
 DEFAULT_STEPS = 800
 
 
+QUICK = {"steps": 20}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.main_job", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="train.steps (judged at the default only)")
-    arguments = parser.parse_args()
+    arguments = options_of(parser, QUICK)
     with tempfile.TemporaryDirectory() as directory:
         measured = measure(Path(directory) / "run", arguments.steps)
     full = arguments.steps == DEFAULT_STEPS and cores() == 2

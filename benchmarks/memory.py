@@ -35,15 +35,16 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 
-from benchmarks.report import Row, compared, finish, free_port, leave
+from benchmarks.report import Row, compared, finish, options_of
 from checkpointing import Piece, describe, load
 from checkpointing.memory import Snapshotter
 from checkpointing.memory.mapped import MappedStorage
+from tests.harness.worlds import on_ranks
 
 FULL_MEGABYTES, FULL_PAIRS, RANKS = 1300, 40, 2
 TOKENS = 128  # a rank and step
+WAIT_S = 900.0
 WIDTH, INNER = 1024, 4096
 BLOCK = 5  # steps in a row with durable generations back to back
 Figures = dict[str, list[float]]
@@ -145,17 +146,18 @@ class Dcp:
             self.future = None
 
 
-def work(rank: int, port: int, options: argparse.Namespace, top: str) -> None:
+def work(options: argparse.Namespace, top: str) -> Figures:
+    """All measurements, on one rank."""
     warnings.simplefilter("ignore")  # DCP's, of what it overwrites, in its threads too
     torch.set_num_threads(1 if options.device == "cpu" else min(8, (os.cpu_count() or 1) // options.ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    rank = int(os.environ["RANK"])
     if options.device == "cuda":
         torch.cuda.set_device(rank)
     backend = "gloo" if options.device == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, rank=rank, world_size=options.ranks)
+    dist.init_process_group(backend)
     directory = Path(top)
     training = Training(options.megabytes, options.tokens, options.device)
-    shared = Path("/dev/shm", f"evershard-benchmark-{port}")
+    shared = Path("/dev/shm", f"evershard-benchmark-{os.environ['MASTER_PORT']}")
     ours = Ours(training, shared, directory / "ours")
     dcp = Dcp(training, shared.with_name(shared.name + "-dcp"), not options.alone)
     figures: Figures = defaultdict(list)
@@ -171,11 +173,7 @@ def work(rank: int, port: int, options: argparse.Namespace, top: str) -> None:
         dist.barrier()
         if rank == 0:
             shutil.rmtree(shared.with_name(shared.name + "-dcp"), ignore_errors=True)
-    if rank == 0:
-        Path(top, "figures.json").write_text(json.dumps(figures))
-    dist.barrier()
-    dist.destroy_process_group()
-    leave()
+    return dict(figures)
 
 
 def slowest(seconds: float) -> float:
@@ -191,7 +189,7 @@ def all_together(value: float) -> float:
 
 
 def cpu_seconds(keeper: int = 0) -> float:
-    """Of this process, and of the keeper."""
+    """The seconds of this process, with the keeper's on rank 0."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime + (_cpu_of(keeper) if keeper and dist.get_rank() == 0 else 0.0)
 
@@ -376,7 +374,7 @@ def write_raw(files: list[Path], target: Path, flags: int) -> float:
 
 
 def restore_rates(training: Training, ours: Ours, directory: Path, figures: Figures) -> None:
-    """From memory, from the same files on the disk with nothing cached, and by plain copies of the same bytes."""
+    """Load from memory, from the same files on the disk with nothing cached, and by plain copies of the same bytes."""
     plain = Plain(training)
     plain.to_memory()
     memory = MappedStorage(ours.snapshots.memory)
@@ -432,7 +430,7 @@ def rows_of(figures: Figures, *, full: bool) -> list[Row]:
         return compared(name, unit, ours, peer, peer_name, bar=bar, full=full)
 
     def more(name: str, unit: str, ours: list[float], peer: list[float], peer_name: str, bar: float) -> Row:
-        """Of which higher is better."""
+        """A row of figures of which higher is better."""
         ratio = statistics.median(a / b for a, b in zip(ours, peer, strict=True))
         reached = ratio >= bar if full else None
         return Row(
@@ -533,9 +531,11 @@ def rows_of(figures: Figures, *, full: bool) -> list[Row]:
     ]
 
 
+QUICK = {"megabytes": 40, "pairs": 4}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--megabytes", type=int, default=FULL_MEGABYTES, help="of the state of all ranks")
     parser.add_argument("--pairs", type=int, default=FULL_PAIRS)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -543,10 +543,9 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a rank and step")
     parser.add_argument("--alone", action="store_true", help="without DCP, as where its stager fails")
     parser.add_argument("--figures", type=Path, help="write every measurement to this file too")
-    options = parser.parse_args()
+    options = options_of(parser, QUICK)
     with tempfile.TemporaryDirectory() as top:
-        spawn(work, (free_port(), options, top), options.ranks)  # type: ignore[no-untyped-call]
-        figures = json.loads(Path(top, "figures.json").read_text())
+        figures = on_ranks(work, options.ranks, options, top, wait_s=WAIT_S, environment=True)[0]
     if options.figures:
         options.figures.write_text(json.dumps(figures))
     full = options.megabytes >= FULL_MEGABYTES and options.pairs >= FULL_PAIRS and options.device == "cpu"

@@ -5,7 +5,7 @@
 A Llama of 134 million parameters, one sequence of 128 tokens, fp32, AdamW, clipping. Sides take one step each in turn.
 peft's sparse tuners train the very entries that ours trains, and their losses are asserted equal to ours; against LoRA
 the selected entries' gradients are asserted equal to dense autograd's. Then, under every engine on two processes, what
-a step sends (bytes that the loopback interface carries) against full fine-tuning, and a search for tensors of the size
+a step sends (bytes over the connections between them) against full fine-tuning, and a search for tensors of the size
 of a weight that are none.
 """
 
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
+import socket
 import statistics
+import struct
 import sys
 import tempfile
 import time
@@ -30,25 +31,23 @@ import torch
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from peft.tuners.supertuning.config import SupertuningConfig
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.peak import Peak, parts_of
-from benchmarks.report import Row, absolute, compared, finish, free_port, leave
+from benchmarks.report import Row, absolute, compared, finish, options_of
 from checkpointing import Piece, save
+from tests.harness.engines import engine_here, feed_for, local_of
+from tests.harness.peak import Peak, parts_of
+from tests.harness.worlds import on_ranks
 from trainer.compose import compose
 from trainer.config import Config
 from trainer.data.dataset import Batch, Windows
-from trainer.data.feed import Feed
 from trainer.loop import optimize
 from trainer.methods import build
 from trainer.methods.sparse.layer import SparseLayer, sparse_layers
 from trainer.models import build_model
-from trainer.parallel.engine import TrainingEngine, make_engine
-from trainer.parallel.world import World, process_group
-from trainer.plan import resolve_topology
+from trainer.parallel.engine import TrainingEngine
 
 MODEL = [
     "model.hidden_size=768",
@@ -67,7 +66,8 @@ SMALL = [
     "model.vocab_size=257",
 ]
 TRAINING = ["train.seq_len=128", "train.global_batch=1", "train.micro_batch=1", "optimizer.weight_decay=0"]
-DENSITY, LR, WARMUP = 0.01, 1e-3, 3
+TCP_BYTES, TCP_BYTES_AT = "QQ", 120  # tcpi_bytes_acked and tcpi_bytes_received of Linux's struct tcp_info
+DENSITY, LR, WARMUP, WAIT_S = 0.01, 1e-3, 3, 600
 ENGINES = {
     "DDP": ["parallel=ddp"],
     "FSDP2": ["parallel=fsdp"],
@@ -86,9 +86,7 @@ class Ours:
 
     def __init__(self, overrides: Sequence[str], model: Sequence[str]) -> None:
         self.config = compose([*model, *TRAINING, *overrides])
-        self.engine = make_engine(
-            self.config, build(self.config), resolve_topology(self.config.parallel, 1), World(), torch.device("cpu")
-        )
+        self.engine = engine_here(self.config)
         inner: Any = getattr(self.engine, "inner", self.engine)
         self.bare: Any = inner._bare
         self._optimizer = inner._optimizer
@@ -272,37 +270,28 @@ def dense_parts(tree: Any) -> list[torch.Tensor]:
     return [part for t in plain for part in parts_of(t)]
 
 
-def on_rank(rank: int, port: int, directory: str, overrides: list[str], model: list[str], steps: int) -> None:
-    torch.set_num_threads(1)
+def on_rank(overrides: list[str], model: list[str], steps: int) -> dict[str, Any]:
+    """Measure on one of two ranks: bytes that travel between them in a step, and tensors as large as a weight."""
     warnings.simplefilter("ignore")
-    sys.stdout = sys.stderr
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    world, device = World.from_environment(), torch.device("cpu")
     config: Config = compose([*model, *TRAINING, "train.global_batch=2", *overrides])
-    with process_group(world, device, alone=True):
-        engine = make_engine(config, build(config), resolve_topology(config.parallel, 2), world, device)
-        size = config.model.vocab_size  # type: ignore[attr-defined]
-        windows = Windows(np.random.default_rng(0).integers(0, size, 4000).astype(np.uint16), 128)
-        feed = Feed(
-            windows, global_batch=2, micro_batch=1, seed=0, pad=0, num_ranks=engine.data_size, rank=engine.data_rank
-        )
+    engine = engine_here(config)
+    size = config.model.vocab_size  # type: ignore[attr-defined]
+    tokens = Windows(np.random.default_rng(0).integers(0, size, 4000).astype(np.uint16), 128)
+    feed = feed_for(engine, config, tokens, seed=0)
 
-        def step(number: int) -> None:
-            optimize(engine, feed.step(number), LR, number)
+    def step(number: int) -> None:
+        optimize(engine, feed.step(number), LR, number)
 
-        for number in range(1, WARMUP + 1):
-            step(number)
-        torch.distributed.barrier()
-        before = loopback_bytes()
-        for number in range(WARMUP + 1, WARMUP + 1 + steps):
-            step(number)
-        torch.distributed.barrier()
-        sent = (loopback_bytes() - before) / steps
-        weightlike = search(engine, config, lambda: step(WARMUP + 1 + steps)) if "method=full" not in overrides else []
-        if rank == 0:
-            Path(directory, "found.json").write_text(json.dumps({"sent": sent, "weightlike": weightlike}))
-    leave()
+    for number in range(1, WARMUP + 1):
+        step(number)
+    torch.distributed.barrier()
+    before = bytes_of_connections()
+    for number in range(WARMUP + 1, WARMUP + 1 + steps):
+        step(number)
+    torch.distributed.barrier()
+    sent = (bytes_of_connections() - before) / steps
+    weightlike = search(engine, config, lambda: step(WARMUP + 1 + steps)) if "method=full" not in overrides else []
+    return {"sent": sent, "weightlike": weightlike}
 
 
 def search(engine: TrainingEngine, config: Config, step: Any) -> list[str]:
@@ -318,7 +307,7 @@ def search(engine: TrainingEngine, config: Config, step: Any) -> list[str]:
         step()
     sizes = {m * n for m, n in shapes}
     allowed = {t.untyped_storage()._cdata for t in known} | {
-        p.untyped_storage()._cdata for p in map(_local, inner._bare.parameters())
+        p.untyped_storage()._cdata for p in map(local_of, inner._bare.parameters())
     }
     stays = list[str]()
     for one in gc.get_objects():
@@ -330,33 +319,31 @@ def search(engine: TrainingEngine, config: Config, step: Any) -> list[str]:
     return found
 
 
-def _local(tensor: Any) -> torch.Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
-
-
-def loopback_bytes() -> int:
-    """What the loopback interface has sent since the machine started."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, counts = line.partition(":")
-        if name.strip() == "lo":
-            return int(counts.split()[8])
-    raise RuntimeError("this machine has no loopback interface in /proc/net/dev")
+def bytes_of_connections() -> int:
+    """What went over this process's TCP connections so far, both ways; nothing of what else the machine does."""
+    total = 0
+    for path in [path for path in Path("/proc/self/fd").iterdir() if path.is_socket()]:
+        with socket.socket(fileno=os.dup(int(path.name))) as connection:
+            if connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6):
+                information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                total += sum(struct.unpack_from(TCP_BYTES, information, TCP_BYTES_AT))
+    return total
 
 
 def under(engine: str, method: list[str], model: list[str], steps: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = (free_port(), directory, [*ENGINES[engine], *method], model, steps)
-        spawn(on_rank, arguments, nprocs=2)  # type: ignore[no-untyped-call]
-        return json.loads((Path(directory) / "found.json").read_text())  # type: ignore[no-any-return]
+    found: dict[str, Any] = on_ranks(on_rank, 2, [*ENGINES[engine], *method], model, steps, wait_s=WAIT_S)[0]
+    return found
+
+
+QUICK = {"small": True, "pairs": 2, "engines": ["DDP", "FSDP2"]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--pairs", type=int, default=20, help="steps of every side")
     parser.add_argument("--small", action="store_true", help="a tiny model: nothing is judged")
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=[*ENGINES], metavar="NAME")
-    arguments = parser.parse_args(argv)
+    arguments = options_of(parser, QUICK, argv)
     warnings.simplefilter("ignore")
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     model, full = (SMALL, False) if arguments.small else (MODEL, True)

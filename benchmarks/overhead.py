@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
 import sys
 import tempfile
@@ -23,26 +22,25 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.report import Row, compared, cores, finish, free_port
+from benchmarks.report import Row, compared, cores, finish, options_of
+from tests.harness.engines import engine_here, feed_for, place
+from tests.harness.worlds import on_ranks
 from trainer.compose import compose
 from trainer.config import Config
 from trainer.data.dataset import Windows
-from trainer.data.feed import Feed
 from trainer.data.order import samples_of_step
 from trainer.data.sources import load_corpus
 from trainer.loop import check_finite, train_step
 from trainer.methods import build
 from trainer.models import load_tokenizer
-from trainer.parallel.engine import make_engine
-from trainer.parallel.world import World, process_group
-from trainer.plan import resolve_topology
+from trainer.parallel.world import World
 from trainer.track.tracker import RunTracker
 
 BAR = 1.03
+WAIT_S = 900.0
 WARMUP = 10
 
 
@@ -91,17 +89,8 @@ class Ours:
 
     def __init__(self, config: Config, corpus: Windows, world: World) -> None:
         self.config = config
-        device = torch.device("cpu")
-        self.engine = make_engine(config, build(config), resolve_topology(config.parallel, world.size), world, device)
-        self.feed = Feed(
-            corpus,
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
-            seed=config.train.seed,
-            pad=0,
-            num_ranks=world.size,
-            rank=world.rank,
-        )
+        self.engine = engine_here(config)
+        self.feed = feed_for(self.engine, config, corpus, seed=config.train.seed)
         self.tracker = RunTracker(config, "overhead", world.rank)
 
     def step(self, number: int) -> float:
@@ -111,16 +100,16 @@ class Ours:
         return float(row["loss"])
 
 
-def measure(rank: int, size: int, steps: int, directory: str, threads: int) -> None:
-    """Time both in turn; rank 0 leaves the seconds of every step in a file."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1")
+def measure(steps: int, directory: str, threads: int) -> dict[str, list[float]]:
+    """The seconds of every step of both, in turn."""
     torch.set_num_threads(threads)
     config = compose([f"run.dir={directory}/run"])
     Path(config.run.dir).mkdir(exist_ok=True)
     corpus = load_corpus(config.data, load_tokenizer(config.model), config.train.seq_len).train
     assert isinstance(corpus, Windows)
-    world = World(rank, size, rank, size)
-    with process_group(world, torch.device("cpu")), contextlib.redirect_stdout(io.StringIO()):
+    world = place()
+    rank, size = world.rank, world.size
+    with contextlib.redirect_stdout(io.StringIO()):
         ours = Ours(config, corpus, world)
         order = [
             samples_of_step(s, seed=config.train.seed, dataset_size=len(corpus), global_batch=config.train.global_batch)
@@ -141,25 +130,24 @@ def measure(rank: int, size: int, steps: int, directory: str, threads: int) -> N
                     seconds[name].append(time.perf_counter() - began)
             assert abs(losses["ours"] - losses["peer"]) < 1e-5, f"step {number}: {losses}"
         ours.tracker.close(0)
-    if rank == 0:
-        Path(directory, "seconds.json").write_text(json.dumps(seconds))
+    return seconds
 
 
 def run(size: int, steps: int, full: bool) -> Row:
     with tempfile.TemporaryDirectory() as directory:
         threads = max(1, cores() // size)
-        os.environ["MASTER_PORT"] = str(free_port())
-        spawn(measure, args=(size, steps, directory, threads), nprocs=size)  # type: ignore[no-untyped-call]
-        seconds = json.loads(Path(directory, "seconds.json").read_text())
+        seconds = on_ranks(measure, size, steps, directory, threads, wait_s=WAIT_S, environment=size == 1)[0]
     name = f"training step, {size} process{'es (DDP)' if size > 1 else ''}, {threads} threads each"
     return compared(name, "s", seconds["ours"], seconds["peer"], "hand-written loop", bar=BAR, full=full)
 
 
+QUICK = {"steps": 10}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--steps", type=int, default=150, help="timed steps of each side (default 150)")
-    arguments = parser.parse_args()
+    arguments = options_of(parser, QUICK)
     if arguments.steps < 2:
         parser.error(f"--steps {arguments.steps}: quartiles need at least 2")
     os.environ.setdefault("WANDB_MODE", "offline")

@@ -43,7 +43,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.futures import Future
 
-from benchmarks.report import free_port, machine
+from benchmarks.report import machine, options_of
+from tests.harness.ports import free_port
 
 LIMIT_S = 240  # of one group of processes
 SIDE = 2048  # of the matrix whose reads are counted: 16.8 MB, next to which the metadata is nothing
@@ -335,12 +336,14 @@ def demonstrate(name: str, peer: str, demonstration: Callable[[Path], Observatio
             return Finding(name, peer, f"could not run: {type(error).__name__}: {cause}", None)
 
 
+QUICK = {"peer": "DCP", "ranks": [2]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peer_defects", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--peer", choices=("DCP", "DeepSpeed"), help="only the defects of this one")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="that read (default 2 4)")
-    arguments = parser.parse_args()
+    arguments = options_of(parser, QUICK)
     if min(arguments.ranks) < 2:
         parser.error("--ranks: on one rank there is no other layout; give 2 or more")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through what ends the ranks and removes the files

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import sys
@@ -19,8 +18,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,9 +31,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.futures import Future
-from torch.multiprocessing.spawn import spawn
 
-from benchmarks.report import Row, absolute, compared, cores, finish, free_port
+from benchmarks.report import Row, absolute, compared, cores, finish, options_of
 from checkpointing import pieces_of, planner
 from checkpointing import save as save_ours
 from checkpointing.collective import Team
@@ -45,6 +41,7 @@ from checkpointing.plan import layout_rows
 from checkpointing.planner import agree_on_completeness, agree_on_plan
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
+from tests.harness.worlds import on_ranks
 
 TENSORS = 5000
 RANKS = 8
@@ -199,7 +196,7 @@ def measure_our_planning(directory: str, count: int = TENSORS, rounds: int = 1) 
         seconds[name].append(slowest(time.perf_counter() - began))
 
     def load_planned() -> None:
-        """With a reader of its own, as every load has, whose indexes are there already."""
+        """Plan a load as every load does, with a reader of its own whose indexes are there already."""
         agree_on_completeness(team, layout_rows(pieces), manifest)
         assert len(reader.plan(pieces)) == count
 
@@ -216,18 +213,13 @@ def measure_our_planning(directory: str, count: int = TENSORS, rounds: int = 1) 
     return seconds
 
 
-def work(rank: int, size: int, port: int, directory: str, count: int, rounds: int) -> None:
-    """Rank 0 leaves the seconds of both sides in a file."""
+def work(directory: str, count: int, rounds: int) -> list[dict[str, list[float]]]:
+    """The seconds of both sides."""
     warnings.filterwarnings("ignore")
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(max(1, cores() // size))
-    dist.init_process_group("gloo", timeout=timedelta(seconds=WAIT_S))
+    torch.set_num_threads(max(1, cores() // dist.get_world_size()))
     ours = measure_our_planning(f"{directory}/ours", count, rounds)
     dcp = measure_dcp_planning(count, rounds)
-    if rank == 0:
-        Path(directory, "seconds.json").write_text(json.dumps([ours, dcp]))
-    dist.barrier()
-    dist.destroy_process_group()
+    return [ours, dcp]
 
 
 BARS = {"save, cold": 1.5, "save, cached": 0.05, "load, cold": 1.5, "load, again": 0.05}
@@ -236,8 +228,7 @@ BARS = {"save, cold": 1.5, "save, cached": 0.05, "load, cold": 1.5, "load, again
 def run(size: int, count: int, rounds: int) -> list[Row]:
     """The bars are of our own figures, at full size; beside them the comparison."""
     with tempfile.TemporaryDirectory() as directory:
-        spawn(work, args=(size, free_port(), directory, count, rounds), nprocs=size)  # type: ignore[no-untyped-call]
-        ours, dcp = json.loads(Path(directory, "seconds.json").read_text())
+        ours, dcp = on_ranks(work, size, directory, count, rounds, wait_s=WAIT_S)[0]
     full = size == RANKS and count == TENSORS
     rows = []
     for name, bar in BARS.items():
@@ -247,13 +238,15 @@ def run(size: int, count: int, rounds: int) -> list[Row]:
     return rows
 
 
+QUICK = {"ranks": 4, "tensors": 500}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planning", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--ranks", type=int, default=RANKS, help=f"processes: 1, 2, 4 ... 64 (default {RANKS})")
     parser.add_argument("--tensors", type=int, default=TENSORS, help=f"of {SHAPE} in fp32 (default {TENSORS})")
     parser.add_argument("--rounds", type=int, default=2, help="of each measurement (default 2)")
-    arguments = parser.parse_args()
+    arguments = options_of(parser, QUICK)
     if arguments.ranks < 1 or SHAPE[0] % arguments.ranks:
         parser.error(f"--ranks {arguments.ranks}: must divide the {SHAPE[0]} rows of a tensor")
     if arguments.tensors < 1 or arguments.rounds < 2:

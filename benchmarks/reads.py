@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from benchmarks.crash_ranks import why_no_strace
-from benchmarks.report import Row, absolute, finish, free_port
+from benchmarks.report import Row, absolute, finish, options_of
 from checkpointing import Piece, load, save
+from tests.harness.worlds import on_ranks
 
 SHAPES = [(512, 512), (700, 400), (1000, 1049), (2048, 2048), (4096, 1024), (1024, 8192), (8192, 640)]
 LARGEST = 8
@@ -39,7 +39,7 @@ _RESUMED = re.compile(r"(\d+) +<\.\.\. (?:read|pread64|readv|preadv2?) resumed>(
 
 
 def shards(dim: int, rank: int, size: int, *, fill: bool) -> list[Piece]:
-    """As `torch.chunk` cuts: a rank beyond the end has none."""
+    """This rank's pieces, cut as `torch.chunk` cuts: a rank beyond the end has none."""
     pieces = []
     for number, shape in enumerate(SHAPES):
         step = -(-shape[dim] // size)
@@ -55,12 +55,10 @@ def shards(dim: int, rank: int, size: int, *, fill: bool) -> list[Piece]:
     return pieces
 
 
-def work(rank: int, largest: int, port: int, directory: str) -> None:
+def work(largest: int, directory: str) -> None:
     """Save and load among the first 2, 3, ... ranks; every case in a directory that its name tells."""
     warnings.filterwarnings("ignore")
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(largest), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     for size in range(2, largest + 1):
         group = dist.new_group(list(range(size)))
         if rank < size:
@@ -71,8 +69,6 @@ def work(rank: int, largest: int, port: int, directory: str) -> None:
                 load(top, target, group=group)
                 for piece, expected in zip(target, shards(1 - dim, rank, size, fill=True), strict=True):
                     assert torch.equal(piece.tensor, expected.tensor), piece.name
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def case(size: int, dim: int) -> str:
@@ -135,14 +131,16 @@ def run(largest: int) -> list[Row]:
 
 
 def start(largest: int, directory: str) -> None:
-    spawn(work, args=(largest, free_port(), directory), nprocs=largest)  # type: ignore[no-untyped-call]
+    on_ranks(work, largest, largest, directory, wait_s=WAIT_S)
+
+
+QUICK = {"largest": 3}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reads", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--largest", type=int, default=LARGEST, help=f"number of ranks (default {LARGEST})")
-    arguments = parser.parse_args()
+    arguments = options_of(parser, QUICK)
     if arguments.largest < 2:
         parser.error("--largest must be 2 at least: one rank changes no shard axis")
     return finish("reads", run(arguments.largest), as_json=arguments.json)

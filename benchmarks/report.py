@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
-import socket
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,17 @@ def absolute(name: str, unit: str, ours: float, *, better: str, bar: float, full
     return Row(name, unit, ours, None, None, None, better, bar, reached if full else None)
 
 
+def options_of(
+    parser: argparse.ArgumentParser, quick: Mapping[str, Any], argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """What was typed. With `--quick` the options of a short run take the defaults' places, and nothing is judged."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--quick", action="store_true", help=f"within a minute, judged by nothing: {dict(quick)}")
+    if parser.parse_known_args(argv)[0].quick:
+        parser.set_defaults(**quick)
+    return parser.parse_args(argv)
+
+
 def finish(benchmark: str, rows: Sequence[Row], *, as_json: bool) -> int:
     """Print the rows; the exit status is 1 if any misses its bar."""
     report: dict[str, Any] = {"benchmark": benchmark, "machine": machine(), "rows": [asdict(row) for row in rows]}
@@ -90,24 +101,6 @@ def machine() -> str:
     except (OSError, StopIteration):
         pass
     return f"{cores()} cores, {model}, Python {platform.python_version()}, torch {_torch_version()}"
-
-
-def free_port() -> int:
-    """For a process group on this machine."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def leave() -> None:
-    """End a process of a group that has nothing more to do, without tearing the interpreter down.
-
-    FSDP2's caches keep process groups alive, and a thread of gloo that lets go of its last tensor in the teardown
-    aborts.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def cores() -> int:

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import kill_tree
-from benchmarks.report import Row, absolute, finish
+from benchmarks.report import Row, absolute, finish, options_of
+from tests.harness.processes import kill_tree
 from trainer.methods.deltas import Delta
 from trainer.methods.tuned_runs import Tuned
 
@@ -109,12 +109,14 @@ def differing(a: Delta, b: Delta) -> dict[str, Any]:
     return {"entries": others, "values": apart, "count": a.count}
 
 
+QUICK = {"steps": 30, "methods": ["spiel"]}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reselections", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=[*METHODS], metavar="NAME")
-    arguments = parser.parse_args(argv)
+    arguments = options_of(parser, QUICK, argv)
     full, rows = arguments.steps == 300, list[Row]()
     for method in arguments.methods:
         with tempfile.TemporaryDirectory() as directory:

@@ -9,8 +9,6 @@ takes most: of contiguous tensors, of views that must be copied, of other dtypes
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
 import sys
 import tempfile
@@ -21,15 +19,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
-from benchmarks.report import Row, absolute, cores, finish, free_port
+from benchmarks.report import Row, absolute, cores, finish, options_of
 from checkpointing import Piece, load, save
+from tests.harness.worlds import on_ranks
 
 SIDE = 2048
 RANKS = 2
 BUDGET_MIB = 256.0  # the library's default
 FULL_MEGABYTES = 1300
+WAIT_S = 900.0
 
 
 def shards(count: int, dim: int, *, transposed: bool = False, dtype: torch.dtype = torch.float32) -> list[Piece]:
@@ -88,22 +87,16 @@ def measure(directory: Path, megabytes: int) -> dict[str, float]:
     return found
 
 
-def work(rank: int, port: int, directory: str, megabytes: int) -> None:
+def work(directory: str, megabytes: int) -> dict[str, float]:
+    """Peaks above the state, in MiB."""
     warnings.filterwarnings("ignore")
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(max(1, cores() // RANKS))
-    dist.init_process_group("gloo")
-    found = measure(Path(directory), megabytes)
-    if rank == 0:
-        Path(directory, "found.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    return measure(Path(directory), megabytes)
 
 
 def run(megabytes: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as directory:
-        spawn(work, args=(free_port(), directory, megabytes), nprocs=RANKS)  # type: ignore[no-untyped-call]
-        found = json.loads(Path(directory, "found.json").read_text())
+        found = on_ranks(work, RANKS, directory, megabytes, wait_s=WAIT_S)[0]
     full = megabytes >= FULL_MEGABYTES
     what = f"peak memory above {megabytes / 1000:g} GB on {RANKS} ranks"
     return [
@@ -112,11 +105,13 @@ def run(megabytes: int) -> list[Row]:
     ]
 
 
+QUICK = {"megabytes": 40}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resident", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--megabytes", type=int, default=FULL_MEGABYTES, help=f"of state (default {FULL_MEGABYTES})")
-    arguments = parser.parse_args()
+    arguments = options_of(parser, QUICK)
     return finish("resident", run(arguments.megabytes), as_json=arguments.json)
 
 

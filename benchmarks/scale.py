@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.report import Row, absolute, cores, finish
+from benchmarks.report import Row, absolute, cores, finish, options_of
 from checkpointing import Piece
 from checkpointing.codec import decode_index, decode_manifest, encode_index, encode_manifest
 from checkpointing.format import (
@@ -141,11 +141,13 @@ def run(writers: int) -> list[Row]:
     ]
 
 
+QUICK = {"writers": 256}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--writers", type=int, default=WRITERS, help=f"ranks that wrote it (default {WRITERS})")
-    arguments = parser.parse_args()
+    arguments = options_of(parser, QUICK)
     if arguments.writers < 1:
         parser.error("--writers must be 1 at least")
     return finish("scale", run(arguments.writers), as_json=arguments.json)

@@ -28,7 +28,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.report import Row, finish
+from benchmarks.report import Row, finish, options_of
+from tests.harness.engines import engine_here
 from trainer.choices import Reselection, Sparse
 from trainer.compose import compose
 from trainer.config import Config, method_name
@@ -39,9 +40,6 @@ from trainer.evaluation import evaluate
 from trainer.loop import optimize
 from trainer.methods import build
 from trainer.models import load_tokenizer
-from trainer.parallel.engine import make_engine
-from trainer.parallel.world import World
-from trainer.plan import resolve_topology
 from trainer.schedule import learning_rate
 
 SEQ_LEN, BATCH = 192, 8
@@ -110,7 +108,7 @@ def split(directory: Path) -> dict[str, int]:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """As the tiny Llama's: a token's number is its byte, and NUL ends a text."""
+    """The tiny Llama's tokenizer for transformers: a token's number is its byte, and NUL ends a text."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {b: chr(b) for b in printable}
     letters |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in printable)}
@@ -125,8 +123,7 @@ def train(config: Config, corpus: Corpus) -> tuple[Any, int]:
 
     At the end: a calibration and a full phase are over then. Of a method that narrows, before it did.
     """
-    topology = resolve_topology(config.parallel, 1)
-    engine = make_engine(config, build(config), topology, World(), DEVICE)
+    engine = engine_here(config, device=DEVICE)
     feed, trains = feed_of(config, corpus), num_trained(engine)
     for step in range(1, config.train.steps + 1):
         lr = learning_rate(step, config.train.steps, config.optimizer.lr, config.schedule)
@@ -209,7 +206,7 @@ class Study:
 
     def untouched(self) -> Tuned:
         config = compose([*self.shared("validation"), "method=full"])
-        engine = make_engine(config, build(config), resolve_topology(config.parallel, 1), World(), DEVICE)
+        engine = engine_here(config, device=DEVICE)
         return Tuned("untouched", 0.0, 0, *self.losses(engine, config))
 
     def tune(self, method: str, rate: float) -> Tuned:
@@ -219,15 +216,17 @@ class Study:
         return Tuned(method_name(config), rate, trains, *self.losses(engine, config))
 
 
+QUICK = {"base_steps": 20, "steps": 5, "samples": 16, "rates": 1, "methods": ["lift"]}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tuning", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--base-steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--samples", type=int, default=0, help="held-out samples of each part; 0: all")
     parser.add_argument("--rates", type=int, default=3, help="learning rates tried, of three")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=[*METHODS], metavar="NAME")
-    arguments = parser.parse_args(argv)
+    arguments = options_of(parser, QUICK, argv)
     warnings.simplefilter("ignore")
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     with tempfile.TemporaryDirectory() as directory, redirect_stdout(sys.stderr):

@@ -38,8 +38,10 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import gelu, mse_loss
 from torch.optim import AdamW
 
-from benchmarks.report import Row, compared, cores, finish, free_port
+from benchmarks.report import Row, compared, cores, finish, options_of
 from checkpointing import describe, load, save
+from tests.harness.ports import free_port
+from tests.harness.processes import leave
 
 BAR = 1 / 8
 FULL_MEGABYTES = 1300
@@ -271,8 +273,8 @@ def work(rank: int, ports: Ports, barrier: Barrier, directory: str, megabytes: i
                 seconds[name].append(took)
     if rank == TARGET:
         Path(directory, "seconds.json").write_text(json.dumps(seconds))
-    if rank != CONVERTER:
-        dist.destroy_process_group()
+    barrier.wait(WAIT_S)
+    leave()
 
 
 def import_seconds(module: str) -> float:
@@ -325,12 +327,14 @@ def rows(whole: Series, parts: dict[str, list[list[float]]], what: str, full: bo
     ]
 
 
+QUICK = {"megabytes": 40, "rounds": 2}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.universal", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--megabytes", type=int, default=FULL_MEGABYTES, help=f"of state (default {FULL_MEGABYTES})")
     parser.add_argument("--rounds", type=int, default=5, help="of each side, after one to warm up (default 5)")
-    arguments = parser.parse_args()
+    arguments = options_of(parser, QUICK)
     if arguments.rounds < 2 or arguments.megabytes < 1:
         parser.error("quartiles need --rounds 2 at least, and a state --megabytes 1")
     return finish("universal", run(arguments.megabytes, arguments.rounds), as_json=arguments.json)

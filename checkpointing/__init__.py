@@ -18,6 +18,7 @@ from checkpointing.errors import (
     NotFoundError,
     PeerError,
     ReplicaError,
+    UnreadableError,
     VersionError,
 )
 from checkpointing.geometry import Box, External, Piece
@@ -51,6 +52,7 @@ __all__ = [
     "PeerError",
     "Piece",
     "ReplicaError",
+    "UnreadableError",
     "VersionError",
     "describe",
     "describe_zero",

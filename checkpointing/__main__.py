@@ -23,12 +23,20 @@ import torch
 
 from checkpointing.commit import save
 from checkpointing.diff import compare
-from checkpointing.errors import CheckpointError, DamagedError, LayoutError, NotFoundError, VersionError, first_few
+from checkpointing.errors import (
+    CheckpointError,
+    DamagedError,
+    LayoutError,
+    NotFoundError,
+    UnreadableError,
+    VersionError,
+    first_few,
+)
 from checkpointing.export import export_hugging_face, export_torch
 from checkpointing.export_dcp import export_dcp
 from checkpointing.foreign import IMPORTED, describe_foreign
 from checkpointing.format import DTYPES
-from checkpointing.generations import Generation, scan
+from checkpointing.generations import Generation, check_readable, scan
 from checkpointing.lease import hold
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
@@ -158,6 +166,7 @@ def ls(storage: FileStorage, found: list[Generation], as_json: bool) -> int:
 
 def open_newest(storage: FileStorage, found: list[Generation]) -> GenerationReader:
     """The newest sound generation found; what is damaged and newer is said."""
+    check_readable(g for g in found if not g.abandoned)
     generation = next((g for g in found if g.sound and not g.abandoned), None) or next(
         (g for g in found if g.sound), None
     )
@@ -298,19 +307,22 @@ def verify(storage: FileStorage, found: list[Generation], as_json: bool) -> int:
     """Check every committed generation found; with one named, that one."""
     report = [_verify_one(storage, g) for g in found if g.committed]
     skipped = [g.name for g in found if not g.committed]
-    damaged = any(r["damage"] for r in report)
-    status = int(damaged or not report)
+    damaged, unreadable = any(r["damage"] for r in report), any(r["unreadable"] for r in report)
+    status = 1 if damaged or not report else 2 * unreadable
     if as_json:
         print(json.dumps({"directory": str(storage), "generations": report, "not_committed": skipped}))
         return status
     for row in report:
-        print(f"{row['generation']}: {'DAMAGED' if row['damage'] else 'sound'}, {human_bytes(row['bytes'])} checked")
-        for line in row["damage"]:
+        state = "DAMAGED" if row["damage"] else "UNREADABLE" if row["unreadable"] else "sound"
+        print(f"{row['generation']}: {state}, {human_bytes(row['bytes'])} checked")
+        for line in [*row["damage"], *([row["unreadable"]] if row["unreadable"] else [])]:
             print(f"  {line}")
     for name in skipped:
         print(f"{name}: not committed, so it is no generation; nothing to verify")
     if damaged:
         print("Loading without naming a step passes over damaged generations and takes the next older sound one.")
+    if unreadable:
+        print("What cannot be read may be sound: mend the storage and verify again. Loading passes over none for it.")
     return status
 
 
@@ -318,12 +330,15 @@ PROGRESS_BYTES = 16 * 1024 * 1024  # checked between one sign of progress and th
 
 
 def _verify_one(storage: FileStorage, generation: Generation) -> dict[str, Any]:
-    damage, checked, shown = [], 0, -PROGRESS_BYTES
-    if generation.manifest is None:
-        return {"generation": generation.name, "bytes": 0, "damage": [str(generation.damage)]}
+    damage: list[str] = []
+    unreadable, checked, shown = None, 0, -PROGRESS_BYTES
     try:
+        if generation.manifest is None:
+            raise generation.damage or DamagedError(f"{generation.name} has no manifest")
         with hold(storage, generation.name):
             for _, nbytes, error in GenerationReader(storage, generation.manifest).verify():
+                if isinstance(error, UnreadableError):
+                    raise error  # every further try would take as long
                 checked += nbytes
                 if error is not None and str(error) not in damage:
                     damage.append(str(error))
@@ -331,16 +346,18 @@ def _verify_one(storage: FileStorage, generation: Generation) -> dict[str, Any]:
                     shown = checked
                     progress = f"{human_bytes(checked)} of {human_bytes(generation.manifest.nbytes)}"
                     print(f"\r{progress}", end="\r", file=sys.stderr)
+    except UnreadableError as error:
+        unreadable = str(error)
     except CheckpointError as error:
         damage.append(str(error))
-    return {"generation": generation.name, "bytes": checked, "damage": damage}
+    return {"generation": generation.name, "bytes": checked, "damage": damage, "unreadable": unreadable}
 
 
 def _state(generation: Generation) -> str:
     if not generation.committed:
         return "not committed"
     if generation.damage:
-        return "damaged"
+        return "unreadable" if isinstance(generation.damage, UnreadableError) else "damaged"
     return "abandoned" if generation.abandoned else "committed"
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +16,40 @@ from checkpointing import errors
 from checkpointing.errors import CheckpointError, LostError, PeerError
 
 FRAME = 512  # bytes that travel with their length: most texts are short, and need one exchange rather than two
+
+
+# What collectives were given. A thread of gloo lets go of it a moment after the call returned, on a busy machine much
+# later, and needs Python for that; where Python is being torn down by then, that ends the thread, and with it the
+# process ("terminate called without an active exception"). So what is lent is kept, and taken back before the teardown:
+# ending the process group would not help, because a DDP model keeps it and its threads alive.
+_lent: list[tuple[torch.Tensor, ...]] = []
+TAKE_BACK_S = 2.0
+
+
+def _lend(*tensors: torch.Tensor) -> None:
+    _lent[:] = [*(lent for lent in _lent if not _is_back(lent)), tensors]
+
+
+def _is_back(tensors: tuple[torch.Tensor, ...]) -> bool:
+    """Whether they are held here alone: not by C++, nor by a thread of it that is done and waits to tell Python so."""
+    return all(tensor._use_count() == 1 for tensor in tensors) and max(_references(tensors)) <= _ALONE  # type: ignore[attr-defined]
+
+
+def _references(tensors: tuple[torch.Tensor, ...]) -> list[int]:
+    return [sys.getrefcount(tensor) for tensor in tensors]
+
+
+_ALONE = max(_references((torch.empty(0),)))  # how many Python counts of one that is in a tuple and nowhere else
+
+
+@atexit.register
+def take_back() -> None:
+    """Wait until nobody holds what was lent. Not for what a failure that ended the process still holds."""
+    for name in ("last_exc", "last_type", "last_value", "last_traceback"):
+        vars(sys).pop(name, None)
+    deadline = time.monotonic() + TAKE_BACK_S
+    while not all(map(_is_back, _lent)) and time.monotonic() < deadline:
+        time.sleep(0.001)  # there is nothing to wait on
 
 
 class Team:
@@ -84,13 +121,16 @@ class Team:
     def _send(self, text: str, rank: int) -> None:
         payload = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(self._device())
         size = torch.tensor([payload.numel()], device=payload.device)
+        _lend(size, payload)
         for tensor in (size, payload):
             dist.send(tensor, self._global(rank), group=self.group)
 
     def _receive(self, rank: int) -> str:
         size = torch.zeros(1, dtype=torch.int64, device=self._device())
+        _lend(size)
         dist.recv(size, self._global(rank), group=self.group)
         payload = torch.empty(int(size.item()), dtype=torch.uint8, device=size.device)
+        _lend(payload)
         dist.recv(payload, self._global(rank), group=self.group)
         return bytes(payload.cpu().numpy()).decode()
 
@@ -112,9 +152,11 @@ class Team:
     def _gather_bytes(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, of which all have as many."""
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device())
-        rows = mine.new_empty(self.size, len(data))
-        dist.all_gather(list(rows), mine, group=self.group)
-        return [bytes(row) for row in rows.cpu().numpy()]
+        whole = mine.new_empty(self.size, len(data))
+        rows = list(whole)
+        _lend(mine, *rows)
+        dist.all_gather(rows, mine, group=self.group)
+        return [bytes(row) for row in whole.cpu().numpy()]
 
     def _device(self) -> torch.device:
         """A device whose tensors this group can gather: the CPU wherever the group has a backend for it."""

@@ -34,7 +34,7 @@ from checkpointing.format import (
     index_name,
     shard_name,
 )
-from checkpointing.generations import check_files, check_writers, scan
+from checkpointing.generations import check_files, check_readable, check_writers, scan
 from checkpointing.geometry import External, Piece
 from checkpointing.lease import Hold
 from checkpointing.plan import RankPlan, Row, layout_rows, split
@@ -53,7 +53,7 @@ def save(
     run_id: str = "",
     incarnation: int | None = None,
     metrics: dict[str, float] | None = None,
-    check_replicas: bool = False,
+    check_replicas: bool = True,
     guard: Callable[[], None] | None = None,
     memory_budget: int = DEFAULT_BUDGET,
 ) -> str:
@@ -66,8 +66,8 @@ def save(
     is that of the newest generation there. `metrics` are finite numbers, rank 0's, for retention to choose by.
 
     Of a box that several ranks hold one rank's copy is saved; `check_replicas` compares them first, at the price of
-    reading all pieces once more (`ReplicaError`). `guard` is called on rank 0 right before the commit, and stops it by
-    raising. `memory_budget` bounds the bytes of copies beside the state.
+    reading such pieces once more (`ReplicaError` names the ranks). `guard` is called on rank 0 right before the commit,
+    and stops it by raising. `memory_budget` bounds the bytes of copies beside the state.
     """
     team, storage = as_team(group), as_storage(directory)
     objects, metrics = {} if objects is None else objects, {} if metrics is None else metrics
@@ -79,7 +79,7 @@ def save(
         [f"step {step}", f"check_replicas={check_replicas}"],
     )
     if check_replicas:
-        replicas.check_replicas(team, mine.pieces)
+        replicas.check_replicas(team, plan, mine.pieces)
     written = replicas.averaged(team, plan, mine.pieces)
     start = SaveStart(**team.together(lambda: asdict(begin_save(storage, incarnation)) if team.rank == 0 else None)[0])
     name = generation_name(step, start.save_id)
@@ -224,9 +224,10 @@ class SaveStart:
 
 
 def begin_save(storage: Storage, incarnation: int | None) -> SaveStart:
-    found = scan(storage)
+    found = scan(storage, remembered=True)
     parent = next((g.manifest for g in found if g.sound and not g.abandoned), None)
     if incarnation is None:
+        check_readable(g for g in found if g.committed and not g.abandoned)
         incarnation = parent.incarnation if parent else 0
     serial = 1 + max((g.manifest.serial for g in found if g.manifest), default=0)
     return SaveStart(secrets.token_hex(16), parent.save_id if parent else "", incarnation, serial)

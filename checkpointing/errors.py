@@ -31,6 +31,10 @@ class NotFoundError(CheckpointError):
     """There is no committed generation where one was asked for."""
 
 
+class UnreadableError(CheckpointError, OSError):
+    """Storage failed to read, again and again. What lies there may be sound: it is neither damaged nor absent."""
+
+
 class PeerError(CheckpointError):
     """Another rank failed; the message carries its rank and its reason."""
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from checkpointing.codec import decode_index, decode_manifest
-from checkpointing.errors import CheckpointError, DamagedError
+from checkpointing.errors import CheckpointError, DamagedError, UnreadableError
 from checkpointing.format import ABANDONED, COMMIT, MANIFEST, METADATA_BYTES, Index, Manifest, digest, index_name
-from checkpointing.storage import Storage
+from checkpointing.storage import FileStorage, Storage
 
 _NAME = re.compile(r"step-(\d{8,19})-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One directory of a generation as found: committed or not, sound or with what is wrong, abandoned or not."""
+    """One directory of a generation as found: committed or not, sound or with what is wrong, abandoned or not.
+
+    `damage` is an `UnreadableError` where the storage failed: whether it is sound is not known then, and neither is
+    where it stands in the order.
+    """
 
     name: str
     step: int
@@ -48,25 +52,57 @@ class Generation:
         return (self.manifest.incarnation, self.step, self.manifest.serial) if self.manifest else (-1, self.step, 0)
 
 
-def scan(storage: Storage) -> list[Generation]:
-    """Every generation of a directory, newest first; unreadable ones last, with their damage."""
-    files: dict[str, dict[str, int]] = defaultdict(dict)
-    for path, size in storage.list().items():
-        directory, _, file = path.rpartition("/")
-        if _NAME.fullmatch(directory):
-            files[directory][file] = size
-    found = []
-    for name, content in files.items():
-        step = int(_NAME.fullmatch(name)[1])  # type: ignore[index]  # it matched above
-        manifest, damage = None, None
-        if COMMIT in content:
-            try:
-                manifest = read_manifest(storage, name)
-                check_files(manifest, content)
-            except CheckpointError as error:
-                damage = error
-        found.append(Generation(name, step, content, manifest, damage))
+def scan(storage: Storage, *, remembered: bool = False) -> list[Generation]:
+    """Every generation of a directory, newest first; unreadable ones last, with their damage.
+
+    With `remembered` one that this process found sound, and to which no file came and from which none went, is not
+    looked at again: a run that keeps thousands saves as fast as one that keeps two. Whether its files still have their
+    sizes is not known then, and its manifest has its head alone, without tensors and writers.
+    """
+    if not isinstance(storage, FileStorage):
+        names = {path.partition("/")[0] for path in storage.list()}
+        found = [look(storage, name) for name in names if _NAME.fullmatch(name)]
+    else:
+        place = str(storage.root.absolute())
+        known = _known.get(place, {}) if remembered else {}
+        stamps = {name: stamp for name, stamp in storage.directories().items() if _NAME.fullmatch(name)}
+        seen = {name: _remembered(storage, name, stamp, known) for name, stamp in stamps.items()}
+        _known[place] = {name: (stamps[name], _head(generation)) for name, generation in seen.items()}
+        found = [generation for generation in seen.values() if generation.files]
     return sorted(found, key=lambda g: (g.order, g.name), reverse=True)
+
+
+# What was found last, by storage and name, with the stamp of its directory.
+_known: dict[str, dict[str, tuple[int, Generation]]] = {}
+
+
+def _head(generation: Generation) -> Generation:
+    """What choosing and ordering need: the manifests of thousands would fill the memory of whoever remembers them."""
+    if generation.manifest is None:
+        return generation
+    return replace(generation, manifest=replace(generation.manifest, writers=[], tensors={}, aliases={}, external={}))
+
+
+def _remembered(storage: FileStorage, name: str, stamp: int, known: dict[str, tuple[int, Generation]]) -> Generation:
+    last, generation = known.get(name, (0, None))
+    if generation is None or not stamp or stamp != last or not generation.sound:
+        return look(storage, name)
+    return generation
+
+
+def look(storage: Storage, name: str) -> Generation:
+    """The generation of this name, as it is now."""
+    step = int(_NAME.fullmatch(name)[1])  # type: ignore[index]  # whoever calls this has matched it
+    content = {path.partition("/")[2]: size for path, size in storage.list(f"{name}/").items()}
+    content = {file: size for file, size in content.items() if "/" not in file}
+    manifest, damage = None, None
+    if COMMIT in content:
+        try:
+            manifest = read_manifest(storage, name)
+            check_files(manifest, content)
+        except CheckpointError as error:
+            damage = error
+    return Generation(name, step, content, manifest, damage)
 
 
 def candidates(storage: Storage) -> list[Generation]:
@@ -76,7 +112,16 @@ def candidates(storage: Storage) -> list[Generation]:
 
 def newest(storage: Storage) -> Generation | None:
     """The newest sound generation."""
-    return next((g for g in candidates(storage) if g.sound), None)
+    found = candidates(storage)
+    check_readable(found)
+    return next((g for g in found if g.sound), None)
+
+
+def check_readable(generations: Iterable[Generation]) -> None:
+    """Raise `UnreadableError` where the storage fails: any of these may be the newest, and sound."""
+    for generation in generations:
+        if isinstance(generation.damage, UnreadableError):
+            raise generation.damage
 
 
 def check_files(manifest: Manifest, files: dict[str, int]) -> None:

@@ -1,10 +1,7 @@
 """Who is alive: lease files with a heartbeat, because locks of the kernel fail on shared filesystems.
 
 A `Lease` makes its holder the one writer of a directory; a `Hold` keeps others from deleting a generation that is being
-read or written.
-
-Leases are numbered and created exclusively, so of two processes that both take over a dead one only one succeeds,
-and a holder that was only asleep finds out that it was replaced.
+read or written. How a lease is taken, kept and lost is in `lease_protocol.py`; here that runs on a storage.
 """
 
 from __future__ import annotations
@@ -16,17 +13,35 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from checkpointing.errors import CheckpointError, LeaseHeldError
-from checkpointing.storage import Storage
+from checkpointing import lease_protocol as protocol
+from checkpointing.errors import CheckpointError, DamagedError, LeaseHeldError, NotFoundError
+from checkpointing.lease_protocol import (
+    EXPIRY_S,
+    GUARD_S,
+    HEARTBEAT_S,
+    Create,
+    Delete,
+    HeldError,
+    LostError,
+    Now,
+    Numbers,
+    Put,
+    Read,
+    Steps,
+    Verdict,
+    Wait,
+)
+from checkpointing.storage import FileStorage, Storage
 
 logger = logging.getLogger("checkpointing")
 
-HEARTBEAT_S = 5.0
-EXPIRY_S = 30.0  # a holder on another machine that has not beaten for this long is dead
+RELEASE_S = 10.0  # a disk that hangs for longer does not keep a process from ending
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,87 +54,176 @@ class Holder:
     pid: int
     started: str  # the kernel's start time of the process, so that a recycled pid is not taken for it
     token: str
+    where: str = ""  # the directory that it holds, which a copy of the lease does not lie in
 
     @staticmethod
-    def this_process() -> Holder:
+    def this_process(where: str = "") -> Holder:
         pid = os.getpid()
-        return Holder(*pid_space(), pid=pid, started=_start_time(pid), token=secrets.token_hex(8))
+        return Holder(*pid_space(), pid=pid, started=_start_time(pid) or "", token=secrets.token_hex(8), where=where)
 
     @property
     def machine(self) -> tuple[str, str, str]:
         return self.host, self.boot_id, self.pid_namespace
 
+    @property
+    def lives(self) -> bool:
+        """Whether the process lives, which is one of this machine. One that may not be looked at does."""
+        started = _start_time(self.pid)
+        return started is None or started == self.started
+
 
 class Lease:
-    """A held lease. `release()` gives it back; `check()` raises if another process took it over meanwhile."""
+    """A held lease: `check()`, before anything is written, raises once another process has it."""
 
-    def __init__(self, storage: Storage, number: int, holder: Holder) -> None:
-        self._storage, self._number, self._holder = storage, number, holder
-        self._lost = False
-        self._beaten = time.monotonic()
+    def __init__(self, storage: Storage, number: int, claim: bytes, since: float) -> None:
+        self.storage, self.number, self.claim = storage, number, claim
+        self._since = since  # it was ours at that time
+        self._lost = ""
+        self._beats = 0
+        self._renewing = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
         self._thread.start()
 
     @classmethod
-    def acquire(cls, storage: Storage, expiry_s: float = EXPIRY_S) -> Lease:
+    def acquire(
+        cls, storage: Storage, expiry_s: float = EXPIRY_S, waiting: Callable[[Holder | None], None] | None = None
+    ) -> Lease:
         """Take the lease, from a dead holder too. `LeaseHeldError` if its holder lives.
 
-        Whether a holder on this machine lives is seen at once; one elsewhere is watched for up to `expiry_s`.
+        Whether a holder on this machine lives is seen at once; one elsewhere is watched for up to `expiry_s`, and
+        `waiting` is called with it before that.
         """
-        holder = Holder.this_process()
-        while True:
-            numbers = _numbers(storage)
-            if numbers and (other := _living_holder(storage, numbers[-1], expiry_s)):
-                raise LeaseHeldError(f"process {other.pid} on {other.host} holds {storage}")
-            number = numbers[-1] + 1 if numbers else 1
-            if storage.create_if_absent(_name(number), json.dumps(asdict(holder)).encode()):
-                if _numbers(storage)[-1] > number:  # others came between the look and the creation, and are ahead
-                    storage.delete([_name(number)])
-                    continue
-                for dead in numbers:
-                    storage.delete([_name(dead), _beat_name(dead)])
-                return cls(storage, number, holder)
-
-    def check(self) -> None:
-        """Raise `LeaseHeldError` unless this process still holds the lease. Read anew: call it before writing."""
-        if not self._lost and time.monotonic() - self._beaten > EXPIRY_S:
-            raise LeaseHeldError(
-                f"the lease in {self._storage} could not be renewed for {EXPIRY_S:.0f} s; another process may hold it"
+        root = str(storage.root.resolve()) if isinstance(storage, FileStorage) else ""
+        claim = json.dumps(asdict(Holder.this_process(root))).encode()
+        try:
+            number, since = _carry_out(
+                protocol.acquire(claim, lambda content: judge(content, root), expiry_s), storage, waiting
             )
-        if self._lost or not self._is_ours():
-            raise LeaseHeldError(f"another process took over {self._storage} while this one did not respond")
+        except HeldError as held:
+            other = _parse_holder(held.claim)
+            who = f"process {other.pid} on {other.host}" if other else "another process"
+            raise LeaseHeldError(f"{who} holds {storage}") from None
+        lease = cls(storage, number, claim, since)
+        try:
+            lease.check(anew=True)  # the first beat, while there is room for it
+        except BaseException:
+            lease.release()
+            raise
+        return lease
+
+    def check(self, *, anew: bool = False) -> None:
+        """Raise `LeaseHeldError` once another process has the lease. Looks `anew`, or where the last look is long ago.
+
+        `UnreadableError` or `OSError` where that cannot be told because the storage fails: nothing is lost then, and
+        nothing may be written.
+        """
+        if anew or self._lost or _clock() - self._since > GUARD_S:
+            self._renew()
 
     def release(self) -> None:
+        """Give it back. Where the storage fails others see that this process is dead, or that it does not beat."""
         self._stop.set()
-        self._thread.join()
-        if self._is_ours():
-            self._storage.delete([_name(self._number), _beat_name(self._number)])
+        self._thread.join(RELEASE_S)
+        with suppress(OSError, CheckpointError):
+            if not self._lost and not self._thread.is_alive():
+                _carry_out(protocol.release(self.number), self.storage)
 
-    def _is_ours(self) -> bool:
-        # The token as well: numbers start again after a lease was given back.
-        current = _read_holder(self._storage, self._number)
-        ours = current is not None and current.token == self._holder.token
-        return ours and max(_numbers(self._storage), default=0) == self._number
+    def _renew(self) -> None:
+        with self._renewing:
+            if not self._lost:
+                self._beats += 1
+                try:
+                    beat = b"%016d" % self._beats  # each takes the place of the one before it
+                    self._since = _carry_out(protocol.renew(self.number, self.claim, beat), self.storage)
+                except LostError:
+                    self._lost = f"another process took over {self.storage} while this one did not respond"
+        if self._lost:
+            raise LeaseHeldError(self._lost)
 
     def _beat(self) -> None:
-        count = 0
         while not self._stop.wait(HEARTBEAT_S):
             try:
-                if not self._is_ours():
-                    self._lost = True
-                    return
-                count += 1
-                self._storage.put(_beat_name(self._number), [str(count).encode()])
-                self._beaten = time.monotonic()
+                self._renew()
+            except LeaseHeldError:
+                return
             except (OSError, CheckpointError):
-                continue  # a filesystem that hiccups costs a beat; one that stays away lets the lease expire
+                continue  # a filesystem that hiccups costs a beat
+            except RuntimeError:
+                return  # Python is ending, and starts no threads any more
+
+
+def still_holds(storage: Storage, number: int, claim: bytes) -> bool:
+    """Whether no other process has claimed the directory since. For one that works for the holder, and only looks."""
+    later = [_read(storage, protocol.claim_name(n)) for n in _numbers(storage) if n > number]
+    return _read(storage, protocol.claim_name(number)) in (claim, None) and all(c == protocol.RELEASED for c in later)
 
 
 def holder_of(storage: Storage) -> Holder | None:
     """Who holds the lease and lives, without taking it. One elsewhere is watched for two heartbeats."""
-    numbers = _numbers(storage)
-    return _living_holder(storage, numbers[-1], 2 * HEARTBEAT_S + 1) if numbers else None
+    if not (numbers := _numbers(storage)):
+        return None
+    content = _read(storage, protocol.claim_name(numbers[-1]))
+    root = str(storage.root.resolve()) if isinstance(storage, FileStorage) else ""
+    verdict, beat = judge(content, root), protocol.beat_name(numbers[-1])
+    if verdict is Verdict.unknown:
+        deadline, first = time.monotonic() + 2 * HEARTBEAT_S + 1, _read(storage, beat)
+        while time.monotonic() < deadline and verdict is Verdict.unknown:
+            time.sleep(0.2)
+            verdict = Verdict.held if _read(storage, beat) != first else verdict
+    return _parse_holder(content) if verdict is Verdict.held else None
+
+
+def judge(content: bytes | None, where: str) -> Verdict:
+    """What the claim in a directory says of its holder."""
+    if content == protocol.RELEASED:
+        return Verdict.free
+    if (holder := _parse_holder(content)) is None or holder.machine != pid_space():
+        return Verdict.unknown
+    return Verdict.held if holder.lives and not _is_copied(holder, where) else Verdict.free
+
+
+def _is_copied(holder: Holder, where: str) -> bool:
+    """Whether a living holder of this machine holds another directory, of which this one is a copy.
+
+    Where the one it names is gone, it may be this one, moved: then it notices that, and ends.
+    """
+    try:
+        return bool(holder.where and where) and not os.path.samefile(holder.where, where)
+    except OSError:
+        return False
+
+
+def _carry_out(steps: Steps, storage: Storage, waiting: Callable[[Holder | None], None] | None = None) -> Any:
+    answer: Any = None
+    while True:
+        try:
+            operation = steps.send(answer)
+        except StopIteration as ended:
+            return ended.value
+        answer = None
+        if isinstance(operation, Numbers):
+            answer = _numbers(storage)
+        elif isinstance(operation, Read):
+            answer = _read(storage, operation.name)
+        elif isinstance(operation, Create):
+            answer = storage.create_if_absent(operation.name, operation.data)
+        elif isinstance(operation, Put):
+            storage.put(operation.name, [operation.data])
+        elif isinstance(operation, Delete):
+            storage.delete(operation.names)
+        elif isinstance(operation, Now):
+            answer = _clock()
+        elif isinstance(operation, Wait):
+            if waiting is not None:
+                waiting(_parse_holder(operation.claim))
+                waiting = None
+            time.sleep(operation.seconds)
+
+
+def _clock() -> float:
+    """Seconds that go on while this process is stopped, and while its machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 class Hold:
@@ -199,7 +303,7 @@ def held_generations(storage: Storage, purpose: str = "") -> set[str]:
 def _lives(storage: Storage, name: str) -> bool:
     holder = _parse_holder(_read(storage, f"{name}.json"))
     if holder and holder.machine == pid_space():
-        return _start_time(holder.pid) == holder.started
+        return holder.lives
     beat, now = _read(storage, f"{name}.beat"), time.monotonic()
     last, since = _last_beats.setdefault((str(storage), name), (beat, now))
     if beat != last:
@@ -208,51 +312,26 @@ def _lives(storage: Storage, name: str) -> bool:
     return now - since < EXPIRY_S
 
 
-def _living_holder(storage: Storage, number: int, expiry_s: float) -> Holder | None:
-    """Whoever holds this lease, or None where it is dead or gone."""
-    holder = _read_holder(storage, number)
-    if holder and holder.machine == pid_space():
-        return holder if _start_time(holder.pid) == holder.started else None
-    deadline, first = time.monotonic() + expiry_s, _read(storage, _beat_name(number))
-    while time.monotonic() < deadline:
-        holder = _read_holder(storage, number)
-        if holder is None and _read(storage, _name(number)) is None:
-            return None
-        if holder and _read(storage, _beat_name(number)) != first:
-            return holder
-        time.sleep(min(0.2, expiry_s / 10))
-    return None
-
-
-def _read_holder(storage: Storage, number: int) -> Holder | None:
-    return _parse_holder(_read(storage, _name(number)))
-
-
 def _parse_holder(data: bytes | None) -> Holder | None:
     try:
-        return Holder(**json.loads(data or b""))
-    except (ValueError, TypeError):
-        return None  # absent, or being written at this moment
+        found = Holder(**json.loads(data or b""))
+    except (ValueError, TypeError, RecursionError):
+        return None  # absent, being written at this moment, or given back
+    words = (found.host, found.boot_id, found.pid_namespace, found.started, found.token, found.where)
+    known = all(isinstance(word, str) for word in words) and type(found.pid) is int and 0 < found.pid < 2**31
+    return found if known else None
 
 
 def _read(storage: Storage, name: str) -> bytes | None:
     try:
         return bytes(storage.read_ranges(name, [(0, storage.list(name)[name])])[0])
-    except (KeyError, CheckpointError):
+    except (KeyError, NotFoundError, DamagedError):
         return None
 
 
 def _numbers(storage: Storage) -> list[int]:
     names = (name.removeprefix("lease-").removesuffix(".json") for name in storage.list("lease-"))
     return sorted(int(name) for name in names if name.isdigit())
-
-
-def _name(number: int) -> str:
-    return f"lease-{number:06d}.json"
-
-
-def _beat_name(number: int) -> str:
-    return f"lease-{number:06d}.beat"
 
 
 def this_machine() -> tuple[str, str]:
@@ -271,23 +350,26 @@ def pid_space() -> tuple[str, str, str]:
         return *this_machine(), ""
 
 
-def _start_time(pid: int) -> str:
-    """The start time of a living process in clock ticks since boot; empty if it is dead, a zombie included."""
-    if not Path("/proc/self/stat").exists():  # not Linux: whether it lives is all that can be told
-        return _alive(pid)
-    try:
-        # The command in parentheses may hold anything; the fields after it start with the state.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
+def _start_time(pid: int) -> str | None:
+    """The start time of a living process in clock ticks since boot.
 
-
-def _alive(pid: int) -> str:
+    Empty if it is dead, a zombie included; None where it lives and does not let itself be looked at.
+    """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return ""
     except PermissionError:
         pass  # it lives, under another user
-    return "alive"
+    try:
+        # The command in parentheses may hold anything; the fields after it start with the state.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # no Linux, or one that hides the processes of others; or it ended right now
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return ""
+        except PermissionError:
+            pass
+        return "alive" if not Path("/proc/self/stat").exists() else None
+    return "" if fields[0] in "ZX" else fields[19]

@@ -127,6 +127,7 @@ class RankPlan:
     boxes: list[tuple[str, Box]]
     scalars: list[str]
     cover: Cover
+    shared: frozenset[tuple[str, Box]]  # that this rank holds, and others should hold the same of
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +140,28 @@ class SavePlan:
     boxes: list[list[tuple[str, Box]]]
     scalars: list[list[str]]
     covers: list[Cover]
+    shared: list[int]  # a bit for each row of a rank's layout, the first one lowest
 
-    def of(self, rank: int) -> RankPlan:
-        return RankPlan(self.tensors, self.aliases, self.means, self.boxes[rank], self.scalars[rank], self.covers[rank])
+    def of(self, rank: int, rows: Sequence[Row] = ()) -> RankPlan:
+        """`rows` are the rank's own layout, for what it shares."""
+        return RankPlan(
+            self.tensors,
+            self.aliases,
+            self.means,
+            self.boxes[rank],
+            self.scalars[rank],
+            self.covers[rank],
+            shared_boxes(rows, self.shared[rank]),
+        )
+
+
+def shared_boxes(rows: Sequence[Row], bits: int) -> frozenset[tuple[str, Box]]:
+    """Those of a rank's own layout whose bit is set."""
+    return frozenset(
+        (name, Box(tuple(offset), tuple(size)))
+        for number, (name, _, _, _, offset, size, _) in enumerate(rows)
+        if bits >> number & 1
+    )
 
 
 Held = dict[str, dict[Box, list[int]]]  # by tensor and box: the ranks that hold it, ascending
@@ -156,7 +176,8 @@ def plan_save(
     the covers to tell them. `LayoutError` if ranks disagree on a tensor, or if their boxes leave a hole or overlap
     without being equal.
     """
-    tensors, held, averaged = _merge(layouts)
+    tensors, held, averaged, holders = _merge(layouts)
+    shared = [_bits(rows, own) for rows, own in zip(layouts, holders, strict=True)]
     aliases = _aliases(layouts, held)
     for name in aliases:
         del tensors[name], held[name]
@@ -173,15 +194,19 @@ def plan_save(
     }
     covers = [cover((box, tensors[name].shape) for name, box in own) for own in boxes_by_rank]
     means = _means(held, averaged, boxes_by_rank, scalars_by_rank)
-    return SavePlan(named, dict(sorted(aliases.items())), means, boxes_by_rank, scalars_by_rank, covers)
+    return SavePlan(named, dict(sorted(aliases.items())), means, boxes_by_rank, scalars_by_rank, covers, shared)
 
 
-def _merge(layouts: Sequence[Sequence[Row]]) -> tuple[dict[str, LogicalTensor], Held, set[str]]:
-    """Every tensor, who holds which box of it, and which tensors are averaged."""
+def _merge(
+    layouts: Sequence[Sequence[Row]],
+) -> tuple[dict[str, LogicalTensor], Held, set[str], list[list[list[int]]]]:
+    """Every tensor, who holds which box of it, which tensors are averaged; and by rank and row who holds that box."""
+    holders: list[list[list[int]]] = []
     tensors: dict[str, LogicalTensor] = {}
     averaged: dict[str, bool] = {}
     held: Held = {}
     for rank, rows in enumerate(layouts):
+        holders.append([])
         for name, _, dtype, shape, offset, size, mean in rows:
             if (known := tensors.get(name)) is None:
                 known = tensors[name] = LogicalTensor(dtype, tuple(shape))
@@ -196,7 +221,14 @@ def _merge(layouts: Sequence[Sequence[Row]]) -> tuple[dict[str, LogicalTensor], 
             if ranks and ranks[-1] == rank:
                 raise LayoutError(f"{name}: rank {rank} describes the box at {tuple(offset)} twice")
             ranks.append(rank)
-    return tensors, held, {name for name, mean in averaged.items() if mean}
+            holders[-1].append(ranks)
+    return tensors, held, {name for name, mean in averaged.items() if mean}, holders
+
+
+def _bits(rows: Sequence[Row], holders: Sequence[Sequence[int]]) -> int:
+    """A bit for every row of which others should hold the same."""
+    marks = ["1" if len(ranks) > 1 and not row[-1] else "0" for row, ranks in zip(rows, holders, strict=True)]
+    return int("".join(reversed(marks)) or "0", 2)
 
 
 def _check_tilings(tensors: dict[str, LogicalTensor], held: Held) -> None:

@@ -12,7 +12,7 @@ from checkpointing.collective import Team
 from checkpointing.format import LogicalTensor, Manifest, digest
 from checkpointing.geometry import Box
 from checkpointing.match import check_nothing_left
-from checkpointing.plan import Mean, RankPlan, Row, SavePlan, collecting_later, plan_save
+from checkpointing.plan import Mean, RankPlan, Row, SavePlan, collecting_later, plan_save, shared_boxes
 
 REMEMBERED = 8  # layouts of this process: a run that saves several models takes turns between them
 
@@ -101,7 +101,7 @@ def _plan(team: Team, text: str) -> RankPlan:
 
     team.together(plan)
     common, share = json.loads(team.from_first(lambda rank: f"[{parts[0]},{parts[1 + rank]}]"))
-    return _decode(common, share)
+    return _decode(common, share, json.loads(text))
 
 
 def _encode(plan: SavePlan) -> list[str]:
@@ -112,13 +112,18 @@ def _encode(plan: SavePlan) -> list[str]:
     }
     number = {name: n for n, name in enumerate(plan.tensors)}
     shares = [
-        {"boxes": [[number[name], box.offset, box.size] for name, box in boxes], "scalars": scalars, "cover": cover}
-        for boxes, scalars, cover in zip(plan.boxes, plan.scalars, plan.covers, strict=True)
+        {
+            "boxes": [[number[name], box.offset, box.size] for name, box in boxes],
+            "scalars": scalars,
+            "cover": cover,
+            "shared": f"{shared:x}",
+        }
+        for boxes, scalars, cover, shared in zip(plan.boxes, plan.scalars, plan.covers, plan.shared, strict=True)
     ]
     return [json.dumps(part, separators=(",", ":")) for part in (common, *shares)]
 
 
-def _decode(common: dict[str, Any], share: dict[str, Any]) -> RankPlan:
+def _decode(common: dict[str, Any], share: dict[str, Any], rows: Sequence[Row]) -> RankPlan:
     names = [name for name, *_ in common["tensors"]]
     return RankPlan(
         tensors={
@@ -133,4 +138,5 @@ def _decode(common: dict[str, Any], share: dict[str, Any]) -> RankPlan:
         boxes=[(names[number], Box(tuple(offset), tuple(size))) for number, offset, size in share["boxes"]],
         scalars=share["scalars"],
         cover=tuple((low, high) for low, high in share["cover"]),
+        shared=shared_boxes(rows, int(share["shared"], 16)),
     )

@@ -89,29 +89,37 @@ def _part(part: Part, held: dict[tuple[str, Box], Piece], rank: int) -> str:
     return base64.b64encode(tensor_bytes(multiplied(piece.tensor.reshape(-1)[start:stop], piece.divisor))).decode()
 
 
-def check_replicas(team: Team, pieces: Sequence[Piece]) -> None:
+def check_replicas(team: Team, plan: RankPlan, pieces: Sequence[Piece]) -> None:
     """`ReplicaError` on all ranks unless every box has the same bytes wherever it is held. Collective.
 
-    Every rank reads all its pieces once. Averaged pieces may differ.
+    Every rank reads once what others hold too, of a layout without replicas nothing. Averaged pieces may differ.
     """
-
-    def digests() -> list[tuple[str, tuple[int, ...], tuple[int, ...], str]]:
-        return [(p.name, p.offset, p.box.size, digest_of(p)) for p in pieces if p.tensor.numel() and not p.mean]
-
-    seen: dict[tuple[str, tuple[int, ...], tuple[int, ...]], dict[str, int]] = defaultdict(dict)
-    for rank, told in enumerate(team.together(digests)):
-        for name, offset, size, found in told:
-            seen[name, tuple(offset), tuple(size)].setdefault(found, rank)
-    differing = [
-        f"{name} at {offset} (ranks {' and '.join(map(str, sorted(by.values())[:2]))})"
-        for (name, offset, _), by in sorted(seen.items())
-        if len(by) > 1
+    shared = [piece for piece in pieces if (piece.name, piece.box) in plan.shared and piece.tensor.numel()]
+    seen: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for rank, told in enumerate(team.together(lambda: [(_key(piece), digest_of(piece)) for piece in shared])):
+        for key, found in told:
+            seen[key][found].append(rank)
+    if not (differing := [(key, list(by.values())) for key, by in sorted(seen.items()) if len(by) > 1]):
+        return
+    names = {_key(piece): f"{piece.name} at {piece.offset}" for piece in pieces}
+    told = [
+        f"{names.get(key, key)} ({' against '.join(_ranks(group) for group in sorted(groups, key=len, reverse=True))})"
+        for key, groups in differing
     ]
-    if differing:
-        raise ReplicaError(
-            f"replicas of {len(differing)} boxes differ: {first_few(differing)}. Nothing was saved. Ranks that should "
-            "hold the same values have drifted apart; save with check_replicas=False to keep one rank's copy"
-        )
+    raise ReplicaError(
+        f"replicas of {len(differing)} boxes differ: {first_few(told)}. Nothing was saved. Ranks that should hold the "
+        "same values have drifted apart, as where a chip computes wrongly; with check_replicas=False one rank's copy "
+        "is saved"
+    )
+
+
+def _key(piece: Piece) -> str:
+    """Of a box, short: all ranks exchange them."""
+    return xxhash.xxh3_64_hexdigest(repr((piece.name, piece.offset, piece.box.size)).encode())
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {first_few([str(rank) for rank in ranks])}"
 
 
 def digest_of(piece: Piece) -> str:

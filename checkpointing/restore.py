@@ -16,7 +16,7 @@ from checkpointing.collective import Team, as_team
 from checkpointing.commit import as_storage
 from checkpointing.errors import DamagedError, LayoutError, MismatchError, NotFoundError, VersionError, first_few
 from checkpointing.format import Manifest
-from checkpointing.generations import candidates, read_manifest, scan
+from checkpointing.generations import candidates, check_readable, read_manifest, scan
 from checkpointing.geometry import External, Piece, parts_of
 from checkpointing.lease import hold
 from checkpointing.match import check_complete, check_external, check_targets, without_other_names
@@ -51,6 +51,7 @@ def load(
 
     With neither `step` nor `generation` (a name) the newest sound generation is loaded: damage is logged as a
     warning and the next older one taken, by all ranks together. With one of them, damage raises `DamagedError`.
+    `UnreadableError` where the storage goes on failing: nothing is passed over for that, and a later call may succeed.
     `MismatchError` if a piece is not in the generation, or an element of a stored tensor in no rank's pieces; `only`
     (prefixes of names) loads less, and other pieces stay as they are. A piece may be of another dtype where that keeps
     every value; `cast` rounds. Tensors that the generation calls external must be declared with the same content.
@@ -157,6 +158,7 @@ def _choose(
     found = [(number, g) for number, storage in enumerate(storages) for g in candidates(storage)]
     if not found:
         raise NotFoundError(f"there is no committed generation in {where}")
+    check_readable(generation for _, generation in found)
     for number, other in found:
         if isinstance(other.damage, VersionError):
             raise other.damage
@@ -197,6 +199,7 @@ def _choose_of_step(storage: Storage, step: int) -> str:
     """The last save of a step. It may have been saved again after a rollback, which abandons the one before."""
     found = [g for g in scan(storage) if g.committed and g.step == step]
     found = [g for g in found if not g.abandoned] or found
+    check_readable(found)
     if not found:
         raise NotFoundError(f"there is no committed generation of step {step} in {storage}")
     if unreadable := next((g for g in found if g.manifest is None), None):

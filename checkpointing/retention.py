@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from checkpointing.format import COMMIT, Manifest
-from checkpointing.generations import Generation, scan
+from checkpointing.generations import Generation, look, scan
 from checkpointing.lease import held_generations
 from checkpointing.storage import Storage
 
@@ -47,8 +47,11 @@ def prune(storage: Storage, keep: Keep) -> list[str]:
     For one process at a time. Abandoned generations go once `keep.last` others are there; damaged ones do not count,
     and stay for a person to look at.
     """
-    sound = [g for g in scan(storage) if g.sound]
+    sound = [g for g in scan(storage, remembered=True) if g.sound]
     current = [g for g in sound if not g.abandoned]
+    if not all(look(storage, g.name).sound for g in current[: keep.last]):  # that are counted on
+        sound = [g for g in scan(storage) if g.sound]
+        current = [g for g in sound if not g.abandoned]
     kept = keep.chosen(current)
     doomed = [g for g in current if g.name not in kept]
     doomed += [g for g in sound if g.abandoned] if len(current) >= keep.last else []

@@ -7,27 +7,34 @@ Names are relative and use `/`, such as `step-00000030-9f3a61c2/manifest.json`.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import secrets
 import stat
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol, TypeVar
 
 import numpy as np
 
-from checkpointing.errors import DamagedError, NotFoundError
+from checkpointing.errors import DamagedError, NotFoundError, UnreadableError
+
+logger = logging.getLogger("checkpointing")
 
 SMALL_BYTES = 1024 * 1024  # smaller chunks are joined up to this
 SYNC_BYTES = 64 * 1024 * 1024  # written between one request to the disk and the next
+DRAFT = ".draft-"  # a small file before it has its name
+SETTLED_NS = 2_000_000_000  # after so long a directory's time tells its next change
 WRITES_BEHIND = 2  # chunks that wait to be written: bounds the memory of a save
 
 Buffer = bytes | bytearray | memoryview
 Data = bytearray | memoryview  # writable
+Read = TypeVar("Read")
 
 
 class Storage(Protocol):
@@ -37,7 +44,8 @@ class Storage(Protocol):
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[Data]:
         """The bytes of each (start, stop), the caller's own.
 
-        `NotFoundError` without the object, `DamagedError` where the bytes cannot be had.
+        `NotFoundError` without the object, `DamagedError` where it is shorter, or no file: reading again would not
+        help. `UnreadableError` where the storage goes on failing: that says nothing of the object.
         """
 
     def list(self, prefix: str = "") -> dict[str, int]:
@@ -62,46 +70,75 @@ class FileStorage:
     def put(self, name: str, chunks: Iterable[Buffer]) -> None:
         path = self._path(name)
         make_directories(path.parent)
-        with open(path, "wb", buffering=0) as file:
-            write_behind(file.fileno(), chunks)
-            os.fsync(file.fileno())
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # no link, and no pipe
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            write_behind(descriptor, chunks)
+            # Not cut off before: a heartbeat that takes the place of the last one needs no room on a full disk.
+            os.ftruncate(descriptor, os.lseek(descriptor, 0, os.SEEK_CUR))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         sync_directory(path.parent)
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[Data]:
-        try:
-            descriptor = os.open(self._path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except (FileNotFoundError, NotADirectoryError):
-            raise NotFoundError(f"{self.root / name} does not exist") from None
-        except OSError as error:
-            raise DamagedError(f"{self.root / name} cannot be read: {error.strerror}") from error
-        try:
-            return [_read_range(descriptor, start, stop, self.root / name) for start, stop in ranges]
-        except OSError as error:  # such as EIO of a disk that fails
-            raise DamagedError(f"{self.root / name} cannot be read: {error.strerror}") from error
-        finally:
-            os.close(descriptor)
+        path = self._path(name)
+
+        def read() -> list[Data]:  # opened anew each time: a handle may be what is stale
+            descriptor = os.open(path, READ_FLAGS)
+            try:
+                return [_read_range(descriptor, start, stop, path) for start, stop in ranges]
+            finally:
+                os.close(descriptor)
+
+        return retried(path, read)
 
     def list(self, prefix: str = "") -> dict[str, int]:
-        found = {}
-        top = self._path(prefix.rpartition("/")[0])  # only the directory that the prefix leads into is walked
-        for directory, _, files in os.walk(top, onerror=_absent_is_empty):
-            for file in files:
-                path = Path(directory, file)
-                name = path.relative_to(self.root).as_posix()
-                if name.startswith(prefix):
-                    try:
-                        status = path.lstat()
-                    except FileNotFoundError:
-                        continue  # deleted by another process between the listing and the look
-                    if stat.S_ISREG(status.st_mode):  # no links out of here, and no pipes that never end
-                        found[name] = status.st_size
-        return dict(sorted(found.items()))
+        """What cannot be listed must not pass for empty, or a run would start over; what is not there is empty."""
+        above = _inside(prefix, str(self.root)).rpartition("/")[0]
+        return dict(sorted(retried(self.root / above, lambda: self._sizes(above, prefix)).items()))
+
+    def _sizes(self, above: str, prefix: str) -> dict[str, int]:
+        """The size of every file below `above` whose name starts with `prefix`; no other directory is entered."""
+        found: dict[str, int] = {}
+        directories = [above]
+        while directories:
+            directory = directories.pop()
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / directory) as entries:
+                for entry in entries:
+                    name = f"{directory}/{entry.name}" if directory else entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        if f"{name}/".startswith(prefix) or prefix.startswith(f"{name}/"):
+                            directories.append(name)
+                    elif name.startswith(prefix) and entry.is_file(follow_symlinks=False):  # no links out
+                        with suppress(FileNotFoundError):  # deleted by another process meanwhile
+                            found[name] = entry.stat(follow_symlinks=False).st_size
+        return found
+
+    def directories(self) -> dict[str, int]:
+        """The directories right below, each with a stamp that changes when a file in it comes or goes.
+
+        Whoever remembers what lies in one knows by it that nothing has changed. 0 where it cannot be told, because it
+        changed a moment ago: clocks of filesystems are coarse.
+        """
+        found, now = dict[str, int](), time.time_ns()
+
+        def look() -> None:
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        with suppress(FileNotFoundError):  # deleted by another process meanwhile
+                            changed = entry.stat(follow_symlinks=False).st_mtime_ns
+                            found[entry.name] = changed if changed < now - SETTLED_NS else 0
+
+        retried(self.root, look)
+        return found
 
     def create_if_absent(self, name: str, data: bytes) -> bool:
         path = self._path(name)
         make_directories(path.parent)
         # A link makes the name and the content appear at once; whoever dies before it leaves a draft and no object.
-        draft = path.parent / f".draft-{secrets.token_hex(8)}"
+        draft = path.parent / f"{DRAFT}{secrets.token_hex(8)}"
         try:
             _create(draft, data)
             created = _link(draft, path)
@@ -137,10 +174,30 @@ class FileStorage:
         return self.root / _inside(name, str(self.root))
 
 
-def _absent_is_empty(error: OSError) -> None:
-    """What cannot be listed must not pass for empty: a run would start over."""
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        raise error
+READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+RETRY_S = (0.05, 0.5, 2.0, 5.0)  # waits before what cannot be read is tried again: a server takes seconds to fail over
+_NO_FILE = {errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENODEV, errno.ESPIPE}  # a link, a directory, a socket, a pipe
+_FOR_GOOD = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+
+
+def retried(path: Path, read: Callable[[], Read]) -> Read:
+    """What `read` returns; it is called again where the storage fails, and raises OSError then.
+
+    `NotFoundError` without the file, `DamagedError` where something else lies there, `UnreadableError` in the end.
+    """
+    for wait in (*RETRY_S, None):
+        try:
+            return read()
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFoundError(f"{path} does not exist") from None
+        except OSError as error:
+            if error.errno in _NO_FILE:
+                raise DamagedError(f"{path} cannot be read: {error.strerror}") from error
+            if wait is None or error.errno in _FOR_GOOD:
+                raise UnreadableError(f"{path} cannot be read: {error.strerror}") from error
+            logger.warning("%s cannot be read: %s; it is tried again in %s s", path, error.strerror, wait)
+            time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
 
 
 def _create(path: Path, data: bytes) -> None:
@@ -180,6 +237,8 @@ def write_behind(descriptor: int, chunks: Iterable[Buffer]) -> None:
             if len(pending) > WRITES_BEHIND:
                 pending.popleft().result()
             if unsynced >= SYNC_BYTES and (syncing is None or syncing.done()):
+                if syncing is not None:
+                    syncing.result()  # the kernel says once that it lost what was written: later syncs succeed
                 syncing, unsynced = syncer.submit(os.fdatasync, descriptor), 0
         while pending:
             pending.popleft().result()
@@ -230,6 +289,43 @@ def make_directories(path: Path) -> None:
         path.mkdir()
     except FileExistsError:
         return
+    sync_directory(path.parent)
+
+
+SMALL_FILE_BYTES = 64 * 1024
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A file to be read. `OSError` for a link, which may lead anywhere, and for a pipe, which may never end."""
+    descriptor = os.open(path, READ_FLAGS)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.ENXIO, "not a file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_small(path: Path) -> bytes:
+    """A small file, whole. `NotFoundError` without it, `DamagedError` for a link or more than is ever written."""
+
+    def read() -> bytes:
+        with open_file(path) as file:
+            return file.read(SMALL_FILE_BYTES + 1)
+
+    data = retried(path, read)
+    if len(data) > SMALL_FILE_BYTES:
+        raise DamagedError(f"{path} has more than {SMALL_FILE_BYTES:,} bytes, and is not what its name says")
+    return data
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file, durable when this returns. At any moment it holds all of the old content, or of the new."""
+    draft = path.parent / f"{DRAFT}{secrets.token_hex(8)}"
+    try:
+        _create(draft, data)
+        os.replace(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
 
 

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 from launch.options import TARGETS, add_targets, read
 from trainer.errors import Refused
+from trainer.process import run_as_process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,4 +76,4 @@ def parse(options: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_process(main)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
+
+from trainer.process import run_as_process
 
 
 def main() -> int:
@@ -18,3 +21,8 @@ def main() -> int:
         print("usage: evershard train|ckpt|launch ...", file=sys.stderr)
         return 2
     return program()
+
+
+def command() -> NoReturn:
+    """The console command itself."""
+    run_as_process(main)

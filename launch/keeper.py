@@ -14,16 +14,19 @@ from pathlib import Path
 from checkpointing.memory import keeper
 from checkpointing.memory.directory import LOG, make_directory
 from trainer.compose import compose
-from trainer.resume import MEMORY_ID, make_memory_directory
+from trainer.identity import came_from
+from trainer.resume import make_memory_directory, memory_directory
 
 NAMED_S = 60.0
 
 
 def main(overrides: Sequence[str] | None = None) -> int:
     config = compose(sys.argv[1:] if overrides is None else overrides)
-    name, deadline = Path(config.run.dir) / MEMORY_ID, time.monotonic() + NAMED_S
-    while os.environ.get("SLURM_PROCID", "0") != "0" and not name.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)  # the first machine's names it for all
+    # The first machine's names it for all; that of a copied run is named by its trainer.
+    names, deadline = os.environ.get("SLURM_PROCID", "0") == "0", time.monotonic() + NAMED_S
+    names = names and not came_from(Path(config.run.dir))
+    while not names and memory_directory(config) is None and time.monotonic() < deadline:
+        time.sleep(0.1)
     root = make_memory_directory(config)
     make_directory(root)
     with open(root / LOG, "ab") as log:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.check import check
-from trainer.choices import CHOICES, Launch
+from trainer.choices import CHOICES, Launch, is_secret
 from trainer.compose import compose
 from trainer.config import Config
 from trainer.errors import Refused
@@ -75,6 +75,7 @@ def read(target: str, flags: argparse.Namespace, overrides: Sequence[str]) -> Ca
         config = replace(config, launch=_of_another(config, target, given))
         check(config)
     passed = list(overrides) if target == "local" else [*chosen, *overrides]
+    passed = [word for word in passed if not is_secret(word)]  # of use to the job's script alone, which has it
     return Call(target, config, passed, list(_as_flags(given)), flags.dry_run, flags.multirun)
 
 

@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def script(calls: Sequence[Call], name: str) -> Script:
     runs = [patient(call) for call in calls]
     keeper = '"${each[@]}" "$python" -m launch.keeper "${overrides[@]}" &' if memory.every else ""
     values = {
-        "options": "\n".join(f"#SBATCH {flag}" for flag in flags(options, name, runs)),
+        "options": "\n".join(f"#SBATCH {_checked(flag)}" for flag in flags(options, name, runs)),
         "directory": shlex.quote(str(Path.cwd())),
         "setup": "\n".join(options.setup),
         "home": shlex.quote(str(_home(runs) / "launch")),
@@ -77,8 +77,28 @@ def script(calls: Sequence[Call], name: str) -> Script:
         "keeper": keeper,
         "nproc": str(options.nproc),
     }
-    text = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
-    return Script(re.sub(r"\n\n(?=set -u)|\n{3,}", "\n", text), runs)
+    for key in ("directory", "home", "python", "root"):  # some stand in a comment
+        _checked(values[key])
+    return Script(fill(TEMPLATE.read_text(encoding="utf-8"), values), runs)
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """Each `{{name}}` by its value, and nothing inside a value; a line that is an empty value is left out."""
+
+    def value(match: re.Match[str]) -> str:
+        found = values[match["line"] or match["word"]]
+        return found + "\n" if match["line"] and found else found
+
+    return re.sub(r"^\{\{(?P<line>\w+)\}\}\n|\{\{(?P<word>\w+)\}\}", value, template, flags=re.MULTILINE)
+
+
+def _checked(line: str) -> str:
+    if not line.isprintable():
+        raise Refused(
+            f"{line!r} would be more than one line of the job's script: it holds a line break or a control character. "
+            "Type it without."
+        )
+    return line
 
 
 def patient(call: Call) -> Call:
@@ -96,7 +116,8 @@ def flags(options: SlurmLaunch, name: str, runs: Sequence[Call]) -> list[str]:
     """Of sbatch, one a line."""
     least, most = bounds(options.nodes, "launch.nodes")
     nodes = f"{least}" if least == most else f"{least}-{most}"
-    where = _home(runs) / "launch" / ("job-%A_%a.log" if len(runs) > 1 else "job-%j.log")
+    home = Path(str(_home(runs)).replace("%", "%%"))  # a sign of sbatch's, for numbers of the job
+    where = home / "launch" / ("job-%A_%a.log" if len(runs) > 1 else "job-%j.log")
     found = [f"--job-name={_word(name)}", f"--nodes={nodes}", "--ntasks-per-node=1", f"--output={_quoted(where)}"]
     found += ["--requeue", "--open-mode=append", f"--signal=B:{_warning(runs[0])}@{options.warn_s}"]
     if len(runs) > 1:
@@ -122,8 +143,10 @@ def _home(runs: Sequence[Call]) -> Path:
 
 
 def _quoted(path: Path) -> str:
-    """As sbatch reads it on a line of its own."""
-    return f'"{path}"' if re.search(r"\s", str(path)) else str(path)
+    """As sbatch reads it on a line of its own. `Refused` for what it would read as more than a name."""
+    if found := re.search(r'["\\]', str(path)):
+        raise Refused(f"sbatch takes {found[0]} in {path} for a sign of its own. Type run.dir=DIRECTORY without it.")
+    return str(path) if re.fullmatch(r"[\w./%@+:,=-]+", str(path)) else f'"{path}"'
 
 
 def _word(name: str) -> str:
@@ -183,6 +206,8 @@ def hand_in(script: Script) -> str:
     path = home / "job.sbatch"
     try:
         home.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.chmod(0o600)  # its set-up lines may hold secrets
         path.write_text(script.text, encoding="utf-8")
     except OSError as error:
         raise Refused(

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launch.command import TRAINER
+from trainer.elastic.launcher import LAUNCHER, this_launcher
 from trainer.elastic.preemption import AGAIN, take_early, warnings_of
 from trainer.outcome import DIRECTORY, Outcome, read
 
@@ -69,16 +70,18 @@ def _status(outcome: Outcome | None, status: int | None, signum: int) -> int:
 
 @contextlib.contextmanager
 def _outcomes() -> Iterator[Path]:
-    """Where trainers say how they ended: where a job asks for it, or here."""
-    if given := os.environ.get(DIRECTORY):
-        yield Path(given)
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        os.environ[DIRECTORY] = directory
+    """Where trainers say how they ended: where a job asks for it, or here. They are told who starts them, too."""
+    given = os.environ.get(DIRECTORY)
+    with tempfile.TemporaryDirectory() as own:
+        before = {key: os.environ.get(key) for key in (DIRECTORY, LAUNCHER)}
+        os.environ |= {DIRECTORY: given or own, LAUNCHER: this_launcher()}
         try:
-            yield Path(directory)
+            yield Path(given or own)
         finally:
-            del os.environ[DIRECTORY]
+            for key, value in before.items():
+                os.environ.pop(key)
+                if value is not None:
+                    os.environ[key] = value
 
 
 class _Forward:

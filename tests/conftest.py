@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -18,52 +20,122 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from tests.cluster import why_no_cluster
-from tests.worlds import WORLD
+from tests.harness import forks
+from tests.harness.cluster import why_no_cluster
+from tests.harness.leftovers import Before
+from tests.harness.processes import wait_for
+from tests.harness.worlds import SharedWorld
 
-ROOT = Path(__file__).resolve().parents[1]
+pytest_plugins = ["tests.harness.tiers"]
 ALLOWED_SKIP = "needs CUDA"
-LAST = "tests/test_leftovers.py"
 
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)  # a machine that stalls for seconds says nothing of the code
 settings.load_profile("untimed")
-_skips: dict[str, str] = {}
-CUT_DOWN: list[str] = []  # what a test left out on this machine, in words
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    wait = "how long what was started may take to be gone in the end (default 30)"
+    parser.addoption("--leave-seconds", type=float, default=30.0, metavar="N", help=wait)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.shared_memory_before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()  # type: ignore[attr-defined]
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Session(), "session-of-tests")
+    else:  # so that the first test that needs something does not pay for its import
+        for name in ("torchao", "torch.utils._pytree"):  # which warn of kernels for other GPUs, once in every worker
+            logging.getLogger(name).setLevel(logging.ERROR)
+        forks.preload()
+    config.stash[CUT_DOWN] = []
+
+
+CUT_DOWN = pytest.StashKey[list[str]]()  # what was left out on this machine, in words
+
+
+class _Session:
+    """In the process that was started, whichever processes run the tests: what there was before and is there after."""
+
+    def __init__(self) -> None:
+        self._before = Before()
+        self._server: forks.Server | None = None
+        self._skips: dict[str, str] = {}
+        self._cut_down: set[str] = set()
+        self._left: list[str] = []
+
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        if not session.config.option.collectonly:
+            self._server = forks.Server()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and isinstance(report.longrepr, tuple):
+            self._skips[report.nodeid] = report.longrepr[2]
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        self._cut_down |= set(getattr(node, "workeroutput", {}).get("cut_down", []))
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self._server is not None:
+            self._server.stop()
+        self._cut_down |= set(session.config.stash[CUT_DOWN])
+        try:
+            wait_for(
+                lambda: not self._before.processes() and not self._before.memory(), session.config.option.leave_seconds
+            )
+        except AssertionError:
+            self._left = [*self._before.processes(), *(f"/dev/shm/{name}" for name in self._before.memory())]
+        unfit = any(ALLOWED_SKIP not in reason for reason in self._skips.values())
+        if (self._left or unfit) and session.exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.section("skipped, cut down or left behind")
+        for nodeid, reason in self._skips.items():
+            terminalreporter.write_line(f"{nodeid}: {reason}")
+        for line in sorted(self._cut_down):
+            terminalreporter.write_line(line)
+        for what in self._left:
+            terminalreporter.write_line(f"LEFT BEHIND: {what}", red=True)
+        terminalreporter.write_line(f"{len(self._skips)} skipped; long campaigns: pytest -m soak")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The test of what is left behind runs when everything else has; those of SLURM where a SLURM can be started."""
-    items.sort(key=lambda item: item.nodeid.startswith(LAST))
+    """Tests of SLURM run where a SLURM can be started."""
     of_slurm = [item for item in items if item.get_closest_marker("slurm")]
     if of_slurm and (why := why_no_cluster()):
         config.hook.pytest_deselected(items=of_slurm)
         items[:] = [item for item in items if item not in of_slurm]
-        CUT_DOWN.append(f"NOT RUN: {len(of_slurm)} tests of SLURM: {why}")
+        config.stash[CUT_DOWN].append(f"NOT RUN: {len(of_slurm)} tests of SLURM: {why}")
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.skipped and isinstance(report.longrepr, tuple):
-        _skips[report.nodeid] = report.longrepr[2]
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["cut_down"] = session.config.stash[CUT_DOWN]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    terminalreporter.section("skipped or cut down")
-    for nodeid, reason in _skips.items():
-        terminalreporter.write_line(f"{nodeid}: {reason}")
-    for line in CUT_DOWN:
-        terminalreporter.write_line(line)
-    terminalreporter.write_line(f"{len(_skips)} skipped; deselected soak tests: pytest -m soak")
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Each of them may have a world of four processes beside it."""
+    return max(2, min(8, len(os.sched_getaffinity(0))))
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    WORLD.stop()
-    if any(ALLOWED_SKIP not in reason for reason in _skips.values()) and exitstatus == 0:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+@pytest.fixture(scope="session")
+def world() -> Iterator[SharedWorld]:
+    """The processes that tests share: forks that stay. Who asks for it is a world test."""
+    shared = SharedWorld(forked=True)
+    yield shared
+    shared.stop()
+
+
+@pytest.fixture(scope="session")
+def processes() -> None:
+    """Leave to start processes. Who asks for it is a journey."""
+
+
+@pytest.fixture(scope="session")
+def long() -> None:
+    """Leave to take longer than a unit test may."""
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.processes import wait_for
 from checkpointing.generations import scan
 from checkpointing.storage import FileStorage
-from tests.conftest import ROOT
+from tests.harness.processes import ROOT, wait_for
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 
 def test_the_code_on_the_page_runs(in_tmp: Path) -> None:

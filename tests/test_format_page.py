@@ -12,7 +12,7 @@ import xxhash
 from checkpointing import External, Piece, load
 from checkpointing.codec import decode_index, decode_manifest
 from checkpointing.format import PAGE, digest
-from tests.conftest import ROOT
+from tests.harness.processes import ROOT
 
 
 def test_the_example_can_be_loaded(tmp_path: Path) -> None:

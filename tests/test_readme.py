@@ -13,9 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import checkpointing
-from benchmarks.processes import kill_tree
-from tests.conftest import ROOT
-from tests.runs import environment
+from tests.harness.processes import ROOT, kill_tree
+from tests.harness.runs import environment
 
 README = (ROOT / "README.md").read_text()
 
@@ -46,6 +45,7 @@ def run_block(text: str, directory: Path) -> str:
     return output
 
 
+@pytest.mark.usefixtures("processes")
 def test_the_demonstration_and_the_comparison(tmp_path: Path) -> None:
     output = run_block(block("demonstration"), tmp_path)
     assert "parallel.dp_shard was 1, is -1" in output and "saved by 2 processes" in output
@@ -71,6 +71,7 @@ def test_the_demonstration_and_the_comparison(tmp_path: Path) -> None:
         run_block(block("comparison"), tmp_path)
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_sparse_run_and_what_comes_out_of_it(tmp_path: Path) -> None:
     output = run_block(block("methods"), tmp_path)
     assert "selected   step 0: 73,984 entries of 28 weights" in output

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.harness.processes import ROOT
 
 # Modules without behaviour of their own, and where they are tested.
 ELSEWHERE = {
@@ -14,6 +15,8 @@ ELSEWHERE = {
     "trainer/errors.py": "names only",
     "trainer/__main__.py": "trainer/cli.py, in processes of its own",
 }
+# Of what tests share, these are used by all of them, or are tested through another.
+SHARED = ("cluster", "engines", "models", "rank", "runs", "threads")
 MODULES = [
     path.relative_to(ROOT)
     for package in ("trainer", "checkpointing", "launch", "benchmarks")
@@ -26,6 +29,15 @@ MODULES = [
 def test_every_module_has_its_namesake(module: Path) -> None:
     namesake = ROOT / "tests" / module.parent / f"test_{module.stem.strip('_')}.py"
     assert namesake.exists() != (module.as_posix() in ELSEWHERE), namesake
+
+
+def test_what_tests_share_is_tested_and_is_not_of_the_benchmarks() -> None:
+    harness = ROOT / "tests" / "harness"
+    modules = {path.stem for path in harness.glob("*.py") if not path.stem.startswith(("test_", "__"))}
+    assert {name for name in modules if not (harness / f"test_{name}.py").exists()} == set(SHARED)
+    users = [path for path in (ROOT / "tests").rglob("*.py") if "benchmarks" not in path.parts]
+    importing = [path.name for path in users if re.search(r"^\s*(from|import) benchmarks", path.read_text(), re.M)]
+    assert importing == []
 
 
 def test_the_architecture_page_names_every_module_of_the_first_level() -> None:

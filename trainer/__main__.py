@@ -18,6 +18,7 @@ from trainer.elastic.preemption import note_early
 if __name__ == "__main__":
     note_early()
 
-    from trainer.cli import run_as_process  # seconds of imports
+    from trainer.cli import main  # seconds of imports
+    from trainer.process import run_as_process
 
-    run_as_process()
+    run_as_process(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -19,6 +20,7 @@ from trainer.elastic.preemption import warnings_of
 from trainer.errors import Refused
 
 
+@functools.cache
 def register() -> None:
     """Make the schemas known to Hydra, so that unknown keys and wrong types are refused when it composes."""
     store = ConfigStore.instance()
@@ -77,6 +79,13 @@ def check(config: Config) -> None:
     _check_bounds(config, "")
     if not config.run.name.strip() or not config.run.dir.strip():
         raise Refused("run.name and run.dir must not be empty. Type run.name=NAME.")
+    for key, name in {
+        "run.name": config.run.name,
+        "run.dir": config.run.dir,
+        "checkpoint.dir": config.checkpoint.dir,
+    }.items():
+        if not name.isprintable():  # in a job's script, a log or a terminal it would be more than a name
+            raise Refused(f"{key}={name!r} holds a line break or a control character. Type {key}=NAME without it.")
     known = option_keys(config) | set(CHOICES)
     for key in config.resume_allow:
         if not any(k == key or k.startswith(f"{key}.") for k in known):

@@ -299,6 +299,15 @@ class SlurmLaunch(Launch):
     parallel_points: int = option(0, low=0)  # of a sweep, jobs that run at a time; 0: all
 
 
+# Options whose values may be secret, such as `export HF_TOKEN=...`: they go into no record of a run, wherever it lies.
+SECRET = ("launch.setup",)
+
+
+def is_secret(override: str) -> bool:
+    """Whether an override sets an option whose value may be secret."""
+    return override.lstrip("+~").partition("=")[0] in SECRET
+
+
 # Choices of a group whose options differ: each has a YAML of the same name in conf/, which brings in its schema.
 CHOICES: dict[str, dict[str, type]] = {
     "model": {"tiny_llama": TinyLlama, "hf": HuggingFace},

@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import sys
 import time
 import warnings
-from typing import NoReturn
 
 from checkpointing.errors import CheckpointError
 from trainer.elastic.preemption import listen_no_more, was_warned
-from trainer.errors import Refused, TrainingFailed
+from trainer.errors import AlsoRefused, Refused, TrainingFailed
 from trainer.outcome import Outcome, leave
 
 PATIENCE_S = 10  # far more than a launcher takes to end its processes after the first has failed
-
-
-def run_as_process() -> NoReturn:
-    """`main`, and the end of the process with its status, without tearing the interpreter down.
-
-    FSDP2's caches keep process groups alive after they are destroyed. A thread of gloo that lets go of its last tensor
-    while Python tears itself down aborts the process, and a run that succeeded would end with status 134.
-    """
-    status = 1  # of an exception that nobody caught
-
-    def end() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-    atexit.register(end)  # the first to register is the last to be called: wandb and the others have left by then
-    try:
-        status = main()
-    except SystemExit as error:  # of `--help` and its kin
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
-        raise
-    sys.exit(status)
 
 
 def main() -> int:
@@ -51,6 +27,8 @@ def main() -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         status = _compose_and_run()
+    except AlsoRefused:
+        return 2
     except BaseException as error:
         leave(Outcome.of(error))
         listen_no_more()
@@ -61,7 +39,7 @@ def main() -> int:
 
 
 def _explain(error: BaseException) -> int:
-    """In one paragraph what a user can do about; the exit status."""
+    """Say in one paragraph what a user can do about it; returns the exit status."""
     if isinstance(error, Refused):
         return say(error, 2)
     if isinstance(error, TrainingFailed | CheckpointError):
@@ -103,7 +81,7 @@ def without_local_rank(arguments: list[str]) -> list[str]:
 
 
 def say(what: object, status: int) -> int:
-    """To stderr, once a machine: what is refused on one process is mostly refused on its neighbours as well.
+    """Print to stderr, once a machine: what is refused on one process is mostly refused on its neighbours as well.
 
     The others let the first one speak, whose end makes the launcher end them too, or has done so already. Who is still
     there after that says what it has to say itself.

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.check import from_hydra, register, unknown_key
+from trainer.choices import is_secret
 from trainer.config import Config
 from trainer.errors import Refused
 
@@ -46,6 +47,7 @@ def compose_from_command_line() -> Config | None:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(composed.append)()
     except (HydraException, OmegaConfBaseException) as error:
         raise Refused(explain(error)) from None
+    sys.argv[1:] = [word for word in sys.argv[1:] if not is_secret(word)]  # which trackers keep
     return from_hydra(composed[0]) if composed else None
 
 

@@ -5,13 +5,14 @@ Hydra composes these dataclasses, and those of choices.py, from `conf/`; check.p
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, Optional
 
 from omegaconf import OmegaConf
 
-from trainer.choices import CHOICES, Data, Launch, Method, Model, option
+from trainer.choices import CHOICES, SECRET, Data, Launch, Method, Model, option
 
 # OmegaConf reads these annotations at run time and knows Optional[int], not int | None.
 
@@ -143,6 +144,8 @@ class Checkpoint:
     keep: int = option(2, low=1)  # newest generations that stay
     keep_every: int = option(0, low=0)  # and those of every so many steps, for ever; 0: none
     keep_best: int = option(0, low=0)  # and so many of the lowest held-out loss, of those saved where it was evaluated
+    fail_after: int = option(0, low=0)  # durable saves that fail in a row and end the run; 0: it goes on without them
+    check_replicas: bool = True  # compare what several ranks hold before it becomes durable
     memory: Memory = field(default_factory=Memory)
 
 
@@ -200,11 +203,13 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def as_json(config: Config) -> dict[str, Any]:
-    """The configuration as plain JSON values, enumerations by name."""
+    """The configuration as plain JSON values, enumerations by name; of what may be secret only how much there is."""
 
-    def plain(value: Any) -> Any:
+    def plain(value: Any, key: str = "") -> Any:
         if is_dataclass(value) and not isinstance(value, type):
-            return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+            return {f.name: plain(getattr(value, f.name), f"{key}.{f.name}".lstrip(".")) for f in fields(value)}
+        if key in SECRET:
+            return ["(not recorded)"] * len(value)
         if isinstance(value, Enum):
             return value.name
         return list(value) if isinstance(value, list | tuple) else value
@@ -213,14 +218,27 @@ def as_json(config: Config) -> dict[str, Any]:
 
 
 def from_json(saved: dict[str, Any]) -> Config:
-    """What `as_json` gave, as a checkpoint holds it; options that a later release added have their defaults."""
+    """What `as_json` gave, as a checkpoint holds it; options that a later release added have their defaults.
+
+    It may be a stranger's: text stays text, also where it looks like an interpolation. `ValueError`, `TypeError`,
+    `KeyError`, `AttributeError` or an error of OmegaConf's where it is no configuration.
+    """
     first = {group: next(iter(known)) for group, known in CHOICES.items()}  # of groups that a later release added
     choices = {group: CHOICES[group][name]() for group, name in {**first, **saved["choices"]}.items()}
-    plain = {key: value for key, value in saved.items() if key != "choices"}
+    plain = {key: _literal(value) for key, value in saved.items() if key != "choices"}
     merged = OmegaConf.merge(OmegaConf.structured(Config(**choices)), plain)
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     return config
+
+
+def _literal(value: Any) -> Any:
+    """With `${` escaped, so that it stands for itself."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, dict):
+        return {key: _literal(one) for key, one in value.items()}
+    return [_literal(one) for one in value] if isinstance(value, list) else value
 
 
 def as_yaml(config: Config) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ def train(
     saver: Saver,
     done: Progress,
     preemption: Preemption,
+    before_step: Callable[[int], None] | None = None,
 ) -> bool:
     """Train from where `done` stands to the last step, reporting and saving on the way; whether it came so far.
 
     After a warning the step that was under way is the last one, and is saved. With `eval.patience` the run ends sooner
-    where the held-out loss does not get better.
+    where the held-out loss does not get better. `before_step` is called on every rank with
+    the number of each step, when all of the step before is recorded.
     """
     last, losses = config.train.steps, dict[str, float]()
     window = Window(config.train.profile, Path(config.run.dir) / "profile", int(os.environ.get("RANK", "0")))
@@ -51,6 +54,8 @@ def train(
                 saver.leave(done, losses)
             window.close()
             return False
+        if before_step is not None:
+            before_step(step)
         with window.step(step):
             row = train_step(config, engine, feed, step, done.loss_scale)
         check_finite(row)

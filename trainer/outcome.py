@@ -48,6 +48,13 @@ def leave(outcome: Outcome) -> None:
             path.with_suffix(".new").replace(path)
 
 
+def has_failed() -> bool:
+    """Whether a process of this run has said that it failed, where a launcher asked."""
+    directory = os.environ.get(DIRECTORY)
+    found = read(Path(directory)) if directory else None
+    return found is not None and found.status not in (0, AGAIN)
+
+
 def read(directory: Path) -> Outcome | None:
     """The outcome that explains those of all ranks; None where none could say, as after SIGKILL."""
     found = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
 import uuid
 from collections.abc import Sequence
@@ -18,17 +17,18 @@ from typing import Any
 
 from torch import nn
 
-from checkpointing import CheckpointError, VersionError, describe, parameter_names
+from checkpointing import CheckpointError, NotFoundError, UnreadableError, VersionError, describe, parameter_names
 from checkpointing.errors import first_few
 from checkpointing.foreign import IMPORTED
 from checkpointing.format import Manifest
 from checkpointing.generations import Generation, abandon, candidates, read_index, scan
-from checkpointing.memory.directory import why_not_private
+from checkpointing.memory.directory import DEFAULT, why_not_private
 from checkpointing.memory.mapped import MappedStorage
-from checkpointing.storage import FileStorage
+from checkpointing.storage import FileStorage, open_file, read_small, replace_file, sync_directory
 from trainer.choices import CHOICES, Full, Sparse, Stdlib, Text
 from trainer.config import Config, Implementation, as_json, choice_of, flatten
-from trainer.errors import Refused
+from trainer.errors import Refused, TrainingFailed
+from trainer.identity import came_from, identify, recorded
 from trainer.methods import build
 from trainer.methods.sparse.attach import grows_by_gradient, sizes_in
 from trainer.models import architecture, draws_randomness
@@ -104,6 +104,7 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     changes = {} if IMPORTED in state else check_state(config, state, fingerprint, model)
     sizes = sizes_in(manifest) if isinstance(config.method, Sparse) else None
     _check_model(f"{storage}/{generation.name}", manifest, _shapes(config, sizes, model))
+    is_own = any(storage.root.resolve() == tier.root.resolve() for tier in tiers)
     lines = [
         f"{storage}/{generation.name}: step {generation.step} of {config.train.steps} is done, "
         f"saved by {manifest.world_size} processes"
@@ -113,6 +114,10 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
         lines.append("its settings and data are not known here: give those it was trained with")
         if not state[IMPORTED]["optimizer"]:
             lines.append("the optimizer's state begins at zero")
+    if is_own and (other := came_from(Path(config.run.dir))):
+        lines.append(
+            f"copied or moved from {other}: it goes on as another run, with memory and a tracker's id of its own"
+        )
     lines += passed_over
     lines += [
         f"changed since: {key} was {was}, is {now}"
@@ -124,7 +129,6 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     if "train.steps" in changes:
         lines.append("the learning rate follows the new train.steps from here on")
     incarnation = max(incarnation, manifest.incarnation + 1)
-    is_own = any(storage.root.resolve() == tier.root.resolve() for tier in tiers)
     directories = [str(tier) for tier in tiers if any(tier is other for other, _ in found)] or [str(storage)]
     memory = next((str(tier) for tier, _ in found if isinstance(tier, MappedStorage)), None)
     altered = any(not key.startswith(FREE) for key in changes)
@@ -154,26 +158,48 @@ def own_memory(config: Config) -> MappedStorage | None:
 
 
 MEMORY_ID = "memory-id"  # in the run directory: with it goes the run's memory
+_MEMORY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}-[0-9a-f]{12}")
 
 
 def memory_directory(config: Config) -> Path | None:
-    """The run's directory in memory, on every node; None where the run has none yet."""
+    """The run's directory in memory, on every node; None where the run has none yet, or what it says is none of ours.
+
+    The memory of the run that this directory is a copy of belongs to that one.
+    """
+    run_dir = Path(config.run.dir)
     try:
-        own = (Path(config.run.dir) / MEMORY_ID).read_text().strip()
-    except FileNotFoundError:
+        own = read_small(run_dir / MEMORY_ID).decode("ascii", "replace").strip()
+    except NotFoundError:
         return None
-    return Path(config.checkpoint.memory.dir or f"/dev/shm/evershard-{os.getuid()}").resolve() / own
+    if not _MEMORY_NAME.fullmatch(own) or came_from(run_dir):
+        return None
+    return Path(config.checkpoint.memory.dir or DEFAULT).resolve() / own
 
 
 def make_memory_directory(config: Config) -> Path:
     """As `memory_directory`, with a name of its own for a run that has none yet. For rank 0."""
-    path = Path(config.run.dir) / MEMORY_ID
-    if not path.exists():
+    if (found := memory_directory(config)) is None:
+        if came_from(Path(config.run.dir)):
+            become_itself(config, False, None)
         name = re.sub(r"[^A-Za-z0-9_.-]", "-", config.run.name).strip(".-")[:40]
-        path.write_text(f"{name or 'run'}-{uuid.uuid4().hex[:12]}\n")
-    found = memory_directory(config)
+        replace_file(Path(config.run.dir) / MEMORY_ID, f"{name or 'run'}-{uuid.uuid4().hex[:12]}\n".encode())
+        found = memory_directory(config)
     assert found is not None
     return found
+
+
+def become_itself(config: Config, own: bool, saved: str | None) -> str:
+    """The run's id, recorded together with where the run lies. For rank 0, under its leases.
+
+    It stays where the run goes on from its `own` state, which was `saved` under an id; a run that begins has a new one,
+    and so has a copy. That one lets go of the other run's memory first: cut short, it is still a copy.
+    """
+    run_dir, known = Path(config.run.dir), recorded(Path(config.run.dir))
+    if came_from(run_dir):
+        (run_dir / MEMORY_ID).unlink(missing_ok=True)
+        sync_directory(run_dir)
+        return identify(run_dir, None)
+    return identify(run_dir, None if not own else saved if known is None else known.run_id)
 
 
 def _own_candidates(config: Config, tiers: list[FileStorage]) -> tuple[list[tuple[FileStorage, Generation]], list[str]]:
@@ -304,7 +330,8 @@ def _incarnations(config: Config, generations: list[Generation]) -> list[int]:
 def _events(config: Config) -> list[dict[str, Any]]:
     """The run's events; lines that a crash cut short, or that are none, are passed over."""
     try:
-        lines = (Path(config.run.dir) / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        with open_file(Path(config.run.dir) / "events.jsonl") as file:
+            lines = file.read().decode(errors="replace").splitlines()
     except FileNotFoundError:
         return []
     found = []
@@ -336,6 +363,9 @@ def _newest_readable(
     found: list[tuple[FileStorage, Generation]],
 ) -> tuple[FileStorage, Generation, Manifest, dict[str, Any], list[str]]:
     """The first that can be read, the trainer's state in it, and what to say about those before it."""
+    for _, generation in found:
+        if isinstance(generation.damage, UnreadableError):
+            raise cannot_read(generation.damage) from generation.damage
     if newer := next((g for _, g in found if isinstance(g.damage, VersionError)), None):
         raise Refused(f"{newer.damage}. Or type resume=GENERATION to take another one.")
     # Where an unreadable one stands in the order is not known.
@@ -344,6 +374,8 @@ def _newest_readable(
         if generation.manifest is not None and generation.sound:
             try:
                 state = _trainer_state(storage, generation, generation.manifest)
+            except UnreadableError as error:
+                raise cannot_read(error) from error
             except CheckpointError as error:
                 passed_over.append(f"passing over {generation.name} in {storage}: {error}")
             else:
@@ -352,6 +384,14 @@ def _newest_readable(
     raise Refused(
         f"Every generation in {durable} is damaged ({'; '.join(passed_over)}). "
         f"`python -m checkpointing verify {durable}` says more. Type resume=none to start over; nothing is deleted."
+    )
+
+
+def cannot_read(error: UnreadableError) -> TrainingFailed:
+    """A checkpoint that may be sound is not given up for storage that fails."""
+    return TrainingFailed(
+        f"The run cannot go on now: {error}. That says nothing of the checkpoint, so none is passed over for it. Run "
+        "the same command again when it can be read, or type resume=GENERATION to go on from an older one."
     )
 
 

@@ -9,8 +9,7 @@ import contextlib
 import logging
 import os
 import sys
-import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,10 +20,9 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from checkpointing import CheckpointError, DamagedError, LeaseHeldError, MismatchError, load
+from checkpointing import CheckpointError, DamagedError, LeaseHeldError, MismatchError, UnreadableError, load
 from checkpointing.collective import Team
 from checkpointing.foreign import IMPORTED
-from checkpointing.lease import Lease
 from checkpointing.memory import Snapshotter
 from checkpointing.memory.client import ensure_keeper
 from checkpointing.memory.directory import why_not_private
@@ -37,15 +35,16 @@ from trainer.data.feed import Feed
 from trainer.data.order import steps_of
 from trainer.data.sources import Corpus, load_corpus, load_sets
 from trainer.data.tokenizer import Tokenizer
+from trainer.elastic.launcher import watching
 from trainer.elastic.preemption import AGAIN, Preemption, warnings_of
-from trainer.errors import Refused
+from trainer.errors import AlsoRefused, Refused
 from trainer.evaluation import Evaluation, Writer
 from trainer.exhausted import explained
 from trainer.loop import train
 from trainer.memory import footprint, plan_memory
 from trainer.methods import build, build_largest
 from trainer.models import architecture, check_packing, leave_description, load_tokenizer
-from trainer.outcome import Outcome, leave
+from trainer.outcome import Outcome, has_failed, leave
 from trainer.parallel.auto import Cluster, choose, memory_of
 from trainer.parallel.compiling import check_compiling
 from trainer.parallel.engine import TrainingEngine, as_launched, find_topology, make_engine
@@ -58,6 +57,8 @@ from trainer.plan import Topology, describe_run, plan_batch
 from trainer.progress import Progress
 from trainer.resume import (
     Start,
+    become_itself,
+    cannot_read,
     check_state,
     decide,
     make_memory_directory,
@@ -65,7 +66,7 @@ from trainer.resume import (
     trainer_state,
     turn_away_from,
 )
-from trainer.rundir import bring_back, hold_run_directory
+from trainer.rundir import Leases, bring_back, hold_run_directory
 from trainer.saving import Saver
 from trainer.track.tracker import RunTracker
 from trainer.utilization import full_speed
@@ -85,10 +86,14 @@ class Job:
     corpus: Corpus
     sets: dict[str, Dataset]  # that are evaluated apart
     shapes: nn.Module  # the model with its method, on the device meta
+    before_step: Callable[[int], None] | None = None  # for whoever watches the steps, see `trainer.loop.train`
 
 
-def run(config: Config) -> int:
-    """Train as configured; returns the exit status. `Refused` if it cannot be done."""
+def run(config: Config, before_step: Callable[[int], None] | None = None) -> int:
+    """Train as configured; returns the exit status. `Refused` if it cannot be done.
+
+    `before_step` is called with the number of every step that is about to begin; what it raises ends the run.
+    """
     world = World.from_environment()
     device = pick_device(world)
     config = as_launched(config)
@@ -96,22 +101,55 @@ def run(config: Config) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS cannot be deterministic
         torch.use_deterministic_algorithms(True)
     job, plan = read(config, world, device)
+    job = replace(job, before_step=before_step)
     config = job.config
-    with hold_run_directory(config, world) as lease:
-        start = Start()  # the other ranks learn rank 0's when they have joined
+    if config.dry_run:
         if world.rank == 0:
             start = decide(config, job.corpus.train.fingerprint, job.shapes)
             say_plan(config, [*plan, *(("start", line) for line in start.lines)])
-        status = 0
-        if not config.dry_run:
-            preemption = Preemption(config.elastic.grace_s, partial(end_at_once, AGAIN))
-            with (
-                preemption.listening(warnings_of(config.elastic.signal)),
-                process_group(world, device, alone=config.parallel.uses_deepspeed),
-                explained(config, device),
-            ):
-                status = train_together(job, start, lease, preemption)
-    return status
+        return 0
+    preemption = Preemption(config.elastic.grace_s, partial(end_at_once, AGAIN))
+    with (
+        preemption.listening(warnings_of(config.elastic.signal)),
+        watching(partial(leave_with_launcher, preemption)),
+        joined(job, preemption),
+        explained(config, device),
+        ExitStack() as held,
+    ):
+        start, leases = begin_together(job, plan, held)
+        return train_together(job, start, leases, preemption)
+
+
+@contextlib.contextmanager
+def joined(job: Job, preemption: Preemption) -> Iterator[None]:
+    """The processes joined. One that is told to end before that ends at once where another one has failed already."""
+    preemption.ends_at_once = has_failed
+    with process_group(job.world, job.device, alone=job.config.parallel.uses_deepspeed):
+        preemption.ends_at_once = lambda: False
+        yield
+
+
+def begin_together(job: Job, plan: list[tuple[str, str]], held: ExitStack) -> tuple[Start, Leases | None]:
+    """Rank 0 takes the run directory until `held` ends, and decides where to start. What it refuses, all refuse."""
+    config, start, leases = job.config, Start(), None  # the other ranks learn rank 0's decision with all the rest
+    refused: list[Refused] = []
+
+    def begin() -> str | None:
+        nonlocal start, leases
+        if job.world.rank == 0:
+            try:
+                leases = held.enter_context(hold_run_directory(config, job.world))
+                start = decide(config, job.corpus.train.fingerprint, job.shapes)
+                say_plan(config, [*plan, *(("start", line) for line in start.lines)])
+            except Refused as error:
+                refused.append(error)
+                return str(error)
+        return None
+
+    why = Team().together(begin)[0]
+    if why is not None:
+        raise refused[0] if refused else AlsoRefused(why)
+    return start, leases
 
 
 def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[tuple[str, str]]]:
@@ -167,7 +205,7 @@ def say_plan(config: Config, lines: list[tuple[str, str]]) -> None:
     print("\n".join(f"  {label:10} {text}" for label, text in lines), flush=True)
 
 
-def train_together(job: Job, start: Start, lease: Lease | None, preemption: Preemption) -> int:
+def train_together(job: Job, start: Start, leases: Leases | None, preemption: Preemption) -> int:
     """What happens while the processes are joined; the exit status. Nothing of it outlives the process group."""
     start = agree(job, start)
     memory = prepare_memory(job)
@@ -186,7 +224,7 @@ def train_together(job: Job, start: Start, lease: Lease | None, preemption: Pree
     ):  # an older generation than the one that was checked
         check_state(job.config, state, job.corpus.train.fingerprint, job.shapes)
     evaluation = Evaluation(job.corpus.held_out, job.config.eval.samples, job.sets, writer_of(job, engine))
-    status = train_and_finish(job, start, memory, engine, evaluation, state, tier, lease, preemption)
+    status = train_and_finish(job, start, memory, engine, evaluation, state, tier, leases, preemption)
     if status == 0 and evaluation.writer is not None:
         text = evaluation.writer.last or evaluation.write()  # as of a run that was finished before
         if text is not None and job.world.rank == 0:
@@ -243,6 +281,8 @@ def restore(engine: TrainingEngine, start: Start, memory: Path | None) -> tuple[
             only=None if start.state.get(IMPORTED, {}).get("optimizer", True) else ["model/", "buffer/"],
             chosen=lambda tier, _: found.append(str(tier)),
         )
+    except UnreadableError as error:
+        raise cannot_read(error) from error
     except (MismatchError, DamagedError) as error:
         raise Refused(
             f"The run cannot go on from {' and '.join(directories)}: {error} Give another checkpoint, or resume=none."
@@ -261,7 +301,7 @@ def train_and_finish(
     evaluation: Evaluation,
     state: dict[str, Any],
     tier: str,
-    lease: Lease | None,
+    leases: Leases | None,
     preemption: Preemption,
 ) -> int:
     """Bring the run directory to where training starts, and train to the end; the exit status."""
@@ -270,8 +310,9 @@ def train_and_finish(
     if not start.own:
         done.best_loss, done.since_best = None, 0
     # A branch of another run is a run of its own.
-    known = state.get("run_id") if start.own else None
-    run_id = Team().together(lambda: known or uuid.uuid4().hex[:8])[0]
+    run_id = Team().together(
+        lambda: become_itself(config, start.own, state.get("run_id")) if world.rank == 0 else None
+    )[0]
     for line in come_back(config, start, done.step, world, memory):
         if world.rank == 0:
             print(f"  {'start':10} {line}", flush=True)
@@ -283,13 +324,15 @@ def train_and_finish(
             logger.warning("%s/hf is not whole, and an export will need --config: %s", config.run.dir, error)
     compute, peak = config.precision.compute, config.tracking.peak_tflops
     speed = full_speed(job.shapes, config.train.seq_len, job.device, compute, peak)
-    tracker = RunTracker(config, run_id, world.rank, start.incarnation, done.step, speed, altered=start.altered)
+    tracker = RunTracker(
+        config, run_id, world.rank, start.incarnation, done.step, speed, altered=start.altered, leases=leases
+    )
     status = 1
     with ExitStack() as opened:
         opened.callback(lambda: tracker.close(status))
         try:
             begin(tracker, state, start.incarnation, world.size, run_id, tier)
-            snapshots = take_snapshots(config, engine, run_id, start.incarnation, memory)
+            snapshots = take_snapshots(config, engine, run_id, start.incarnation, memory, leases)
             if snapshots is not None:
                 opened.callback(lambda: snapshots.close(finished=status == 0))
             saver = Saver(
@@ -300,7 +343,7 @@ def train_and_finish(
                 start.incarnation,
                 job.corpus.train.fingerprint,
                 architecture(job.shapes),
-                lease,
+                leases,
                 snapshots,
                 durable_step=done.step if tier == "durable" and start.own else -1,
             )
@@ -315,7 +358,7 @@ def train_and_finish(
                 order=config.data.order,
             )
             preemption.give_up = partial(give_up, tracker, saver, done)
-            if train(config, engine, feed, evaluation, tracker, saver, done, preemption):
+            if train(config, engine, feed, evaluation, tracker, saver, done, preemption, job.before_step):
                 tracker.emit("finish", step=done.step)
                 status = 0
                 if (text := evaluation.write()) is not None:
@@ -342,6 +385,12 @@ def train_and_finish(
         # A launcher ends the others when the first has left, also one that still uploads what it logged.
         Team().together(lambda: None)
     return status
+
+
+def leave_with_launcher(preemption: Preemption) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("trainer: what started this run is gone: it saves and ends", file=sys.stderr, flush=True)
+    preemption.warn(Signals.SIGTERM)
 
 
 def give_up(tracker: RunTracker, saver: Saver, done: Progress, why: str) -> None:
@@ -393,7 +442,12 @@ def prepare_memory(job: Job) -> Path | None:
 
 
 def take_snapshots(
-    config: Config, engine: TrainingEngine, run_id: str, incarnation: int, memory: Path | None
+    config: Config,
+    engine: TrainingEngine,
+    run_id: str,
+    incarnation: int,
+    memory: Path | None,
+    leases: Leases | None,
 ) -> Snapshotter | None:
     """What takes the run's snapshots in memory, ready for the first; None where none are wanted. Collective."""
     options = config.checkpoint.memory
@@ -409,6 +463,7 @@ def take_snapshots(
             keep_s=options.keep_s,
             rate=options.flush_rate,
             check_fence=options.check_fence,
+            lease=None if leases is None else leases.checkpoints,
         )
         snapshots.prepare(engine.pieces())
     except (CheckpointError, OSError) as error:

@@ -6,29 +6,46 @@ import contextlib
 import errno
 import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from checkpointing import LeaseHeldError
 from checkpointing.errors import first_few
-from checkpointing.lease import Lease
+from checkpointing.lease import Holder, Lease
+from checkpointing.lease_protocol import EXPIRY_S
 from checkpointing.retention import clear_leftovers
-from checkpointing.storage import FileStorage
+from checkpointing.storage import FileStorage, replace_file
 from trainer.config import Config, as_yaml
 from trainer.errors import Refused
 from trainer.parallel.world import World
 from trainer.resume import Start, own_tiers, turn_away_from
-from trainer.track.files import roll_back
+from trainer.track.files import SPARE, roll_back
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Leases:
+    """Of the run directory and of the checkpoints', which may be one."""
+
+    run: Lease
+    checkpoints: Lease
+
+    def check(self, *, anew: bool = False) -> None:
+        """Raise `LeaseHeldError` once another process has one of them, as `Lease.check` does."""
+        self.run.check(anew=anew)
+        if self.checkpoints is not self.run:
+            self.checkpoints.check(anew=anew)
+
+
 @contextmanager
-def hold_run_directory(config: Config, world: World) -> Iterator[Lease | None]:
+def hold_run_directory(config: Config, world: World) -> Iterator[Leases | None]:
     """Rank 0 holds the run's directory and its checkpoints', so that no second run writes into either.
 
-    The lease of the checkpoints is handed out. A dry run neither holds nor writes.
+    A dry run neither holds nor writes.
     """
     if world.rank != 0 or config.dry_run:
         yield None
@@ -36,10 +53,10 @@ def hold_run_directory(config: Config, world: World) -> Iterator[Lease | None]:
     made = make_directories(config)
     with ExitStack() as held:
         held.push(lambda kind, *_: remove_empty(made) if kind and issubclass(kind, Refused) else None)
-        for key, directory in directories(config).items():  # two runs may share only the second
-            lease = acquire(directory, key)
+        leases = acquire(directories(config))
+        for lease in leases:
             held.callback(lease.release)
-        yield lease
+        yield Leases(leases[0], leases[-1])
 
 
 def directories(config: Config) -> dict[str, str]:
@@ -49,9 +66,26 @@ def directories(config: Config) -> dict[str, str]:
     return {"run.dir": config.run.dir, "checkpoint.dir": config.checkpoint.dir}
 
 
-def acquire(directory: str, key: str) -> Lease:
+def acquire(directories: Mapping[str, str]) -> list[Lease]:
+    """A lease of each, by the option that names it. All or none; holders elsewhere are watched at the same time."""
+    with ThreadPoolExecutor(len(directories)) as pool:
+        tries = {key: pool.submit(_acquire, directory, key) for key, directory in directories.items()}
     try:
-        return Lease.acquire(FileStorage(Path(directory) / ".lease"))
+        return [one.result() for one in tries.values()]
+    except BaseException:
+        for one in tries.values():
+            if one.exception() is None:
+                one.result().release()
+        raise
+
+
+def _acquire(directory: str, key: str) -> Lease:
+    def waiting(holder: Holder | None) -> None:
+        who = f"process {holder.pid} on {holder.host}" if holder else "a process that cannot be told"
+        print(f"  {'waiting':10} up to {EXPIRY_S:.0f} s for a sign of {who}, which held {directory}", flush=True)
+
+    try:
+        return Lease.acquire(FileStorage(Path(directory) / ".lease"), waiting=waiting)
     except LeaseHeldError as error:
         raise Refused(
             f"Another run uses {directory}: {error}. Wait until it has ended or stop it, or type another run.name."
@@ -80,6 +114,9 @@ def make_directories(config: Config) -> list[Path]:
 def remove_empty(made: list[Path]) -> None:
     """A refused command leaves no directories behind, as under a name with a typo."""
     for directory in reversed(made):
+        if {path.name for path in directory.iterdir()} <= {".lease"}:  # held by nobody else since it was made
+            for claim in (directory / ".lease").glob("lease-*"):
+                claim.unlink(missing_ok=True)
         for empty in (directory / ".lease", directory):
             with contextlib.suppress(OSError):
                 empty.rmdir()
@@ -104,8 +141,9 @@ def bring_back(config: Config, start: Start, step: int) -> list[str]:
         for name in clear_leftovers(FileStorage(config.checkpoint.dir)):
             logger.info("cleared %s, which a save left behind that never committed", name)
         aside = turn_away_from(own_tiers(config), start, step)
-        discarded, last = roll_back(Path(config.run.dir), step)
-        (Path(config.run.dir) / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
+        run_dir = Path(config.run.dir)
+        discarded, last = roll_back(run_dir, step, Path(config.checkpoint.dir) / SPARE)
+        replace_file(run_dir / "config.yaml", as_yaml(config).encode())
     except OSError as error:
         raise cannot_write(config.run.dir, "run.dir", error) from error
     if aside:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from checkpointing import CheckpointError, LeaseHeldError, LostError, save
+from checkpointing import (
+    CheckpointError,
+    LayoutError,
+    LeaseHeldError,
+    LostError,
+    MismatchError,
+    ReplicaError,
+    save,
+)
 from checkpointing.collective import Team
-from checkpointing.lease import Lease
 from checkpointing.memory import Durable, Outcome, Snapshotter
 from checkpointing.retention import Keep, prune
 from checkpointing.storage import FileStorage
@@ -18,16 +27,19 @@ from trainer.config import Config, as_json
 from trainer.errors import TrainingFailed
 from trainer.parallel.engine import TrainingEngine
 from trainer.progress import Progress
+from trainer.rundir import Leases
 from trainer.track.tracker import RunTracker
 
 logger = logging.getLogger(__name__)
 
+FATAL = (LeaseHeldError, LostError, LayoutError, MismatchError, ReplicaError)  # the next save would fail as well
+LAST_WAITS_S = (1.0, 5.0, 20.0)  # before the last step is tried again
 LAST_S = 600.0  # how long the last step may take from memory to the disk, before it is saved while the run waits
 
 
 @dataclass
 class Saver:
-    """Saves one run. `lease` is held by rank 0 and None elsewhere."""
+    """Saves one run. `leases` are held by rank 0 and None elsewhere."""
 
     config: Config
     engine: TrainingEngine
@@ -36,10 +48,11 @@ class Saver:
     incarnation: int
     fingerprint: str  # of the training data
     architecture: str  # of the model
-    lease: Lease | None
+    leases: Leases | None
     snapshots: Snapshotter | None = None
     durable_step: int = -1  # the newest step that is known to be durable
     _owed: bool = False  # a step that was to become durable was not even snapshotted: the next one is instead
+    _failed: int = 0  # steps in a row that did not become durable
     _blocked_s: float = 0.0  # by saves since the last line
     _newest: float | None = None  # when the newest snapshot was taken
 
@@ -51,23 +64,31 @@ class Saver:
         durable = durable or self._owed
         if self.snapshots is None:
             if durable:
-                self._save_now(done, metrics)
+                self._save_now(done, metrics, must=last)
         elif durable or done.step % self.config.checkpoint.memory.every == 0:
             if durable:
-                Team().together(self._make_sure)
+                durable = self._is_ready(done.step, must=last)
             objects = {"trainer": self._state(done)}
             try:
                 self.snapshots.snapshot(
-                    done.step, self.engine.pieces(), objects, durable=durable, last=last, metrics=metrics
+                    done.step,
+                    self.engine.pieces(),
+                    objects,
+                    durable=durable,
+                    last=last,
+                    metrics=metrics,
+                    check_replicas=durable and self.config.checkpoint.check_replicas,
                 )
             except LostError:
                 raise
+            except ReplicaError as error:
+                raise self._failure(done.step, str(error), error) from error
             except CheckpointError as error:  # on all ranks, such as where another layout does not fit any more
                 self._report(Outcome(done.step, why=str(error)))
                 if durable:
-                    self._save_now(done, metrics)
+                    self._save_now(done, metrics, must=last)
                 return
-            self._owed = False
+            self._owed = self._owed and not durable
 
     def settle(self) -> dict[str, float]:
         """Report what became of the last snapshot and of those that were to become durable. Collective.
@@ -97,13 +118,13 @@ class Saver:
         for one in self.snapshots.durables():
             self._report_durable(one)
         if not all(Team().together(lambda: self.durable_step == done.step)):
-            self._save_now(done, metrics)
+            self._save_now(done, metrics, must=True)
 
     def leave(self, done: Progress, metrics: dict[str, float]) -> None:
         """Make the last step durable at once, without waiting for what is on its way. Collective."""
         self.settle()
         if not all(Team().together(lambda: self.durable_step == done.step)):
-            self._save_now(done, metrics)
+            self._save_now(done, metrics, must=True, waits=())
 
     def _report(self, outcome: Outcome) -> None:
         if outcome.generation:
@@ -117,56 +138,119 @@ class Saver:
 
     def _report_durable(self, one: Durable) -> None:
         if one.generation:
-            self.durable_step = one.step
+            self.durable_step, self._failed = one.step, 0
             self._emit_commit(one.step, one.generation, one.seconds)
-        elif self.lease is not None:
-            logger.warning("step %d did not become durable: %s. Training goes on.", one.step, one.why)
-            self.tracker.emit("commit", step=one.step, tier="durable", skipped=one.why)
+        else:
+            self._fail(one.step, one.why)
+
+    def _fail(self, step: int, why: str, error: Exception | None = None) -> None:
+        """A step did not become durable. Training goes on, unless too many in a row did not."""
+        self._failed += 1
+        limit = self.config.checkpoint.fail_after
+        if limit and self._failed >= limit:
+            raise self._failure(step, f"{why}. So it was {self._failed} times in a row (checkpoint.fail_after)", error)
+        if self.leases is not None:
+            logger.warning(
+                "step %d did not become durable: %s. Training goes on, and the next save is tried.", step, why
+            )
+        self.tracker.emit("commit", step=step, tier="durable", skipped=why)
 
     def _emit_commit(self, step: int, generation: str, seconds: float) -> None:
         self.tracker.emit("commit", step=step, tier="durable", generation=generation, seconds=seconds)
-        if self.lease is not None:
+        if self.leases is not None:
             self._prune()
 
-    def _save_now(self, done: Progress, metrics: dict[str, float]) -> None:
-        """Save and commit while training waits."""
-        began, step = time.perf_counter(), done.step
+    def _save_now(
+        self, done: Progress, metrics: dict[str, float], *, must: bool, waits: Sequence[float] | None = None
+    ) -> None:
+        """Save and commit while training waits.
+
+        One that fails is left out, and the next one is tried. One that `must` succeed is tried again after each of
+        `waits`, and ends the run then.
+        """
+        again = LAST_WAITS_S if waits is None else waits
+        for wait in (*again, None) if must else (None,):
+            began = time.perf_counter()
+            try:
+                Team().together(self._make_sure)
+                generation = self._save(done, metrics)
+            except FATAL as error:
+                if isinstance(error, LeaseHeldError):
+                    raise  # the directory is another run's now: nothing more is written into it
+                raise self._failure(done.step, str(error), error) from error
+            except (CheckpointError, OSError) as error:  # of this rank, or of another one: all go the same way
+                self._blocked_s += time.perf_counter() - began
+                why = _why(error)
+                if wait is not None:
+                    if self.leases is not None:
+                        logger.warning(
+                            "step %d could not be saved: %s. It is tried again in %s s.", done.step, why, wait
+                        )
+                    time.sleep(wait)
+                elif must:
+                    raise self._failure(done.step, why, error) from error
+                else:
+                    self._fail(done.step, why, error)
+            else:
+                seconds = time.perf_counter() - began
+                self._blocked_s += seconds
+                self.durable_step, self._owed, self._failed = done.step, False, 0
+                self._emit_commit(done.step, generation, seconds)
+                return
+
+    def _save(self, done: Progress, metrics: dict[str, float]) -> str:
+        return save(
+            Path(self.config.checkpoint.dir),
+            done.step,
+            self.engine.pieces(),
+            {"trainer": self._state(done)},
+            run_id=self.run_id,
+            incarnation=self.incarnation,
+            metrics=metrics,
+            check_replicas=self.config.checkpoint.check_replicas,
+            guard=partial(self.leases.check, anew=True) if self.leases is not None else None,
+        )
+
+    def _failure(self, step: int, why: str, error: Exception | None) -> TrainingFailed:
+        failure = TrainingFailed(
+            f"Step {step} could not be saved: {why}. What was saved before stays as it is, and the same command "
+            f"goes on from there as soon as {self.config.checkpoint.dir} can be written."
+        )
+        failure.__cause__ = error or OSError(why)
+        return failure
+
+    def _is_ready(self, step: int, *, must: bool) -> bool:
+        """Whether a step may become durable: not where the metrics up to it would not be there on a resume. Collective.
+
+        The last step is snapshotted all the same, and saved when the run waits for it.
+        """
         try:
             Team().together(self._make_sure)
-            generation = save(
-                Path(self.config.checkpoint.dir),
-                step,
-                self.engine.pieces(),
-                {"trainer": self._state(done)},
-                run_id=self.run_id,
-                incarnation=self.incarnation,
-                metrics=metrics,
-                guard=self.lease.check if self.lease is not None else None,
-            )
-        except LeaseHeldError:
-            raise  # the directory is another run's now: nothing more is written into it
+        except FATAL:
+            raise
         except (CheckpointError, OSError) as error:
-            raise TrainingFailed(
-                f"Step {step} could not be saved: {error}. What was saved before stays as it is, and the same command "
-                f"goes on from there as soon as {self.config.checkpoint.dir} can be written."
-            ) from error
-        seconds = time.perf_counter() - began
-        self._blocked_s += seconds
-        self.durable_step, self._owed = step, False
-        self._emit_commit(step, generation, seconds)
+            self._owed = True
+            if not must:
+                self._fail(step, _why(error), error)
+            return False
+        return True
 
     def _make_sure(self) -> None:
         """That the directory is still this run's, and that the metrics so far will be there on a resume."""
-        if self.lease is not None:
-            self.lease.check()
+        if self.leases is not None:
+            self.leases.check()
         self.tracker.sync()
 
     def _prune(self) -> None:
         """On rank 0. Space that cannot be freed is worth a warning, not the run."""
+        assert self.leases is not None
         try:
+            self.leases.check()
             options = self.config.checkpoint
             prune(FileStorage(options.dir), Keep(options.keep, options.keep_every, options.keep_best))
-        except OSError as error:
+        except LeaseHeldError:
+            raise
+        except (OSError, CheckpointError) as error:
             logger.warning("old generations in %s cannot be deleted: %s", self.config.checkpoint.dir, error)
 
     def _state(self, done: Progress) -> dict[str, Any]:
@@ -178,3 +262,9 @@ class Saver:
             "architecture": self.architecture,
             "config": as_json(self.config),
         }
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)

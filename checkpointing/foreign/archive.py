@@ -23,6 +23,8 @@ import torch
 
 from checkpointing.errors import DamagedError
 
+PICKLE_BYTES = 64 * 1024 * 1024  # of a pickle: some hundred thousand tensors
+SHARED = 4  # how many times a file's bytes may be in tensors: tied ones share theirs
 LOCAL_HEADER = 30  # bytes of a file's header inside an archive, before its name; their lengths lie in the last four
 
 
@@ -75,6 +77,9 @@ def read_archive(file: Mapped, offset: int = 0, length: int | None = None) -> An
             raise DamagedError(f"{path} ends before byte {offset + length}")
         with zipfile.ZipFile(_Part(mapped, offset, length)) as archive:
             entries = {name.partition("/")[2]: archive.getinfo(name) for name in archive.namelist()}
+            for name in ("byteorder", "data.pkl"):
+                if name in entries and entries[name].compress_type != zipfile.ZIP_STORED:
+                    raise DamagedError(f"{path} is compressed, which torch.save never does")
             if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
                 raise DamagedError(f"{path} was written on a machine with another order of bytes")
 
@@ -87,8 +92,8 @@ def read_archive(file: Mapped, offset: int = 0, length: int | None = None) -> An
                 start += int.from_bytes(words[:2], "little") + int.from_bytes(words[2:], "little")
                 return start, entry.file_size
 
-            unpickler = _Unpickler(io.BytesIO(archive.read(entries["data.pkl"])), mapped, storage)
-            return unpickler.load()
+            _check_pickle(path, entries["data.pkl"].file_size)
+            return _Unpickler(io.BytesIO(archive.read(entries["data.pkl"])), mapped, storage).load()
     except DamagedError:
         raise
     except Exception as error:  # of bytes that anybody may have written
@@ -100,11 +105,19 @@ def read_archive(file: Mapped, offset: int = 0, length: int | None = None) -> An
 def read_pickle(path: Path) -> Any:
     """A pickle without tensors. `DamagedError` where it is none, or is cut short."""
     try:
+        _check_pickle(path, path.stat().st_size)
         return _Unpickler(io.BytesIO(path.read_bytes())).load()
+    except DamagedError:
+        raise
     except OSError:
         raise
     except Exception as error:  # of bytes that anybody may have written
         raise DamagedError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+
+def _check_pickle(path: Path, nbytes: int) -> None:
+    if nbytes > PICKLE_BYTES:
+        raise DamagedError(f"{path} holds a pickle of {nbytes:,} bytes, and at most {PICKLE_BYTES:,} are read")
 
 
 class _Unpickler(pickle._Unpickler):  # the one in Python: of the other, BUILD is fixed
@@ -113,13 +126,26 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: of the other, BUILD i
     ) -> None:
         super().__init__(file)
         self.mapped, self.storage = mapped, storage
+        self.room = SHARED * len(mapped) if mapped is not None else 0  # bytes of tensors that may still be made
 
     def find_class(self, module: str, name: str) -> Any:
         if (known := KNOWN.get((module, name))) is not None:
-            return known
+            return self._counted(known) if known in (_tensor, _typed) else known
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         return type(name, (Inert,), {"__module__": f"{Inert.__module__}.{module}"})
+
+    def _counted(self, rebuild: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """Tensors may share the file's bytes, as tied ones do; not so often that a small file becomes a large one."""
+
+        def made(*arguments: Any) -> torch.Tensor:
+            tensor = rebuild(*arguments)
+            self.room -= tensor.nbytes
+            if self.room < 0:
+                raise pickle.UnpicklingError("tensors of more bytes than the file has, again and again")
+            return tensor
+
+        return made
 
     def persistent_load(self, pid: Any) -> Any:
         if self.storage is None or self.mapped is None or pid[0] != "storage":
@@ -151,8 +177,11 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: of the other, BUILD i
 def _tensor(storage: torch.Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> torch.Tensor:
     if not prod(size):
         return storage.new_empty(tuple(size))
-    if any(step == 0 and count > 1 for step, count in zip(stride, size, strict=True)):
-        raise pickle.UnpicklingError(f"a tensor of {prod(size)} elements that are the same ones again and again")
+    reach = 0  # the last element of the dimensions so far, by their strides
+    for step, count in sorted(zip(stride, size, strict=True)):
+        if count > 1 and step <= reach:
+            raise pickle.UnpicklingError(f"a tensor of {prod(size)} elements that are the same ones again and again")
+        reach += step * (count - 1)
     return storage.as_strided(tuple(size), tuple(stride), offset)  # torch checks that it lies in the storage
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -15,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpointing.errors import CheckpointError
-from checkpointing.memory.directory import LOG, make_directory, read_secret
-from checkpointing.memory.messages import VERSION, Lines, Message, connect, encode
+from checkpointing.memory.directory import LOG, RELEASE, make_directory, read_secret
+from checkpointing.memory.messages import VERSION, Lines, Message, connect, encode, peer_pid
 
 logger = logging.getLogger("checkpointing")
 
@@ -112,9 +113,10 @@ class Client:
                         start_keeper(self._root, self._keep_s)
                 self._closed.wait(0.02)
                 continue
+            welcome = False
             with endpoint:
                 try:
-                    self._converse(endpoint)
+                    welcome = self._converse(endpoint)
                     started = -1e9
                 except (OSError, CheckpointError) as error:
                     logger.warning("the keeper of %s: %s", self._root, error)
@@ -123,10 +125,28 @@ class Client:
                     self.connected.clear()
                     if not self._closed.is_set():
                         self._lost()
+                if not welcome and self._starts and not self._closed.is_set():
+                    with contextlib.suppress(OSError, CheckpointError, subprocess.SubprocessError):
+                        self._replace_another_release(endpoint)
             self._closed.wait(0.1)  # one that hangs up at once is not asked without end
 
-    def _converse(self, endpoint: socket.socket) -> None:
-        """Until the keeper, or this rank, hangs up."""
+    def _replace_another_release(self, endpoint: socket.socket) -> None:
+        """A keeper that waits for its run may be older than this release: it hangs up, and would for an hour.
+
+        One may be ended at any time; what it held is in its directory, where the next one finds it.
+        """
+        try:
+            spoken = (self._root / RELEASE).read_text()
+        except FileNotFoundError:
+            spoken = "1"  # which did not say
+        pid = peer_pid(endpoint)
+        if spoken != str(VERSION) and pid not in (0, os.getpid()):
+            logger.warning("the keeper %d of %s is of another release, and is replaced", pid, self._root)
+            os.kill(pid, signal.SIGKILL)
+            start_keeper(self._root, self._keep_s)
+
+    def _converse(self, endpoint: socket.socket) -> bool:
+        """Until the keeper, or this rank, hangs up; whether the keeper said welcome."""
         endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_S, 0))
         endpoint.sendall(encode({**self._greeting, "secret": read_secret(self._root)}))
         lines = Lines()
@@ -138,6 +158,7 @@ class Client:
                         raise CheckpointError("a keeper of another release is at work")
                     self.connected.set()
                 self._heard(message)
+        return self.connected.is_set()
 
 
 def _log_age(root: Path) -> float:

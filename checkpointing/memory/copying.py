@@ -107,6 +107,7 @@ class Copier:
         except Exception as error:  # training goes on without this snapshot
             logger.warning("the snapshot of step %d failed: %s: %s", snapshot.step, type(error).__name__, error)
             why = f"{type(error).__name__}: {error}"
+            snapshot.why = snapshot.why or why  # first: the keeper says it back to every rank, in its own words
             self._client.send({"kind": "failed", "serial": snapshot.serial, "why": why})
             snapshot.fail(why)
         finally:
@@ -150,9 +151,10 @@ class Copier:
             snapshot.opened.wait()  # nothing is committed before it was compared
             if snapshot.why:
                 raise CheckpointError(snapshot.why)
+        self.sent_layout = layout  # first: by the time it is sent the keeper may be gone, and its layouts with it
         if not self._client.send(*messages):
+            self.sent_layout = ""
             raise CheckpointError("the keeper went away while the state was copied")
-        self.sent_layout = layout
 
     def _ask(self, snapshot: Snapshot) -> bool:
         """For an arena; whether there is one."""

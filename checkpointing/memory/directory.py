@@ -13,9 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from checkpointing.errors import CheckpointError
+from checkpointing.errors import CheckpointError, first_few
+from checkpointing.storage import DRAFT
 
+DEFAULT = Path(f"/dev/shm/evershard-{os.getuid()}")  # of all runs of this user
 SECRET, LOCK, LOG = "keeper.secret", "keeper.lock", "keeper.log"
+RELEASE = "keeper.version"  # of the protocol that the keeper at work speaks
+SECRET_BYTES = 32
 FINISHED = "finished"  # the run needs no memory any more
 _GONE = ".gone-"  # what is being deleted
 _START = "start-"  # a lock file of every start of the trainer; its ranks hold it while they live
@@ -28,10 +32,15 @@ def make_directory(root: Path) -> str:
         root.mkdir(mode=0o700)
     if why := why_not_private(root):
         raise CheckpointError(f"{why}. Snapshots are private: choose another directory, or remove this one.")
-    draft = root / f".draft-{secrets.token_hex(8)}"
+    if not is_of_a_run(root) and (others := [p.name for p in root.iterdir() if not p.name.startswith((DRAFT, SECRET))]):
+        raise CheckpointError(
+            f"{root} holds {first_few(others)}, and was not made for snapshots, whose directory is deleted with all "
+            "that is in it. Choose another directory, or move that away."
+        )
+    draft = root / f"{DRAFT}{secrets.token_hex(8)}"
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(16))
+        file.write(secrets.token_hex(SECRET_BYTES // 2))
     try:
         os.link(draft, root / SECRET)  # the first one stays
     except FileExistsError:
@@ -77,17 +86,42 @@ def keeper_lock(root: Path) -> Iterator[IO[str] | None]:
 
 
 def write_keep_s(root: Path, seconds: float) -> None:
-    (root / LOCK).write_text(repr(seconds))
+    (root / LOCK).write_text(repr(seconds))  # in place, as it is what is locked; one that is cut short says KEEP_S
+
+
+def is_of_a_run(root: Path) -> bool:
+    """Whether a directory has the mark of one that was made here: nothing else is ever deleted."""
+    try:
+        status = (root / SECRET).lstat()
+        marked = stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and status.st_size == SECRET_BYTES
+        return marked and stat.S_ISDIR(root.lstat().st_mode)
+    except OSError:
+        return False
 
 
 def remove(root: Path) -> None:
     """Delete a run's directory. Renamed first, so that a trainer that comes back at this moment makes a new one."""
+    if not is_of_a_run(root):
+        return
     aside = root.parent / f"{_GONE}{secrets.token_hex(8)}"
     with suppress(FileNotFoundError):
         root.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
-    with suppress(OSError):  # other runs of this user are there
-        root.parent.rmdir()
+    _delete(aside)
+    if root.parent == DEFAULT:
+        with suppress(OSError):  # other runs of this user are there
+            root.parent.rmdir()
+
+
+def _delete(root: Path) -> None:
+    """The mark goes last: cut short, what is left can still be told."""
+    with suppress(OSError):
+        for path in list(root.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != SECRET:
+                path.unlink(missing_ok=True)
+        (root / SECRET).unlink(missing_ok=True)
+        root.rmdir()
 
 
 def clear_forgotten(directory: Path, own: str = "") -> list[str]:
@@ -97,12 +131,12 @@ def clear_forgotten(directory: Path, own: str = "") -> list[str]:
     """
     gone = []
     for path in directory.iterdir():
-        if path.name != own and path.is_dir() and not path.is_symlink():
+        if path.name != own and is_of_a_run(path):
             with suppress(OSError, ValueError):
                 if path.stat().st_uid != os.getuid():
                     continue
                 if path.name.startswith(_GONE):  # by one that was killed in the middle
-                    shutil.rmtree(path)
+                    _delete(path)
                 elif (path / LOCK).exists() and _clear(path):
                     gone.append(path.name)
     return gone

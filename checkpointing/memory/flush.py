@@ -1,4 +1,4 @@
-"""From memory to the durable directory: the same files, written straight from where they lie, and committed anew."""
+"""Flush a generation from memory to the durable directory: its files, written from where they lie, committed anew."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class DirectStorage(FileStorage):
 
 
 def _open_direct(path: Any) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         return os.open(path, flags | os.O_DIRECT, 0o644)
     except OSError:  # a filesystem without it, such as a tmpfs
@@ -137,6 +137,7 @@ def flush(
                     _tell(durable, manifest, nodes)
                     manifest = _gather(durable, manifest, nodes, wait_s, check)
                 _check_wanted(memory, durable, name)
+                check()
                 _commit(durable, manifest)
             except BaseException:
                 _discard(durable, manifest, [file.rpartition("/")[2] for file in _listed(durable, manifest)])
@@ -153,7 +154,7 @@ def _is_unwanted(memory: MappedStorage, name: str) -> bool:
 
 
 def _check_wanted(memory: MappedStorage, durable: Storage, name: str) -> None:
-    """On the disk it is marked too, by a run that came back where this memory is not."""
+    """Raise where the run has turned away from it: marked here, or on the disk by one that came back elsewhere."""
     if _is_unwanted(memory, name) or f"{name}/{ABANDONED}" in durable.list(f"{name}/"):
         raise CheckpointError(f"the run has turned away from {name}")
 
@@ -175,11 +176,12 @@ def _listed(durable: Storage, manifest: Manifest, start: str = "") -> list[str]:
 
 def _tell(durable: Storage, manifest: Manifest, nodes: Nodes) -> None:
     mine = {"save_id": manifest.save_id, "writers": [asdict(writer) for writer in manifest.writers]}
-    durable.put(f"{manifest.generation}/prepared-{nodes.number:05d}.json", [json.dumps(mine).encode()])
+    # All of it at once: the first node reads it as soon as it sees its name.
+    durable.create_if_absent(f"{manifest.generation}/prepared-{nodes.number:05d}.json", json.dumps(mine).encode())
 
 
 def _gather(durable: Storage, manifest: Manifest, nodes: Nodes, wait_s: float, check: Callable[[], None]) -> Manifest:
-    """On the first node: the manifest of what all wrote."""
+    """The manifest of what all nodes wrote. For the first node."""
     deadline = time.monotonic() + wait_s
     while len(told := _listed(durable, manifest, "prepared-")) < nodes.count:
         check()

@@ -29,6 +29,7 @@ class Task:
     rate: float
     nodes: Nodes
     cancelled: threading.Event = field(default_factory=threading.Event)
+    check: Callable[[], None] = lambda: None  # raises where it must not be committed
 
 
 class Cancelled(Exception):
@@ -99,12 +100,16 @@ class Flusher:
             if task.cancelled.is_set():
                 raise Cancelled("it was given up")
 
+        def check_all() -> None:
+            check()
+            task.check()
+
         began = time.monotonic()
         try:
-            check()
+            check_all()
             memory = MappedStorage(task.memory)  # one of its own: its mappings go with the flush
             durable = DirectStorage(task.durable, task.rate, check)
-            nbytes = flush(memory, durable, task.generation, task.nodes, check=check)
+            nbytes = flush(memory, durable, task.generation, task.nodes, check=check_all)
         except Exception as error:  # whatever it is, training goes on
             logger.warning("%s could not be flushed: %s", task.generation, error)
             return {"kind": "undurable", "why": f"{type(error).__name__}: {error}"}

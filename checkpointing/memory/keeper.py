@@ -21,10 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpointing.errors import LeaseHeldError
 from checkpointing.format import Writer, generation_name, shard_name
+from checkpointing.lease import still_holds
 from checkpointing.memory.directory import (
     FINISHED,
     KEEP_S,
+    RELEASE,
     clear_forgotten,
     has_living_starts,
     keeper_lock,
@@ -36,6 +39,7 @@ from checkpointing.memory.flush import Nodes
 from checkpointing.memory.flushing import Flusher, Task
 from checkpointing.memory.messages import VERSION, Lines, Message, ProtocolError, encode, is_same_user, listen
 from checkpointing.memory.shelf import Shelf
+from checkpointing.storage import FileStorage
 
 logger = logging.getLogger("keeper")
 
@@ -68,6 +72,7 @@ class Session:
     keep_s: float
     durable: str | None
     rate: float
+    lease: list[Any] | None  # directory, number and claim
 
     @staticmethod
     def of(message: Message) -> Session:
@@ -81,6 +86,7 @@ class Session:
             float(message["keep_s"]),
             message["durable"],
             float(message["rate"]),
+            message["lease"],
         )
 
 
@@ -250,7 +256,16 @@ class Keeper:
         self._tell({"kind": "committed", "serial": serial, **told})
         session = self.session
         if filling.durable and session.durable is not None:
-            self.flusher.submit(Task(serial, name, self.root, Path(session.durable), session.rate, session.nodes))
+            durable = Path(session.durable)
+            task = Task(serial, name, self.root, durable, session.rate, session.nodes, check=self._check_lease)
+            self.flusher.submit(task)
+
+    def _check_lease(self) -> None:
+        """Raise where another process holds the run now, by the newest start that this keeper knows of."""
+        if (session := self.session) is not None and session.lease is not None:
+            directory, number, claim = session.lease
+            if not still_holds(FileStorage(directory), int(number), str(claim).encode()):
+                raise LeaseHeldError(f"another process has taken {directory} over")
 
     def _flushed(self, task: Task, outcome: dict[str, Any]) -> None:
         """Called by the flusher's thread."""
@@ -268,6 +283,7 @@ class Keeper:
     def serve(self) -> None:
         """Until the run has finished, or has not come back for `keep_s` seconds; then no memory is left."""
         with selectors.DefaultSelector() as selector, listen(self.root) as server:
+            (self.root / RELEASE).write_text(str(VERSION))
             selector.register(server, selectors.EVENT_READ)
             selector.register(self._wake[0], selectors.EVENT_READ)
             while not (self.stopped or self._over()):

@@ -8,8 +8,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpointing.errors import DamagedError, NotFoundError
-from checkpointing.storage import Data, FileStorage
+from checkpointing.errors import DamagedError
+from checkpointing.storage import READ_FLAGS, Data, FileStorage, retried
 
 
 class MappedStorage(FileStorage):
@@ -26,16 +26,15 @@ class MappedStorage(FileStorage):
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[Data]:
         path = self._path(name)
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except (FileNotFoundError, NotADirectoryError):
-            raise NotFoundError(f"{path} does not exist") from None
-        except OSError as error:
-            raise DamagedError(f"{path} cannot be read: {error.strerror}") from error
-        try:
-            data = self._map(descriptor, path)
-        finally:
-            os.close(descriptor)
+
+        def read() -> memoryview:
+            descriptor = os.open(path, READ_FLAGS)
+            try:
+                return self._map(descriptor, path)
+            finally:
+                os.close(descriptor)
+
+        data = retried(path, read)
         if (end := max((stop for _, stop in ranges), default=0)) > len(data):  # touching it would kill the process
             raise DamagedError(f"{path} ends at byte {len(data)}; bytes up to {end} were expected")
         return [data[start:stop] for start, stop in ranges]
@@ -49,6 +48,6 @@ class MappedStorage(FileStorage):
             if key not in self._maps:
                 try:
                     self._maps[key] = mmap.mmap(descriptor, status.st_size, mmap.MAP_PRIVATE)
-                except (OSError, ValueError) as error:  # a directory, a pipe
+                except ValueError as error:  # it became shorter meanwhile
                     raise DamagedError(f"{path} cannot be mapped: {error}") from error
             return memoryview(self._maps[key])

@@ -12,7 +12,7 @@ from typing import Any
 
 from checkpointing.errors import CheckpointError
 
-VERSION = 1
+VERSION = 2
 SOCKET = "keeper.sock"
 MOST_BYTES = 256 * 1024 * 1024  # of one message: a manifest may be large
 
@@ -50,8 +50,17 @@ def connect(root: Path) -> socket.socket:
 
 def is_same_user(connection: socket.socket) -> bool:
     """Whether the process at the other end belongs to this user, by the kernel's word."""
-    _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return bool(uid == os.getuid())
+    return _peer(connection)[1] == os.getuid()
+
+
+def peer_pid(connection: socket.socket) -> int:
+    """The process that listened, or connected, at the other end."""
+    return _peer(connection)[0]
+
+
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid
 
 
 class _short:

@@ -9,23 +9,31 @@ from pathlib import Path
 
 from checkpointing.errors import LayoutError
 
-# Of the memory that is left, this stays for the rest of the machine.
+# Of the memory that is left, so much stays for the rest of the machine, or a part of it where there is little.
 SPARE_BYTES = 256 * 1024 * 1024
+SPARE_PART = 4
+SPARE_PART_OF_TMPFS = 32  # which others may hardly use
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Bytes that are free, and by whose account."""
+    """Bytes that may still be taken, and by whose account."""
 
     nbytes: int
     by: str
 
+    @staticmethod
+    def within(nbytes: int, by: str, part: int = SPARE_PART) -> Room:
+        """What may be taken of `nbytes` that are free."""
+        return Room(nbytes - min(SPARE_BYTES, max(0, nbytes) // part), by)
+
 
 def find_room(directory: Path, *, pinned: bool = False, cgroups: Path = Path("/sys/fs/cgroup")) -> Room:
-    """The least of what could still be taken in a directory of a tmpfs."""
+    """The least of what may still be taken in a directory of a tmpfs."""
     status = os.statvfs(directory)
-    rooms = [Room(status.f_bavail * status.f_frsize, f"the filesystem of {directory}")]
-    rooms.append(Room(_available(), "this machine's memory"))
+    free = status.f_bavail * status.f_frsize
+    rooms = [Room.within(free, f"the filesystem of {directory}", SPARE_PART_OF_TMPFS)]
+    rooms.append(Room.within(_available(), "this machine's memory"))
     rooms += _of_cgroups(cgroups)
     if pinned and (limit := resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]) != resource.RLIM_INFINITY:
         rooms.append(Room(limit, "the limit of locked memory (ulimit -l)"))
@@ -35,10 +43,10 @@ def find_room(directory: Path, *, pinned: bool = False, cgroups: Path = Path("/s
 def check_room(directory: Path, needed: int, arithmetic: str, *, pinned: bool = False) -> None:
     """`LayoutError` with the arithmetic unless so many more bytes fit."""
     room = find_room(directory, pinned=pinned)
-    if needed + SPARE_BYTES > room.nbytes:
+    if needed > room.nbytes:
         raise LayoutError(
             f"snapshots in memory need {needed / 1e9:.2f} GB more in {directory} ({arithmetic}), and {room.by} leaves "
-            f"{max(0, room.nbytes - SPARE_BYTES) / 1e9:.2f} GB of it. Use more nodes or a "
+            f"{max(0, room.nbytes) / 1e9:.2f} GB of it. Use more nodes or a "
             "directory with more room."
         )
 
@@ -64,7 +72,7 @@ def _of_cgroups(root: Path) -> list[Room]:
         here = base / path.lstrip("/")
         for directory in (here, *here.parents):
             if (left := _left(directory, *names)) is not None:
-                found.append(Room(left, f"the memory limit of {directory}"))
+                found.append(Room.within(left, f"the memory limit of {directory}"))
             if directory == base:
                 break
     return found

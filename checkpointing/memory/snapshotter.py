@@ -21,7 +21,7 @@ from checkpointing.commit import agree_to_save, begin_save, check_save, versions
 from checkpointing.errors import CheckpointError, DamagedError, LayoutError
 from checkpointing.format import Manifest, digest
 from checkpointing.geometry import External, Piece
-from checkpointing.lease import this_machine
+from checkpointing.lease import Lease, this_machine
 from checkpointing.memory.arena import Shards
 from checkpointing.memory.client import Client
 from checkpointing.memory.copying import SETTLE_S, Copier, Snapshot
@@ -58,7 +58,8 @@ class Snapshotter:
     those that `save` writes, and outlive this process. Those taken with `durable=True` are written to `directory` in
     the background, at `rate` bytes a second where that is given. At most `arenas` snapshots take room at a time. With
     `check_fence` what was copied is compared with the state when the fence opens, and committed only then: that finds
-    writes outside `mutating()`, and costs more than the copy.
+    writes outside `mutating()`, and costs more than the copy. Of a directory that a rank holds a `lease` of, nothing is
+    written once another process has it.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Snapshotter:
         keep_s: float = KEEP_S,
         rate: float = 0,
         check_fence: bool = False,
+        lease: Lease | None = None,
     ) -> None:
         self._team = team = as_team(group)
         self._directory = None if directory is None else Path(directory).resolve()
@@ -113,6 +115,7 @@ class Snapshotter:
             "durable": None if self._directory is None else str(self._directory),
             "rate": rate,
             "everywhere": 0,
+            "lease": next((one for one in team.together(lambda: _as_told(lease)) if one is not None), None),
         }
         self._greeting, self._unsent = greeting, set[int]()
         self._client = Client(
@@ -161,12 +164,14 @@ class Snapshotter:
         last: bool = False,
         wait: bool = False,
         metrics: dict[str, float] | None = None,
+        check_replicas: bool = False,
     ) -> None:
         """Begin a snapshot of the pieces of all ranks; they are copied until the next `mutating()`. Collective.
 
         Objects and volatile pieces are taken at once. With `durable` it is also written to the directory in the
         background, unless the one before still is; `last` waits its turn instead. With `wait` this returns when all is
-        copied. `LayoutError` where it could not be read again, or does not fit into memory.
+        copied. `LayoutError` where it could not be read again, or does not fit into memory. `check_replicas` compares
+        what several ranks hold, while the run waits (`ReplicaError`).
         """
         began = time.perf_counter()
         self.settle()
@@ -181,6 +186,8 @@ class Snapshotter:
         if self._image is None or self._image.plan is not plan:
             self._lay_out(plan, mine.pieces)
         assert self._image is not None
+        if check_replicas:
+            replicas.check_replicas(self._team, plan, mine.pieces)
         written = [replace(p, tensor=p.tensor.clone()) if p.volatile else p for p in mine.pieces]
         written = replicas.averaged(self._team, plan, written)
         self._serial += 1
@@ -417,3 +424,10 @@ class Snapshotter:
         if (snapshot := self._current) is not None and not snapshot.settled.is_set():
             snapshot.fail(why)
         self._durables.lose(why)
+
+
+def _as_told(lease: Lease | None) -> list[Any] | None:
+    """A lease for keepers, which look whether it still holds."""
+    if lease is None or not isinstance(lease.storage, FileStorage):
+        return None
+    return [str(lease.storage.root.resolve()), lease.number, lease.claim.decode()]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.runs import trainer
+from tests.harness.runs import trainer
 
 
 @pytest.mark.soak  # the other benchmarks stand in for it in the default run

@@ -32,8 +32,10 @@ from checkpointing import save, storage
 from checkpointing.collective import Team
 from checkpointing.lease import Lease
 from checkpointing.storage import FileStorage
-from tests import recorded
-from tests.recorded import record_here
+from tests.benchmarks import recorded
+from tests.benchmarks.recorded import record_here
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 CASES = (SOUND, WITHOUT_SYNC, COMMIT_FIRST)
 Recordings = dict[str, Recording]

@@ -23,9 +23,9 @@ from benchmarks.crash_ranks import (
     why_no_strace,
     without_sync,
 )
-from benchmarks.processes import alive, wait_for
 from checkpointing import load
-from tests.threads import ThreadTeam, all_of, on_ranks
+from tests.harness.processes import alive, wait_for
+from tests.harness.threads import ThreadTeam, all_of, on_ranks
 
 
 @pytest.mark.parametrize("case", [SOUND, COMMIT_FIRST])
@@ -62,6 +62,7 @@ def stand_in(directory: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> N
     monkeypatch.setenv("PATH", str(directory), prepend=os.pathsep)
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_rank_that_fails_ends_the_recording_with_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path / "bin", monkeypatch, "echo no such luck >&2; exit 3")
     assert why_no_strace() == "strace does not work here: no such luck"
@@ -69,6 +70,7 @@ def test_a_rank_that_fails_ends_the_recording_with_its_words(tmp_path: Path, mon
         record(tmp_path / "top", 2, [SOUND])
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_rank_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path / "bin", monkeypatch, f"sleep 60 & echo $! > {tmp_path}/pid; wait")
     monkeypatch.setattr(crash_ranks, "WAIT_S", 1)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks import daily
-from tests.runs import trainer
+from tests.harness.runs import trainer
 
 
 def test_conversations_are_of_functions_and_what_is_said_of_them() -> None:

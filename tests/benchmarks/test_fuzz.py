@@ -16,6 +16,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, logger="checkpointing")
 
 
+@pytest.mark.usefixtures("long")
 def test_hostile_checkpoints_reaches_the_whole_parser() -> None:
     counts = {}
     part = covered(lambda: counts.update(campaign(120, seed=11, most=1000)))

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks import kill_points
 from benchmarks.kill_points import Stop, arm
-from benchmarks.report import free_port
-from tests.runs import SMALL
+from tests.harness.ports import free_port
+from tests.harness.runs import SMALL
 from trainer import loop, run
 from trainer.compose import compose
 from trainer.parallel import torch_engine

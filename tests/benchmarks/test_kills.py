@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.kills import differences, memory_left, run_undisturbed, run_with_kills
-from benchmarks.processes import wait_for
-from tests.runs import rows
+import pytest
+
+from benchmarks.kills import differences, memory_of, run_undisturbed, run_with_kills
+from tests.harness.processes import wait_for
+from tests.harness.runs import rows
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 POINTS = ["inside the optimizer", "mid-copy", "between prepare and commit"]
 
@@ -19,7 +23,8 @@ def test_killed_at_every_moment_it_is_the_undisturbed_run_and_leaves_no_memory(t
     assert all(kill.lost <= 1 for kill in kills)
     run_undisturbed(whole, len(POINTS))
     assert differences(killed, whole) == []
-    wait_for(lambda: not memory_left(), 30)
+    memory = memory_of(killed, whole)
+    wait_for(lambda: not any(path.exists() for path in memory), 30)
     # The comparison sees a loss in its last digit, and a final state that is another.
     lines = rows(killed)
     lines[5]["loss"] *= 1 + 1e-15

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 
-from benchmarks.processes import wait_for
-from tests.runs import trainer
+import pytest
+
+from tests.harness.processes import wait_for
+from tests.harness.runs import trainer
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 
 def test_a_short_run_prints_one_object_that_is_not_judged() -> None:

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+import socket
 
 import pytest
 import torch
 
-from benchmarks.methods import DENSITY, SMALL, Ours, Weightlike, batches, check_gradients, main, saved_bytes
+from benchmarks.methods import (
+    DENSITY,
+    SMALL,
+    Ours,
+    Weightlike,
+    batches,
+    bytes_of_connections,
+    check_gradients,
+    main,
+    saved_bytes,
+)
 from trainer.methods.sparse import layer as layers
 
 
+@pytest.mark.usefixtures("processes")
 def test_it_prints_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--json", "--small", "--pairs", "4", "--engines", "DDP"]) == 0
     report = json.loads([line for line in capsys.readouterr().out.splitlines() if line.startswith("{")][-1])
@@ -19,6 +31,17 @@ def test_it_prints_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["extra bytes saved for the backward"]["ratio"] < 0.05
     assert rows["bytes a step, DDP"]["ratio"] < 2 * DENSITY
     assert rows["tensors like a weight, DDP"]["ours"] == 0
+
+
+def test_bytes_of_this_process_are_counted_and_nobody_elses() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as one:
+        other, _ = server.accept()
+        before = bytes_of_connections()
+        with other:
+            one.sendall(bytes(10_000))
+            assert len(other.recv(10_000, socket.MSG_WAITALL)) == 10_000
+            assert bytes_of_connections() - before == 20_000  # both ends are here
+        assert bytes_of_connections() - before == pytest.approx(10_000, abs=2)  # and now one of them
 
 
 def test_a_dense_gradient_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

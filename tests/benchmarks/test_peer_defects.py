@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 
-from tests.runs import trainer
+import pytest
+
+from tests.harness.runs import trainer
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 
 def test_the_demonstrations_against_dcp_run_to_their_end() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.crash_ranks import why_no_strace
 from benchmarks.reads import asked
-from tests.runs import trainer
+from tests.harness.runs import trainer
 
 TRACE = """\
 11 read(3</tmp/x/2-ranks-0-to-1/step/manifest.json>, ""..., 4096) = 900
@@ -39,6 +39,7 @@ def test_what_cannot_be_counted_is_an_error(line: str) -> None:
         asked(line, "/tmp/x")
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_short_run_counts_the_bytes_of_two_ranks() -> None:
     done = trainer("--json", "--largest", "2", module="benchmarks.reads")
     if why_no_strace():

@@ -13,6 +13,7 @@ from trainer.methods.deltas import Delta
 from trainer.methods.sparse.reselect import Entries
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_killed_run_goes_on_with_the_same_entries(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

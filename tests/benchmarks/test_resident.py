@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 
-from tests.runs import trainer
+import pytest
+
+from tests.harness.runs import trainer
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 
 def test_a_short_run_prints_one_object_that_is_not_judged() -> None:

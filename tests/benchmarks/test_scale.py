@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from benchmarks.scale import tensors
-from tests.runs import trainer
+from tests.harness.runs import trainer
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_short_run_prints_one_object_that_is_not_judged() -> None:
     done = trainer("--json", "--writers", "20", module="benchmarks.scale")
     assert done.returncode == 0, done.stderr

@@ -20,6 +20,7 @@ def test_tokens_are_bytes() -> None:
     assert byte_tokenizer()(text)["input_ids"] == list(text.encode())
 
 
+@pytest.mark.usefixtures("long")
 def test_modules_are_held_out_whole(tmp_path: Path) -> None:
     counts = split(tmp_path)
     assert counts["train"] > 400 and counts["validation"] > 50 and counts["test"] > 50
@@ -28,6 +29,7 @@ def test_modules_are_held_out_whole(tmp_path: Path) -> None:
     assert record["prompt"].lstrip().startswith(("def ", "@")) and '"""' not in record["prompt"].split("\n")[1]
 
 
+@pytest.mark.usefixtures("long")
 def test_it_tunes_and_judges(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--json", "--base-steps", "2", "--steps", "13", "--rates", "1", "--samples", "8"]
     assert main([*arguments, "--methods", "lift", "sara"]) == 0

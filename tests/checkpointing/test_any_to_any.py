@@ -24,7 +24,7 @@ from tests.checkpointing.layout_kinds import (
     lay_out,
     random_tensor,
 )
-from tests.threads import all_of, on_ranks
+from tests.harness.threads import all_of, on_ranks
 
 CASES = 2000
 BY_HAND = 100_000
@@ -106,6 +106,7 @@ def check(seen: Seen, count: int) -> None:
     assert all(seen.shapes[shape] >= 0.05 * count for shape in SHAPES)
 
 
+@pytest.mark.usefixtures("long")
 def test_every_kind_loads_into_every_kind() -> None:
     check(run_cases(CASES, seed=0), CASES)
 

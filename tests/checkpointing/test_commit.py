@@ -35,9 +35,10 @@ from checkpointing.generations import newest, scan
 from checkpointing.retention import clear_leftovers
 from checkpointing.storage import FileStorage, MemoryStorage
 from tests.checkpointing.layouts_for_tests import assembled, bits, random_layout, random_tensors, same_bits
-from tests.threads import all_of, on_ranks
+from tests.harness.threads import all_of, on_ranks
 
 
+@pytest.mark.usefixtures("long")
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), before=st.integers(1, 6), after=st.integers(1, 6))
 def test_any_layout_loads_into_any_layout(
@@ -250,6 +251,7 @@ def test_everything_is_durable_before_commit_exists(tmp_path: Path) -> None:
             save(tmp_path, 2, one_piece())
 
 
+@pytest.mark.usefixtures("processes")
 def test_killed_before_any_operation_on_files(tmp_path: Path) -> None:
     """The old generation or the new one, never a third thing; and the next save clears up and goes on."""
     outcomes: list[float] = []

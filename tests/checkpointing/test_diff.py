@@ -14,7 +14,7 @@ from checkpointing.diff import Difference, compare
 from checkpointing.generations import newest
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import MemoryStorage
-from tests.threads import all_of, on_ranks
+from tests.harness.threads import all_of, on_ranks
 
 
 def whole(name: str, tensor: torch.Tensor) -> Piece:

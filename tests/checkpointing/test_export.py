@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpointing import External, describe, export, save, stream
 from checkpointing.__main__ import main
-from tests.models import save_tiny_model
+from tests.harness.models import save_tiny_model
 
 
 def run_of(tmp_path: Path, kind: str = "llama") -> tuple[Path, Any]:

@@ -24,7 +24,7 @@ from checkpointing.diff import compare
 from checkpointing.foreign import describe_foreign
 from tests.checkpointing.foreign.test_deepspeed import reader
 from tests.checkpointing.zero_engines import Model, optimizer_of, train_alone, whole
-from tests.worlds import WORLD
+from tests.harness.worlds import SharedWorld
 
 
 def saved(tmp_path: Path) -> tuple[str, dict[str, torch.Tensor]]:
@@ -57,12 +57,12 @@ def go_on(directory: str, expected: dict[str, torch.Tensor], with_moments: bool)
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_torch_goes_on_from_it(tmp_path: Path, size: int) -> None:
+def test_torch_goes_on_from_it(tmp_path: Path, size: int, world: SharedWorld) -> None:
     _, expected = saved(tmp_path)
     assert main(["export", str(tmp_path / "ours"), "--to", "dcp", str(tmp_path / "out")]) == 0
-    WORLD.run(go_on, size, str(tmp_path / "out"), expected, True)
+    world.run(go_on, size, str(tmp_path / "out"), expected, True)
     with pytest.raises(AssertionError):  # the control
-        WORLD.run(go_on, size, str(tmp_path / "out"), expected, False)
+        world.run(go_on, size, str(tmp_path / "out"), expected, False)
 
 
 def test_there_and_back_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

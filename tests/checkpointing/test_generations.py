@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from checkpointing import Piece, save
 from checkpointing.generations import abandon, candidates, newest, scan
-from checkpointing.storage import FileStorage
+from checkpointing.storage import Data, FileStorage
 
 PIECES = [Piece("model/w", torch.ones(4), (0,), (4,))]
 
@@ -80,3 +82,62 @@ def test_marking_cut_short_leaves_the_newest_chosen(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         abandon(Dying(tmp_path), candidates(FileStorage(tmp_path)))
     assert [g.step for g in candidates(FileStorage(tmp_path))] == [3, 2]
+
+
+class Counted(FileStorage):
+    """Which generations are read."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.read: list[str] = []
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[Data]:
+        self.read.append(name.partition("/")[0])
+        return super().read_ranges(name, ranges)
+
+
+def settle(directory: Path) -> None:
+    """As if nothing had changed for a while."""
+    for path in directory.glob("step-*"):
+        os.utime(path, (path.stat().st_mtime - 60,) * 2)
+
+
+def test_what_was_found_sound_and_has_not_changed_is_not_read_again(tmp_path: Path) -> None:
+    names = [save(tmp_path, step, PIECES) for step in (1, 2, 3)]
+    settle(tmp_path)
+    storage = Counted(tmp_path)
+    first = scan(storage)
+    storage.read.clear()
+    again = scan(storage, remembered=True)
+    assert storage.read == [] and all(g.manifest is not None and not g.manifest.tensors for g in again)
+    assert [(g.name, g.order, g.files, g.sound) for g in again] == [(g.name, g.order, g.files, g.sound) for g in first]
+    assert scan(storage) == first and set(storage.read) == set(names)  # whoever does not ask for it sees what is there
+    storage.read.clear()
+    abandon(storage, first[1:2])
+    found = scan(storage, remembered=True)
+    assert set(storage.read) == {names[1]} and [g.abandoned for g in found] == [False, True, False]
+    (tmp_path / names[0] / "COMMIT").unlink()
+    assert [g.committed for g in scan(storage, remembered=True)] == [True, True, False]
+    storage.delete(f"{names[2]}/{file}" for file in first[0].files)
+    later = save(tmp_path, 4, PIECES)
+    assert [g.name for g in scan(storage, remembered=True)] == [later, names[1], names[0]]
+
+
+def test_what_changed_a_moment_ago_is_read_again(tmp_path: Path) -> None:
+    """A filesystem's clock may not have moved between a look and the change after it."""
+    name = save(tmp_path, 1, PIECES)
+    storage = Counted(tmp_path)
+    scan(storage)
+    storage.read.clear()
+    scan(storage, remembered=True)
+    assert set(storage.read) == {name}
+
+
+def test_what_is_damaged_or_cannot_be_read_is_not_remembered(tmp_path: Path) -> None:
+    name = save(tmp_path, 1, PIECES)
+    sound = (tmp_path / name / "manifest.json").read_bytes()
+    (tmp_path / name / "manifest.json").write_bytes(b"x" * len(sound))
+    settle(tmp_path)
+    assert scan(FileStorage(tmp_path))[0].damage is not None
+    (tmp_path / name / "manifest.json").write_bytes(sound)
+    assert scan(FileStorage(tmp_path), remembered=True)[0].sound

@@ -166,6 +166,7 @@ def test_a_hole_is_found_where_there_is_one(case: tuple[tuple[int, ...], list[Bo
         assert hole.numel and not held[hole.slices((0,) * len(shape))].any()
 
 
+@pytest.mark.usefixtures("long")
 def test_many_shards_side_by_side_are_looked_at_once_each() -> None:
     for dim in (0, 1):
         boxes = [

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from checkpointing import LeaseHeldError, lease
-from checkpointing.lease import EXPIRY_S, Hold, Holder, Lease, held_generations, hold, holder_of
+from checkpointing import LeaseHeldError, UnreadableError, lease
+from checkpointing import storage as storage_module
+from checkpointing.lease import EXPIRY_S, Hold, Holder, Lease, held_generations, hold, holder_of, still_holds
 from checkpointing.storage import FileStorage, MemoryStorage
 
 
@@ -27,8 +31,9 @@ def test_a_second_holder_is_told_who_holds_it(tmp_path: Path) -> None:
     with pytest.raises(LeaseHeldError, match=f"process {os.getpid()} on .* holds "):
         Lease.acquire(FileStorage(tmp_path))
     first.release()
-    Lease.acquire(FileStorage(tmp_path)).release()
-    assert list(tmp_path.iterdir()) == []
+    for _ in range(40):
+        Lease.acquire(FileStorage(tmp_path)).release()
+    assert [path.name for path in tmp_path.iterdir()] == ["lease-000082.json"]  # the number, and that nobody has it
 
 
 def test_whether_a_lease_is_held_is_seen_without_taking_it(tmp_path: Path) -> None:
@@ -42,6 +47,8 @@ def test_whether_a_lease_is_held_is_seen_without_taking_it(tmp_path: Path) -> No
     assert holder_of(storage) is None
 
 
+@pytest.mark.smoke
+@pytest.mark.usefixtures("processes")
 def test_a_killed_holder_on_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
     code = (
         "import sys, time; from checkpointing.lease import Lease; from checkpointing.storage import FileStorage\n"
@@ -145,27 +152,127 @@ def test_who_creates_a_number_too_late_backs_off(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(FileStorage, "create_if_absent", slow)
     with pytest.raises(LeaseHeldError):
         ahead.append(Lease.acquire(FileStorage(tmp_path)))
-    assert ahead == [] and sorted(FileStorage(tmp_path).list()) == ["lease-000001.json", "lease-000003.json"]
+    assert ahead == [] and (tmp_path / "lease-000003.json").exists()
 
 
-def test_giving_back_does_not_take_anothers_lease_of_the_same_number(tmp_path: Path) -> None:
+def test_giving_back_does_not_take_what_another_one_has(tmp_path: Path) -> None:
     sleeper = Lease.acquire(FileStorage(tmp_path))
-    (tmp_path / "lease-000001.json").unlink()
+    write_lease(tmp_path, replace(Holder.this_process(), started="1"), number=2)
     other = Lease.acquire(FileStorage(tmp_path))
+    sleeper.check()  # it looked a moment ago
     with pytest.raises(LeaseHeldError, match="took over"):
-        sleeper.check()  # at once, without waiting for a heartbeat
+        sleeper.check(anew=True)
+    with pytest.raises(LeaseHeldError, match="took over"):
+        sleeper.check()
     sleeper.release()
-    other.check()
+    other.check(anew=True)
     other.release()
-    assert FileStorage(tmp_path).list() == {}
 
 
-def test_a_lease_that_cannot_be_renewed_is_not_relied_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_pause_it_is_looked_at_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, now = Lease.acquire(FileStorage(tmp_path)), lease._clock()
+    monkeypatch.setattr(lease, "_clock", lambda: now + 3600)
+    held.check()  # nobody else came: it goes on
+    held.release()
     held = Lease.acquire(FileStorage(tmp_path))
-    monkeypatch.setattr(lease, "EXPIRY_S", -1.0)
-    with pytest.raises(LeaseHeldError, match="could not be renewed"):
+    write_lease(tmp_path, Holder.this_process(), number=held.number + 1)
+    monkeypatch.setattr(lease, "_clock", lambda: now + 7200)
+    with pytest.raises(LeaseHeldError, match="took over"):
         held.check()
     held.release()
+
+
+def test_a_storage_that_fails_loses_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it fails: it is lost when somebody else has it. Until that can be told nothing is written."""
+    storage = FileStorage(tmp_path)
+    held, now = Lease.acquire(storage), lease._clock()
+    with monkeypatch.context() as patch:
+
+        def failing(*_: object) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        patch.setattr(FileStorage, "put", failing)
+        held.check()
+        patch.setattr(lease, "_clock", lambda: now + 3600)
+        with pytest.raises(OSError, match="Input/output error"):
+            held.check()
+    held.check(anew=True)
+    held.release()
+
+
+def test_a_claim_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Lease.acquire(FileStorage(tmp_path))
+    monkeypatch.setattr(storage_module, "RETRY_S", (0.0,))
+
+    def failing(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(UnreadableError):
+        patch.setattr(os, "preadv", failing)
+        Lease.acquire(FileStorage(tmp_path), expiry_s=0.1)
+    held.check(anew=True)
+    held.release()
+
+
+@pytest.mark.parametrize("how", ["of another user", "hidden"])
+def test_a_holder_that_cannot_be_looked_at_lives(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    holder = replace(Holder.this_process(), pid=4_000_000 if how == "of another user" else os.getpid(), started="7")
+    write_lease(tmp_path, holder)
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError
+
+    read_text = Path.read_text
+
+    def hidden(path: Path, *arguments: Any, **named: Any) -> str:
+        if path.name == "stat" and path.parts[2] != "self":
+            raise FileNotFoundError(path)
+        return read_text(path, *arguments, **named)
+
+    if how == "of another user":
+        monkeypatch.setattr(os, "kill", forbidden)
+    else:
+        monkeypatch.setattr(Path, "read_text", hidden)
+    with pytest.raises(LeaseHeldError, match=f"process {holder.pid} on"):
+        Lease.acquire(FileStorage(tmp_path))
+
+
+def test_a_copy_is_held_by_nobody_and_what_was_moved_is(tmp_path: Path) -> None:
+    held = Lease.acquire(FileStorage(tmp_path / "a"))
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    Lease.acquire(FileStorage(tmp_path / "copy")).release()
+    held.check(anew=True)
+    (tmp_path / "a").rename(tmp_path / "moved")
+    with pytest.raises(LeaseHeldError):
+        Lease.acquire(FileStorage(tmp_path / "moved"))
+    with pytest.raises(LeaseHeldError):
+        held.check(anew=True)
+    held.release()
+    Lease.acquire(FileStorage(tmp_path / "copy")).release()
+
+
+@pytest.mark.parametrize(
+    "claim", [b"", b"{", b"[]", b"{}", b"[" * 100_000, b'{"pid": -1}', json.dumps({"host": 1, "pid": "x"}).encode()]
+)
+def test_a_claim_that_is_none_is_watched(claim: bytes, tmp_path: Path) -> None:
+    FileStorage(tmp_path).put("lease-000001.json", [claim])
+    told = list[Holder | None]()
+    Lease.acquire(FileStorage(tmp_path), expiry_s=0.1, waiting=told.append).release()
+    assert told == [None]
+
+
+def test_whoever_works_for_a_holder_sees_whether_another_one_came(tmp_path: Path) -> None:
+    storage = FileStorage(tmp_path)
+    held = Lease.acquire(storage)
+    assert still_holds(storage, held.number, held.claim)
+    held.release()
+    assert still_holds(storage, held.number, held.claim)  # nobody has it
+    other = Lease.acquire(storage)
+    assert not still_holds(storage, held.number, held.claim)
+    other.release()
+    (tmp_path / "again").mkdir()  # where numbers began anew
+    write_lease(tmp_path / "again", Holder.this_process(), held.number)
+    assert not still_holds(FileStorage(tmp_path / "again"), held.number, held.claim)
 
 
 def test_a_holder_in_another_container_is_watched_and_not_looked_up(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from checkpointing import Piece, describe, external_of, save
 from checkpointing.__main__ import main
-from tests.conftest import ROOT
+from tests.harness.processes import ROOT
 
 
 @pytest.fixture
@@ -177,6 +177,7 @@ def test_verify_shows_its_progress_to_a_person(
     assert len(signs) > 4 and all(" of 40.9 kB" in sign for sign in signs)
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_reader_that_has_read_enough_is_no_error(run_dir: Path) -> None:
     """As in `inspect ... | head -1`: here nobody reads at all."""
     reading, writing = os.pipe()

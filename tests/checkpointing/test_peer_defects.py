@@ -15,8 +15,8 @@ from torch import nn
 
 from checkpointing import DamagedError, Piece, describe, load, param_groups, restore_param_groups, save
 from checkpointing.format import digest
-from tests.conftest import ROOT
-from tests.threads import all_of, on_ranks
+from tests.harness.processes import ROOT
+from tests.harness.threads import all_of, on_ranks
 
 
 class Net(nn.Module):

@@ -215,9 +215,12 @@ def test_a_plan_travels_whole() -> None:
         whole("s"),
     )
     many = shards("z", 100, 2 * FEW_WRITERS)
-    plan = plan_save([layout + own for own in many])
+    layouts = [layout + own for own in many]
+    plan = plan_save(layouts)
     common, *shares = map(json.loads, _encode(plan))
-    assert [_decode(common, share) for share in shares] == [plan.of(rank) for rank in range(len(many))]
+    plans = [plan.of(rank, rows) for rank, rows in enumerate(layouts)]
+    assert [_decode(common, share, rows) for share, rows in zip(shares, layouts, strict=True)] == plans
+    assert all({name for name, _ in one.shared} == {"a", "b", "s"} for one in plans)  # no shard, and no mean
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "\ud800"])

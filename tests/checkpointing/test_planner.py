@@ -12,7 +12,7 @@ from checkpointing.collective import Team
 from checkpointing.plan import layout_rows, plan_save
 from checkpointing.planner import agree_on_plan
 from checkpointing.storage import MemoryStorage
-from tests.threads import all_of, on_ranks
+from tests.harness.threads import all_of, on_ranks
 
 Layout = Callable[[int], list[Piece]]
 
@@ -62,8 +62,9 @@ def test_any_change_drops_the_plan(forgotten: list[int], change: str) -> None:
     forgotten.clear()
     found = plans(CHANGES[change])
     assert forgotten, change
-    fresh = plan_save([layout_rows(CHANGES[change](rank)) for rank in range(2)])
-    assert found == [fresh.of(0), fresh.of(1)]
+    layouts = [layout_rows(CHANGES[change](rank)) for rank in range(2)]
+    fresh = plan_save(layouts)
+    assert found == [fresh.of(0, layouts[0]), fresh.of(1, layouts[1])]
 
 
 def test_another_number_of_ranks_drops_the_plan(forgotten: list[int]) -> None:

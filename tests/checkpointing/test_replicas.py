@@ -8,7 +8,7 @@ import torch
 from checkpointing import Piece, ReplicaError, load, replicas, save
 from checkpointing.collective import Team
 from checkpointing.storage import MemoryStorage
-from tests.threads import all_of, on_ranks
+from tests.harness.threads import all_of, on_ranks
 
 
 def drifted(rank: int, dtype: torch.dtype = torch.float32) -> list[Piece]:
@@ -59,15 +59,27 @@ def copies(rank: int, changed: int | None = None) -> list[Piece]:
     return [Piece("w", tensor, (0, 0), (3, 2)), Piece("own", torch.full((1,), float(rank)), (rank,), (3,))]
 
 
-def test_replicas_are_compared_on_request() -> None:
+def test_replicas_are_compared_and_the_ranks_that_differ_named() -> None:
     storage = MemoryStorage()
-    all_of(on_ranks(3, lambda team: save(storage, 1, copies(team.rank), group=team, check_replicas=True)))
-    found = on_ranks(3, lambda team: save(storage, 2, copies(team.rank, 2), group=team, check_replicas=True))
+    all_of(on_ranks(3, lambda team: save(storage, 1, copies(team.rank), group=team)))
+    found = on_ranks(3, lambda team: save(storage, 2, copies(team.rank, 2), group=team))
     assert all(isinstance(error, ReplicaError) for error in found)
-    assert all("w at (0, 0) (ranks 0 and 2)" in str(error) for error in found)
+    assert all("w at (0, 0) (ranks 0, 1 against rank 2)" in str(error) for error in found)
     assert not any(name.startswith("step-00000002") for name in storage.list())
     # Without the comparison one rank's copy is the truth.
-    all_of(on_ranks(3, lambda team: save(storage, 2, copies(team.rank, 2), group=team)))
+    all_of(on_ranks(3, lambda team: save(storage, 2, copies(team.rank, 2), group=team, check_replicas=False)))
+
+
+def test_only_what_others_hold_too_is_read_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = list[str]()
+    digest_of = replicas.digest_of
+    monkeypatch.setattr(replicas, "digest_of", lambda piece: read.append(piece.name) or digest_of(piece))  # type: ignore[func-returns-value]
+    storage = MemoryStorage()
+    all_of(on_ranks(3, lambda team: save(storage, 1, copies(team.rank), group=team)))
+    assert read == ["w"] * 3
+    read.clear()
+    all_of(on_ranks(3, lambda team: save(storage, 2, drifted(team.rank), group=team)))
+    assert read == ["same"] * 3
 
 
 def test_what_is_divided_is_compared_by_what_it_stands_for() -> None:

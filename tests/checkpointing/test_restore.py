@@ -17,18 +17,20 @@ from checkpointing import (
     MismatchError,
     NotFoundError,
     Piece,
+    UnreadableError,
     VersionError,
     load,
     restore,
     save,
 )
 from checkpointing import reader as reader_module
+from checkpointing import storage as storage_module
 from checkpointing.format import digest
 from checkpointing.generations import abandon, scan
 from checkpointing.reader import GenerationReader
 from checkpointing.retention import Keep, prune
 from checkpointing.storage import FileStorage, MemoryStorage
-from tests.threads import ThreadTeam, all_of, on_ranks
+from tests.harness.threads import ThreadTeam, all_of, on_ranks
 
 
 def pieces(value: float, *names: str, rows: int = 40) -> list[Piece]:
@@ -182,6 +184,7 @@ class Changed(MemoryStorage):
         self._objects[name] = data
 
 
+@pytest.mark.usefixtures("long")
 def test_every_flipped_byte_of_a_small_checkpoint_is_detected() -> None:
     """Of every file, the padding of the header included; and what is not flipped loads."""
     small = [Piece("model/w", torch.randn(5, 7), (0, 0), (5, 7)), Piece("optim/w/step", torch.tensor(3.0), (), ())]
@@ -248,18 +251,33 @@ def test_what_a_newer_release_wrote_is_not_passed_over(tmp_path: Path) -> None:
     load(tmp_path, pieces(0.0), generation=first)
 
 
-def test_a_disk_that_fails_sends_to_the_previous_generation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("file", ["shard-00000.safetensors", "index-00000.json", "manifest.json", "COMMIT"])
+@pytest.mark.parametrize("times", [1, 1000])
+def test_a_read_error_is_no_damage(file: str, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read again, and then the load fails: what lies there may be sound, and nothing is passed over for it."""
     save(tmp_path, 1, pieces(1.0))
-    bad = tmp_path / save(tmp_path, 2, pieces(2.0)) / "shard-00000.safetensors"
-    preadv = os.preadv
+    bad = tmp_path / save(tmp_path, 2, pieces(2.0)) / file
+    preadv, left = os.preadv, times
 
     def failing(descriptor: int, buffers: list[memoryview], position: int) -> int:
-        if os.readlink(f"/proc/self/fd/{descriptor}") == str(bad):
+        nonlocal left
+        if left and os.readlink(f"/proc/self/fd/{descriptor}") == str(bad):
+            left -= 1
             raise OSError(5, "Input/output error")
         return preadv(descriptor, buffers, position)
 
     monkeypatch.setattr(os, "preadv", failing)
+    monkeypatch.setattr(storage_module, "RETRY_S", (0.0, 0.0))
     target = pieces(0.0)
+    if times == 1:
+        load(tmp_path, target)
+        assert values(target) == [2.0, 2.0]
+        return
+    for asked in ({}, {"step": 2}):
+        with pytest.raises(UnreadableError, match="Input/output error"):
+            load(tmp_path, target, **asked)  # type: ignore[arg-type]
+    left = 0
+    bad.write_bytes(b"x" + bad.read_bytes()[1:])  # the control: damage is passed over
     load(tmp_path, target)
     assert values(target) == [1.0, 1.0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,20 @@ def test_the_newest_stay(tmp_path: Path) -> None:
     prune(FileStorage(tmp_path), Keep(1))
     assert steps(tmp_path) == [5]
     load(tmp_path, PIECES)
+
+
+def test_one_that_was_cut_short_since_it_was_found_does_not_count(tmp_path: Path) -> None:
+    """Its directory has not changed, and yet the sound ones before it must stay."""
+    storage = FileStorage(tmp_path)
+    names = [save(tmp_path, step, PIECES) for step in (1, 2, 3)]
+    for path in tmp_path.glob("step-*"):
+        os.utime(path, (path.stat().st_mtime - 60,) * 2)
+    scan(storage)
+    (tmp_path / names[2] / "shard-00000.safetensors").write_bytes(b"cut short")
+    os.utime(tmp_path / names[2], ((tmp_path / names[1]).stat().st_mtime,) * 2)
+    scan(storage, remembered=True)
+    prune(storage, Keep(1))
+    assert steps(tmp_path) == [3, 2]
 
 
 def test_keeping_none_is_refused(tmp_path: Path) -> None:

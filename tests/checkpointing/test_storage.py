@@ -7,15 +7,16 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpointing import DamagedError, NotFoundError
+from checkpointing import DamagedError, NotFoundError, UnreadableError
 from checkpointing import storage as storage_module
 from checkpointing.lease import Hold
-from checkpointing.storage import SMALL_BYTES, FileStorage, MemoryStorage, Storage
+from checkpointing.storage import SMALL_BYTES, FileStorage, MemoryStorage, Storage, read_small, replace_file
 
 
 @pytest.fixture(params=["files", "memory"])
@@ -97,26 +98,86 @@ def test_names_cannot_lead_out(storage: Storage, tmp_path: Path, name: str) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_listed_does_not_pass_for_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    FileStorage(tmp_path).put("a/x", [b"1"])
-
-    def stale(path: object) -> object:
-        raise OSError(errno.ESTALE, "Stale file handle")
-
-    monkeypatch.setattr(os, "scandir", stale)
-    with pytest.raises(OSError, match="Stale"):
-        FileStorage(tmp_path).list()
+@pytest.fixture(params=["listed", "opened", "read"])
+def failing(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Failing:
+    return Failing(request.param, tmp_path, monkeypatch)
 
 
-def test_a_failing_disk_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    FileStorage(tmp_path).put("x", [b"12345"])
+class Failing:
+    """A disk on which one kind of call fails some times, with one error."""
 
-    def broken(descriptor: int, buffers: list[memoryview], position: int) -> int:
-        raise OSError(errno.EIO, "Input/output error")
+    CALLS: ClassVar = {"listed": "scandir", "opened": "open", "read": "preadv"}
 
-    monkeypatch.setattr(os, "preadv", broken)
-    with pytest.raises(DamagedError, match="x cannot be read: Input/output error"):
-        FileStorage(tmp_path).read_ranges("x", [(0, 3)])
+    def __init__(self, kind: str, top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(storage_module, "RETRY_S", (0.0, 0.0))
+        self.kind, self.storage, self.left, self.calls, self.error = kind, FileStorage(top), 0, 0, errno.EIO
+        self.storage.put("a/x", [b"12345"])
+        real = getattr(os, self.CALLS[kind])
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            self.calls += 1
+            if self.left:
+                self.left -= 1
+                raise OSError(self.error, os.strerror(self.error))
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(os, self.CALLS[kind], call)
+
+    def use(self) -> object:
+        """What the storage says of its one object."""
+        if self.kind == "listed":
+            return self.storage.list()
+        return bytes(self.storage.read_ranges("a/x", [(0, 5)])[0])
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EREMOTEIO])
+def test_a_disk_that_fails_for_a_moment_is_asked_again(failing: Failing, error: int) -> None:
+    expected = failing.use()
+    failing.left, failing.error = 2, error
+    assert failing.use() == expected and failing.left == 0
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_goes_on_failing_says_nothing_of_what_lies_there(failing: Failing, error: int) -> None:
+    """Neither damaged, nor absent, nor an empty directory: a run would start over, or fall back."""
+    failing.left, failing.error = 100, error
+    with pytest.raises(UnreadableError, match=os.strerror(error)) as raised:
+        failing.use()
+    assert not isinstance(raised.value, DamagedError | NotFoundError) and failing.left == 97
+
+
+def test_what_is_forbidden_is_not_asked_for_again(failing: Failing) -> None:
+    failing.calls, failing.left, failing.error = 0, 100, errno.EACCES
+    with pytest.raises(UnreadableError, match="Permission denied"):
+        failing.use()
+    assert failing.calls == 1
+
+
+def test_a_listing_enters_no_directory_that_its_prefix_excludes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, entered, scandir = FileStorage(tmp_path), list[str](), os.scandir
+    names = ["a/x", "a/deep/y", "ab/x", "abc", "b/x"]
+    for name in names:
+        storage.put(name, [b"1"])
+
+    def watched(path: Path) -> Any:
+        entered.append(Path(path).relative_to(tmp_path).as_posix())
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", watched)
+    for prefix, directories in {
+        "": [".", "a", "a/deep", "ab", "b"],
+        "a": [".", "a", "a/deep", "ab"],
+        "ab": [".", "ab"],
+        "abc": ["."],
+        "a/": ["a", "a/deep"],
+        "a/deep/": ["a/deep"],
+        "none/x": ["none"],
+    }.items():
+        entered.clear()
+        assert list(storage.list(prefix)) == sorted(name for name in names if name.startswith(prefix))
+        assert sorted(entered) == sorted(directories)
 
 
 def test_an_object_that_is_created_appears_with_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +270,30 @@ def test_a_disk_that_cannot_take_it_is_heard_of(tmp_path: Path, monkeypatch: pyt
         FileStorage(tmp_path).put("x", [bytes(SMALL_BYTES)] * 5)
 
 
+@pytest.mark.parametrize("fails", [0, 1, 2])
+def test_a_sync_that_fails_once_fails_the_put(fails: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells once that it lost what was written; every later sync of that file succeeds."""
+    count = iter(range(1000))
+    done = threading.Event()
+
+    def fdatasync(descriptor: int) -> None:
+        number = next(count)
+        if number == fails:
+            raise OSError(errno.EIO, "Input/output error")
+        if number > fails:
+            done.set()
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(40):
+            yield bytes(SMALL_BYTES)
+            done.wait(0.01)  # the next sync begins when this one is done
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(storage_module, "SYNC_BYTES", SMALL_BYTES)
+    with pytest.raises(OSError, match="Input/output error"):
+        FileStorage(tmp_path).put("x", chunks())
+
+
 def test_what_is_no_file_is_not_there(tmp_path: Path) -> None:
     """A pipe that would never end, and a link that leads elsewhere."""
     (tmp_path / "elsewhere").write_text("secret")
@@ -220,6 +305,34 @@ def test_what_is_no_file_is_not_there(tmp_path: Path) -> None:
     assert storage.list() == {}
     with pytest.raises(DamagedError):
         storage.read_ranges("link", [(0, 6)])
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "lease-000001.beat").symlink_to(tmp_path / "precious")
+    storage = FileStorage(tmp_path / "root")
+    with pytest.raises(OSError, match="symbolic links"):
+        storage.put("lease-000001.beat", [b"1"])
+    replace_file(tmp_path / "root" / "lease-000001.beat", b"1")  # the link is replaced, and not what it leads to
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("what", ["absent", "a link", "a pipe", "too long", "small"])
+def test_a_small_file_is_read_if_it_is_one(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "id"
+    if what == "a link":
+        (tmp_path / "secret").write_text("secret")
+        path.symlink_to(tmp_path / "secret")
+    elif what == "a pipe":
+        os.mkfifo(path)
+    elif what != "absent":
+        path.write_bytes(bytes(5 if what == "small" else storage_module.SMALL_FILE_BYTES + 1))
+    if what == "small":
+        assert read_small(path) == bytes(5)
+        return
+    with pytest.raises(NotFoundError if what == "absent" else DamagedError):
+        read_small(path)
 
 
 def test_holds_come_and_go_beside_each_other(tmp_path: Path) -> None:

@@ -50,9 +50,9 @@ def test_bytes_come_a_bounded_part_at_a_time(limit: int) -> None:
     assert max(map(len, parts)) <= max(limit, 4)
 
 
-EVERY = {torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.uint16} | {
+EVERY = [torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.uint16] + [
     dtype for name, dtype in DTYPES.items() if name.startswith("F8")
-}
+]
 
 
 @pytest.mark.parametrize(("source", "target"), list(product(EVERY, DTYPES.values())), ids=str)

@@ -7,33 +7,23 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from checkpointing import save
 from checkpointing.__main__ import main
-from tests.models import save_tiny_model
+from tests.harness.engines import engine_here, feed_for
+from tests.harness.models import save_tiny_model
+from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.test_torch_engine import dataset, whole
-from tests.worlds import WORLD
 from trainer.compose import compose
-from trainer.data.feed import Feed
 from trainer.loop import optimize
-from trainer.methods import build
-from trainer.parallel.engine import make_engine
-from trainer.parallel.world import World
-from trainer.plan import resolve_topology
 
 
 def train_and_save(overrides: list[str], directory: Path) -> dict[str, Any]:
     """This rank's parts of the model, and what the engine says of a text."""
     config = compose(["train.seq_len=12", *overrides])
-    world = World(dist.get_rank(), dist.get_world_size())
-    engine = make_engine(
-        config, build(config), resolve_topology(config.parallel, world.size), world, torch.device("cpu")
-    )
-    feed = Feed(
-        dataset(), global_batch=8, micro_batch=2, seed=1, pad=0, num_ranks=engine.data_size, rank=engine.data_rank
-    )
+    engine = engine_here(config)
+    feed = feed_for(engine, config, dataset())
     for step in (1, 2):
         optimize(engine, feed.step(step), 1e-2, key=step)
     pieces = engine.pieces()
@@ -46,10 +36,12 @@ def train_and_save(overrides: list[str], directory: Path) -> dict[str, Any]:
     return {"parts": parts, "logits": engine.next_logits(torch.arange(9)[None]).float().numpy()}
 
 
-def test_under_sharding_and_tensor_parallelism_transformers_gets_the_engines_weights(tmp_path: Path) -> None:
+def test_under_sharding_and_tensor_parallelism_transformers_gets_the_engines_weights(
+    tmp_path: Path, world: SharedWorld
+) -> None:
     save_tiny_model(tmp_path / "base")
     layout = ["model=hf", f"model.path={tmp_path / 'base'}", "parallel.dp_shard=2", "parallel.tp=2"]
-    found = WORLD.run(train_and_save, 4, layout, tmp_path / "checkpoints")
+    found = world.run(train_and_save, 4, layout, tmp_path / "checkpoints")
     out, base = tmp_path / "out", str(tmp_path / "base")
     assert main(["export", str(tmp_path / "checkpoints"), "--to", "hf", str(out), "--config", base]) == 0
     model: Any = AutoModelForCausalLM.from_pretrained(out)

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpointing import LayoutError, MismatchError, PeerError, Piece, describe, load, pieces_of, save
 from tests.checkpointing.layouts_for_tests import bits
-from tests.worlds import WORLD
+from tests.harness.worlds import SharedWorld
 
 LAYOUTS = {"one": 1, "ddp": 2, "fsdp": 3, "hsdp": 4}
 
@@ -79,12 +79,13 @@ def held_by(pieces: list[Piece]) -> Whole:
     return {f"{p.name}{p.offset}": (tuple(p.tensor.shape), bits(p.tensor.detach())) for p in pieces}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("before", LAYOUTS)
-def test_every_layout_loads_into_every_layout(before: str, tmp_path: Path) -> None:
-    truth = WORLD.run(train_and_save, LAYOUTS[before], before, tmp_path, environment=before == "one")[0]
+def test_every_layout_loads_into_every_layout(before: str, tmp_path: Path, world: SharedWorld) -> None:
+    truth = world.run(train_and_save, LAYOUTS[before], before, tmp_path, environment=before == "one")[0]
     assert len(truth) == 8 + 3 + 8 * 3  # parameters, buffers of the norm, three values of AdamW each
     for after, size in LAYOUTS.items():
-        ranks = WORLD.run(load_and_gather, size, after, tmp_path, environment=after == "one")
+        ranks = world.run(load_and_gather, size, after, tmp_path, environment=after == "one")
         for moment in (0, 1):
             check_held([held[moment] for held in ranks], truth, f"{before} to {after}")
     # The comparison can fail: the truth of another state is another.
@@ -126,8 +127,8 @@ def fail_on_one_rank(directory: Path) -> str:
     return "loaded"
 
 
-def test_a_mismatch_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
-    messages = WORLD.run(fail_on_one_rank, 3, tmp_path)
+def test_a_mismatch_on_one_rank_is_told_on_all(tmp_path: Path, world: SharedWorld) -> None:
+    messages = world.run(fail_on_one_rank, 3, tmp_path)
     assert messages[0] == messages[2] == "rank 1: the checkpoint does not hold 1 of the tensors asked for: model/v"
     assert messages[1] in messages[0]
 
@@ -141,8 +142,8 @@ def cannot_write(directory: Path) -> str:
     return "saved"
 
 
-def test_a_rank_that_cannot_write_fails_all(tmp_path: Path) -> None:
-    assert WORLD.run(cannot_write, 3, tmp_path) == ["PeerError", "FileNotFoundError", "PeerError"]
+def test_a_rank_that_cannot_write_fails_all(tmp_path: Path, world: SharedWorld) -> None:
+    assert world.run(cannot_write, 3, tmp_path) == ["PeerError", "FileNotFoundError", "PeerError"]
 
 
 def save_in_a_subgroup(directory: Path) -> list[float]:
@@ -157,8 +158,8 @@ def save_in_a_subgroup(directory: Path) -> list[float]:
     return [float(v) for v in target[:, 0]]
 
 
-def test_a_group_that_is_not_the_world(tmp_path: Path) -> None:
-    assert WORLD.run(save_in_a_subgroup, 3, tmp_path) == [[0, 0, 1, 1], [0, 0, 1, 1], []]
+def test_a_group_that_is_not_the_world(tmp_path: Path, world: SharedWorld) -> None:
+    assert world.run(save_in_a_subgroup, 3, tmp_path) == [[0, 0, 1, 1], [0, 0, 1, 1], []]
 
 
 def describe_after_a_forward(directory: Path) -> bool:
@@ -174,8 +175,8 @@ def describe_after_a_forward(directory: Path) -> bool:
     return torch.equal(gathered(bare[0].weight), reference)
 
 
-def test_a_load_after_an_evaluation_reaches_the_shards(tmp_path: Path) -> None:
-    assert WORLD.run(describe_after_a_forward, 2, tmp_path) == [True, True]
+def test_a_load_after_an_evaluation_reaches_the_shards(tmp_path: Path, world: SharedWorld) -> None:
+    assert world.run(describe_after_a_forward, 2, tmp_path) == [True, True]
 
 
 def describe_fsdp1() -> str:
@@ -188,8 +189,8 @@ def describe_fsdp1() -> str:
     return "described"
 
 
-def test_flat_parameters_are_refused() -> None:
-    assert all("is a flat parameter of FSDP1" in said for said in WORLD.run(describe_fsdp1, 2))
+def test_flat_parameters_are_refused(world: SharedWorld) -> None:
+    assert all("is a flat parameter of FSDP1" in said for said in world.run(describe_fsdp1, 2))
 
 
 def round_trip_of_an_empty_tensor(directory: Path) -> list[tuple[int, ...]]:
@@ -204,8 +205,8 @@ def round_trip_of_an_empty_tensor(directory: Path) -> list[tuple[int, ...]]:
     return [p.global_shape for p in pieces]
 
 
-def test_an_empty_tensor_is_held_by_name(tmp_path: Path) -> None:
-    assert WORLD.run(round_trip_of_an_empty_tensor, 2, tmp_path) == [[(0, 5)], [(0, 5)]]
+def test_an_empty_tensor_is_held_by_name(tmp_path: Path, world: SharedWorld) -> None:
+    assert world.run(round_trip_of_an_empty_tensor, 2, tmp_path) == [[(0, 5)], [(0, 5)]]
 
 
 def save_among_some(directory: str) -> list[float]:
@@ -221,5 +222,5 @@ def save_among_some(directory: str) -> list[float]:
     return target.unique().tolist()
 
 
-def test_a_group_of_some_ranks_saves_and_loads_by_itself(tmp_path: Path) -> None:
-    assert WORLD.run(save_among_some, 4, str(tmp_path)) == [[], [1.0], [], [0.0]]
+def test_a_group_of_some_ranks_saves_and_loads_by_itself(tmp_path: Path, world: SharedWorld) -> None:
+    assert world.run(save_among_some, 4, str(tmp_path)) == [[], [1.0], [], [0.0]]

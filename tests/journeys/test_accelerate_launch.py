@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.processes import kill_tree, wait_for
-from benchmarks.report import free_port
-from tests.conftest import ROOT
-from tests.runs import SMALL, assert_same_run, environment, events, rows
-from tests.worlds import WORLD, train
+import pytest
+
+from tests.harness.ports import free_port
+from tests.harness.processes import ROOT, kill_tree, wait_for
+from tests.harness.runs import SMALL, assert_same_run, environment, events, rows, train
+from tests.harness.worlds import SharedWorld
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 RUN = [*SMALL, "train.steps=40", "checkpoint.every=5", "data.log_ids=true", "eval.every=0", "schedule=constant"]
 WAIT_S = 120
@@ -43,7 +46,9 @@ def accelerate_launch(arguments: list[str], home: Path, log: Path) -> subprocess
         )
 
 
-def test_killed_under_accelerate_launch_resumed_under_fsdp2_and_finished_with_deepspeed(tmp_path: Path) -> None:
+def test_killed_under_accelerate_launch_resumed_under_fsdp2_and_finished_with_deepspeed(
+    tmp_path: Path, world: SharedWorld
+) -> None:
     a, b, log = tmp_path / "a", tmp_path / "b", tmp_path / "log"
     train([*RUN, f"run.dir={a}"])
     flags = ["--num_processes=2", "--main_process_ip=127.0.0.1"]
@@ -58,7 +63,7 @@ def test_killed_under_accelerate_launch_resumed_under_fsdp2_and_finished_with_de
     assert {row["world_size"] for row in rows(b)} == {2}
 
     between = ["parallel=fsdp", *RUN, "train.steps=20", "resume_allow=[train.steps]", f"run.dir={b}"]
-    said = WORLD.run(train, 3, between, environment=True)
+    said = world.run(train, 3, between, environment=True)
     assert "parallel.engine was accelerate, is torch" in said[0]
 
     (tmp_path / "accelerate.yaml").write_text(CONFIGURED)

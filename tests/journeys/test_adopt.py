@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.processes import kill_tree, wait_for
 from checkpointing.generations import scan
 from checkpointing.storage import FileStorage
-from tests.conftest import ROOT
-from tests.runs import environment
+from tests.harness.processes import ROOT, kill_tree, wait_for
+from tests.harness.runs import environment
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 STEPS, KILLED, EVERY, BATCH = 9, 7, 4, 6
 COMMON, TORCH, TRAINER, ACCELERATE, LIGHTNING = re.findall(
@@ -165,6 +166,26 @@ def test_killed_and_resumed_alone(name: str, tmp_path: Path, undisturbed: dict[i
         assert found == pytest.approx({step: undisturbed[step] for step in found}, abs=1e-6)
     steps = [g.step for g in scan(FileStorage(tmp_path / "checkpoints")) if g.committed]
     assert steps == [2 * EVERY, EVERY]
+    wait_for(lambda: not memory.exists(), 30)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_two_that_end_well_do_not_abort(name: str, tmp_path: Path, undisturbed: dict[int, float]) -> None:
+    """On one core, where threads of gloo are most likely to be behind when Python ends."""
+    memory = tmp_path / "memory"
+    one_core = "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nimport torch\n"
+    before = BEFORE.replace("import torch\n", one_core, 1)
+    assert one_core in before
+    before = before.replace("os.kill(os.getpid(), signal.SIGKILL)", "pass")
+    after = AFTER[name] + (
+        "" if name == "torch" else "torch.distributed.destroy_process_group()\n"
+    )  # what it lent is enough
+    (tmp_path / "script.py").write_text(
+        before + COMMON.replace('"/dev/shm/my-run"', f'"{memory}"') + ADAPTERS[name] + after
+    )
+    done = run(tmp_path / "script.py", 2)
+    assert done.returncode == 0 and "terminate called" not in done.stdout, done.stdout
+    assert losses(tmp_path, 2) == pytest.approx(undisturbed, abs=1e-6)
     wait_for(lambda: not memory.exists(), 30)
 
 

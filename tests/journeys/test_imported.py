@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 from checkpointing import save
 from checkpointing.__main__ import main as checkpointing
 from checkpointing.foreign import IMPORTED, describe_foreign
+from tests.harness.models import save_tiny_model
+from tests.harness.runs import rows, train
+from tests.harness.worlds import SharedWorld
 from tests.journeys.test_own_model import own_data
-from tests.models import save_tiny_model
-from tests.runs import rows
 from tests.trainer.parallel.zoo import save_model
-from tests.worlds import WORLD, train
 from trainer.compose import compose
 from trainer.data.feed import Feed
 from trainer.data.sources import load_corpus
@@ -176,15 +176,15 @@ MOVES = [
 
 @pytest.mark.parametrize(("kind", "size", "layout"), MOVES, ids=[kind for kind, _, _ in MOVES])
 def test_the_losses_go_on(
-    kind: str, size: int, layout: list[str], common: list[str], batches: Batches, tmp_path: Path
+    kind: str, size: int, layout: list[str], common: list[str], batches: Batches, tmp_path: Path, world: SharedWorld
 ) -> None:
     path = next(o for o in common if o.startswith("model.path=")).partition("=")[2]
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
-    expected = WORLD.run(original, size, str(theirs), kind, path, batches)[0]
+    expected = world.run(original, size, str(theirs), kind, path, batches)[0]
     flags = ["--trust-pickle"] if kind != "hf" else ["--step", str(DONE)]
     assert checkpointing(["import", str(theirs), str(ours), *flags]) == 0
     here = 3 if kind != "zero2-bf16" else 2
-    said = WORLD.run(train, here, [*common, *layout, f"resume={ours}", f"run.dir={tmp_path / 'run'}"], environment=True)
+    said = world.run(train, here, [*common, *layout, f"resume={ours}", f"run.dir={tmp_path / 'run'}"], environment=True)
     assert f"step {DONE} of {LAST} is done, imported from" in said[0]
     assert ("the optimizer's state begins at zero" in said[0]) == (kind == "hf")
     found = {row["step"]: row["loss"] for row in rows(tmp_path / "run")}
@@ -194,10 +194,12 @@ def test_the_losses_go_on(
     assert list(found.values()) == pytest.approx(expected, abs=2e-3 if "bf16" in kind else 1e-5, rel=0)
 
 
-def test_without_the_moments_the_losses_are_others(common: list[str], batches: Batches, tmp_path: Path) -> None:
+def test_without_the_moments_the_losses_are_others(
+    common: list[str], batches: Batches, tmp_path: Path, world: SharedWorld
+) -> None:
     """The control."""
     path = next(o for o in common if o.startswith("model.path=")).partition("=")[2]
-    expected = WORLD.run(original, 2, str(tmp_path / "theirs"), "dcp", path, batches)[0]
+    expected = world.run(original, 2, str(tmp_path / "theirs"), "dcp", path, batches)[0]
     foreign = describe_foreign(tmp_path / "theirs", trust_pickle=True)
     for piece in foreign.pieces:
         if piece.name.endswith(("exp_avg", "exp_avg_sq")):
@@ -226,7 +228,7 @@ def test_what_the_command_says(common: list[str], tmp_path: Path, capsys: pytest
     assert "type --trust-pickle" in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
-def test_experts_go_in_and_out_under_their_own_names(common: list[str], tmp_path: Path) -> None:
+def test_experts_go_in_and_out_under_their_own_names(common: list[str], tmp_path: Path, world: SharedWorld) -> None:
     """A run that begins at imported weights is one whose model has them, and leaves the house as such a directory."""
     save_model(tmp_path / "right", "mixtral")
     save_model(tmp_path / "wrong", "mixtral")
@@ -240,7 +242,7 @@ def test_experts_go_in_and_out_under_their_own_names(common: list[str], tmp_path
 
     def losses(name: str, model: str, *more: str) -> list[float]:
         options = [*small, "model=hf", f"model.path={tmp_path / model}", f"run.dir={tmp_path / name}", "train.steps=3"]
-        WORLD.run(train, 2, [*options, "parallel=fsdp", *more], environment=True)
+        world.run(train, 2, [*options, "parallel=fsdp", *more], environment=True)
         return [row["loss"] for row in rows(tmp_path / name)]
 
     expected = losses("direct", "right")

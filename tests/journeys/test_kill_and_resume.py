@@ -20,11 +20,13 @@ from checkpointing import Piece, load, save
 from checkpointing.format import DTYPES
 from checkpointing.generations import newest
 from checkpointing.storage import FileStorage
-from tests.runs import assert_same_run, events, kill_when, launch, rows
+from tests.harness.runs import assert_same_run, events, kill_when, launch, rows
 from trainer.choices import Jsonl
 from trainer.data.order import samples_of_step
 from trainer.data.sources import load_corpus
 from trainer.data.tokenizer import ByteTokenizer
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 PROOF = [
     "train.steps=60",
@@ -107,6 +109,7 @@ def test_killed_twice_and_resumed_on_one_and_on_three(case: str, tmp_path: Path)
     assert [row["step"] for row in rows(b, "metrics.discarded.jsonl")] == lost
 
 
+@pytest.mark.smoke
 def test_ddp_before_and_fsdp_after(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     common = [*PROOF, "train.steps=40"]
@@ -129,6 +132,7 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("broken", ["moments", "cursor"])
 def test_a_checkpoint_that_lost_something_is_seen(tmp_path: Path, short_run: Path, broken: str) -> None:
     """The negative control of the tests above, with a checkpoint that really lacks it."""

@@ -11,12 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.processes import kill_tree, wait_for
-from benchmarks.report import free_port
+from checkpointing.generations import candidates
+from checkpointing.lease import Lease
+from checkpointing.storage import FileStorage
 from launch.port import is_free
-from tests.conftest import ROOT
-from tests.runs import SMALL, assert_same_run, environment, events, rows, trainer
-from tests.worlds import train
+from launch.supervise import trainers
+from tests.harness.ports import free_port
+from tests.harness.processes import ROOT, kill_tree, wait_for
+from tests.harness.runs import SMALL, assert_same_run, environment, events, rows, train, trainer
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 RUN = [*SMALL, "train.steps=40", "checkpoint.every=10", "data.log_ids=true", "eval.every=0", "schedule=constant"]
 
@@ -60,12 +64,38 @@ def test_by_our_command_and_by_hand_from_its_print(target: str, tmp_path: Path) 
     assert_same_run(rows(a), rows(b), last=40)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("target", ["deepspeed", "accelerate"])
 def test_a_refusal_of_the_trainer_is_the_status(target: str, tmp_path: Path) -> None:
     words = [target, "--nproc=2", f"--port={free_port()}", "--", *RUN, f"run.dir={tmp_path}/run"]
     done = trainer(*words, "data=jsonl", f"data.path={tmp_path}/absent.jsonl", module="launch")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "absent.jsonl" in done.stdout + done.stderr
+
+
+def test_what_rank_0_alone_refuses_is_the_refusal_of_the_command(tmp_path: Path) -> None:
+    """Its sentence, once, and its status; the other processes do not wait for one that is gone."""
+    held = Lease.acquire(FileStorage(tmp_path / "run" / ".lease"))
+    done = trainer("local", "--nproc=3", "--", *RUN, f"run.dir={tmp_path}/run", module="launch")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("Another run uses") == 1, done.stdout + done.stderr
+    held.check(anew=True)
+    held.release()
+
+
+def test_trainers_whose_launcher_is_killed_save_and_end(tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    words = ["local", "--nproc=2", "--", *RUN, "train.steps=100000", "checkpoint.every=0", f"run.dir={run}"]
+    with started(words, log) as launcher:
+        wait_for(lambda: any(row["step"] >= 10 for row in rows(run)) or launcher.poll() is not None)
+        pids = trainers(launcher.pid)
+        assert len(pids) == 2, log.read_text()
+        launcher.kill()
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 60)
+    assert log.read_text().count("what started this run is gone") == 1
+    last = rows(run)[-1]["step"]
+    assert [g.step for g in candidates(FileStorage(run / "checkpoints"))] == [last]
+    Lease.acquire(FileStorage(run / ".lease")).release()  # it is given back
 
 
 def test_two_torchruns_of_which_one_is_lost_and_comes_back(tmp_path: Path) -> None:

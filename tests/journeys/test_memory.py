@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.processes import wait_for
-from tests.runs import SMALL, assert_same_run, kill_when, launch, rows
+from checkpointing.generations import newest
+from checkpointing.storage import FileStorage
+from tests.harness.processes import wait_for
+from tests.harness.runs import SMALL, assert_same_run, kill_when, launch, rows
 from trainer.compose import compose
 from trainer.resume import memory_directory
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 COMMON = [*SMALL, "train.steps=30", "data.log_ids=true", "checkpoint.memory.every=1", "checkpoint.memory.keep_s=20"]
 
@@ -42,6 +46,7 @@ def no_memory_left() -> Iterator[list[Path]]:
     wait_for(lambda: not any(root.exists() for root in roots), 60)
 
 
+@pytest.mark.smoke
 def test_killed_on_three_sharded_and_resumed_from_memory_on_two(
     tmp_path: Path, whole: Path, no_memory_left: list[Path]
 ) -> None:
@@ -74,9 +79,12 @@ def test_damaged_memory_is_passed_over_for_the_disk(
     else:
         events = b / "events.jsonl"
         events.write_text(events.read_text().replace('"run_id": "', '"run_id": "x'))
+    durable = newest(FileStorage(b / "checkpoints"))
+    assert durable is not None
     done = launch(1, mine)
     assert done.returncode == 0, done.stderr
     assert ("is of another run" if damage == "of another run" else "is damaged") in done.stdout + done.stderr
     (resume,) = resumes(b)
-    assert resume["tier"] == "durable" and resume["step"] in (5, 10)
+    # The keeper may have flushed one more before it was looked at.
+    assert resume["tier"] == "durable" and resume["step"] >= durable.step and resume["step"] % 5 == 0
     assert_same_run(rows(a), rows(b), last=30)

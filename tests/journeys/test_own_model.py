@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import save_tiny_model
-from tests.runs import assert_same_run, rows
-from tests.worlds import WORLD, train
+from tests.harness.models import save_tiny_model
+from tests.harness.runs import assert_same_run, rows, train
+from tests.harness.worlds import SharedWorld
 
 
 def own_data(directory: Path) -> list[str]:
@@ -22,7 +22,7 @@ def own_data(directory: Path) -> list[str]:
 
 @pytest.mark.parametrize("method", ["method=full", "method=lora"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_train_resume_and_sample(kind: str, method: str, tmp_path: Path) -> None:
+def test_train_resume_and_sample(kind: str, method: str, tmp_path: Path, world: SharedWorld) -> None:
     save_tiny_model(tmp_path / "model", kind)
     common = [
         "model=hf",
@@ -43,9 +43,9 @@ def test_train_resume_and_sample(kind: str, method: str, tmp_path: Path) -> None
     said = train([*common, f"run.dir={a}"])
     assert "token 257" not in said and "--- goes on ---" in said
     # Dropout is part of GPT-2: the same draws wherever a micro-batch is computed.
-    WORLD.run(train, 2, [*common, f"run.dir={b}"], environment=True)
+    world.run(train, 2, [*common, f"run.dir={b}"], environment=True)
     shutil.rmtree(next((b / "checkpoints").glob("step-00000008-*")))  # as if it had not come to its end
-    outputs = WORLD.run(train, 3, [*common, "parallel=fsdp", f"run.dir={b}"], environment=True)
+    outputs = world.run(train, 3, [*common, "parallel=fsdp", f"run.dir={b}"], environment=True)
     assert "4 steps after step 4 are rolled back" in outputs[0]
     assert_same_run(rows(a), rows(b), last=8)
     assert sum("--- goes on ---" in output for output in outputs) == 1
@@ -53,7 +53,7 @@ def test_train_resume_and_sample(kind: str, method: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_every_layout_gives_the_same_losses(kind: str, tmp_path: Path) -> None:
+def test_every_layout_gives_the_same_losses(kind: str, tmp_path: Path, world: SharedWorld) -> None:
     save_tiny_model(tmp_path / "model", kind)
     common = [
         "model=hf",
@@ -71,7 +71,7 @@ def test_every_layout_gives_the_same_losses(kind: str, tmp_path: Path) -> None:
     train([*common, f"run.dir={tmp_path / 'alone'}"])
     for size, layout in ((2, "parallel=ddp"), (3, "parallel=fsdp")):
         run_dir = tmp_path / layout.partition("=")[2]
-        WORLD.run(train, size, [*common, layout, f"run.dir={run_dir}"], environment=True)
+        world.run(train, size, [*common, layout, f"run.dir={run_dir}"], environment=True)
         assert_same_run(rows(tmp_path / "alone"), rows(run_dir), last=6)
         assert rows(run_dir)[-1]["eval_loss"] == pytest.approx(rows(tmp_path / "alone")[-1]["eval_loss"], rel=1e-5)
     train([*common, "train.seed=1", f"run.dir={tmp_path / 'other'}"])
@@ -92,6 +92,6 @@ def read_other_data(directory: Path) -> str:
         return str(error)
 
 
-def test_ranks_that_read_other_data_are_refused_together(tmp_path: Path) -> None:
-    messages = WORLD.run(read_other_data, 3, tmp_path, environment=True)
+def test_ranks_that_read_other_data_are_refused_together(tmp_path: Path, world: SharedWorld) -> None:
+    messages = world.run(read_other_data, 3, tmp_path, environment=True)
     assert len(set(messages)) == 1 and messages[0].startswith("Ranks [1, 2] read other data than rank 0.")

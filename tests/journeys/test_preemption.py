@@ -11,10 +11,11 @@ from subprocess import Popen
 
 import pytest
 
-from benchmarks.processes import wait_for
 from launch.supervise import trainers
-from tests.runs import SMALL, assert_same_run, events, launched, rows
-from tests.worlds import train
+from tests.harness.processes import wait_for
+from tests.harness.runs import SMALL, assert_same_run, events, launched, rows, train
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 RUN = [*SMALL, "train.steps=60", "checkpoint.every=20", "data.log_ids=true", "eval.every=0", "schedule=constant"]
 
@@ -62,7 +63,7 @@ def test_without_time_what_was_committed_stays(how: str, tmp_path: Path, monkeyp
     monkeypatch.setenv("PYTHONPATH", str(site))
     monkeypatch.setenv("EVERSHARD_TEST_SLOW", str(tmp_path / "saving"))
     grace = ["elastic.grace_s=2"] if how == "grace" else ["elastic.grace_s=100"]
-    with launched(2, [*RUN, *grace, f"run.dir={b}"], log) as process:
+    with launched(2, [*RUN, *grace, f"run.dir={b}"], log, started=True) as process:  # PYTHONPATH counts
         wait_for(lambda: (tmp_path / "saving").exists() or process.poll() is not None)
         assert process.poll() is None, log.read_text()
         began = time.monotonic()

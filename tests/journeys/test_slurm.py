@@ -16,14 +16,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.processes import wait_for
 from launch.status import POINTS
-from tests.cluster import Cluster
-from tests.conftest import ROOT
-from tests.runs import SMALL, assert_same_run, environment, events, rows
-from tests.worlds import train
+from tests.harness.cluster import Cluster
+from tests.harness.processes import ROOT, wait_for
+from tests.harness.runs import SMALL, assert_same_run, environment, events, rows, train
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("processes")]
 RUN = [*SMALL, "data.log_ids=true", "eval.every=0", "schedule=constant"]
 WAIT_S = 240
 
@@ -185,6 +183,7 @@ def test_a_sweep_of_three_points_as_jobs(cluster: Cluster, tmp_path: Path) -> No
     assert len(json.loads((place.run / POINTS).read_text())) == 3
 
 
+@pytest.mark.smoke
 def test_what_slurm_refuses_and_what_does_not_compose(cluster: Cluster, tmp_path: Path) -> None:
     place = Place(cluster, tmp_path / "run")
     (tmp_path / "file").write_text("")

@@ -9,6 +9,8 @@ import pytest
 from launch.__main__ import main
 from tests.launch.test_scheduler import commands, says  # noqa: F401
 
+pytestmark = [pytest.mark.usefixtures("processes"), pytest.mark.smoke]  # programs that stand in for SLURM's
+
 
 def test_the_job_of_the_run_is_ended_once(
     tmp_path: Path,

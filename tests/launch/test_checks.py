@@ -25,6 +25,8 @@ from launch.checks import (
 )
 
 
+@pytest.mark.smoke
+@pytest.mark.usefixtures("processes")
 def test_this_machine_is_well(tmp_path: Path) -> None:
     found = of_a_machine(tmp_path, "true")
     assert failed(found) == "", "\n".join(map(str, found))
@@ -79,6 +81,8 @@ def test_machines_see_each_others_files(tmp_path: Path) -> None:
     assert alone.ok is False and "what machines [1] write" in str(alone) and "all machines share" in str(alone)
 
 
+@pytest.mark.smoke
+@pytest.mark.usefixtures("processes")
 def test_a_command_of_the_users_own() -> None:
     assert command("true").ok is True
     assert "status 3: broken" in command("echo broken; exit 3").found

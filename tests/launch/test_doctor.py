@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.report import free_port
 from launch.__main__ import main
 from launch.doctor import ENDPOINT, TOKEN
 from launch.doctor import main as doctor
+from tests.harness.ports import free_port
 
 
 def test_a_machine_that_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

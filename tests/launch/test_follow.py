@@ -20,6 +20,8 @@ def run(tmp_path: Path, commands: Path) -> Path:  # noqa: F811
     return tmp_path / "run"
 
 
+@pytest.mark.smoke
+@pytest.mark.usefixtures("processes")
 def test_it_prints_what_the_job_prints_and_tells_how_it_ended(
     run: Path,
     commands: Path,  # noqa: F811

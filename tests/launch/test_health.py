@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.report import free_port
 from launch.health import OPTIONS, main, meet, reports
-from tests.conftest import ROOT
+from tests.harness.ports import free_port
+from tests.harness.processes import ROOT
 from trainer.outcome import DIRECTORY
 
 
@@ -34,20 +34,24 @@ def look(tmp_path: Path, health: str = "", size: int = 2, gpus: int = 0) -> tupl
     return reports(directory, [f"n{rank}" for rank in range(size)])
 
 
+@pytest.mark.usefixtures("processes")
 def test_healthy_machines_sum_together(tmp_path: Path) -> None:
     assert look(tmp_path) == ({}, "")
 
 
+@pytest.mark.usefixtures("processes")
 def test_one_that_is_not_well_is_told_from_the_others(tmp_path: Path) -> None:
     found, _ = look(tmp_path, health='echo no GPU >&2; test "$SLURMD_NODENAME" != n1')
     assert list(found) == ["n1"] and "status 1: no GPU" in found["n1"]
 
 
+@pytest.mark.usefixtures("processes")
 def test_machines_without_their_gpus_are_not_well(tmp_path: Path) -> None:
     found, _ = look(tmp_path, size=1, gpus=8)
     assert "GPUs: 0 of 8 are seen" in found["n0"]
 
 
+@pytest.mark.usefixtures("long")
 def test_one_that_never_comes_is_the_one_that_is_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of three machines wait for the third."""
     monkeypatch.setattr("launch.health.PATIENCE_S", 3)

@@ -62,6 +62,8 @@ def told(run: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+@pytest.mark.smoke
+@pytest.mark.usefixtures("processes")
 def test_an_attempt_that_is_killed_again_and_again_gives_up(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,6 +92,8 @@ def test_what_was_there_before_the_job_is_not_its_own(run: Path) -> None:
     assert not (run / "launch" / "begun").exists()
 
 
+@pytest.mark.smoke
+@pytest.mark.usefixtures("processes")
 def test_a_controller_that_is_away_is_asked_again_and_what_it_refuses_is_said(
     run: Path,
     commands: Path,  # noqa: F811
@@ -109,6 +113,8 @@ def test_a_controller_that_is_away_is_asked_again_and_what_it_refuses_is_said(
     assert Job(run, {}).attempts()[-1]["again"] is False
 
 
+@pytest.mark.smoke
+@pytest.mark.usefixtures("processes")
 def test_warned_before_training_it_comes_back_but_not_for_ever(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         assert job_main(["begin", str(run)]) == 0
@@ -128,6 +134,8 @@ def test_a_job_that_slurm_ends_does_not_bring_itself_back(run: Path, monkeypatch
     assert job_main(["leave", str(run)]) == 0  # it had finished
 
 
+@pytest.mark.smoke
+@pytest.mark.usefixtures("processes")
 def test_a_machine_that_is_not_healthy_is_excluded_and_reported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert job_main(["begin", str(run)]) == 0
     directory = run / "launch" / "attempt-5-0"
@@ -146,6 +154,8 @@ def test_a_machine_that_is_not_healthy_is_excluded_and_reported(run: Path, capsy
     assert told(run)[2:] == ["requeue 5", "update JobId=5 ExcNodeList=n9,n2"]  # n2 as before
 
 
+@pytest.mark.smoke
+@pytest.mark.usefixtures("processes")
 def test_no_healthy_machine_at_all_excludes_none(run: Path) -> None:
     assert job_main(["begin", str(run)]) == 0
     assert job_main(["admit", str(run)]) == 1

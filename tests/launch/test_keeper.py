@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.processes import kill_tree, wait_for
+import pytest
+
 from checkpointing.memory.directory import SECRET
 from tests.checkpointing.memory.keepers import answers
-from tests.conftest import ROOT
+from tests.harness.processes import ROOT, kill_tree, wait_for
 from trainer.compose import compose
 from trainer.resume import MEMORY_ID, memory_directory
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 
 def test_it_listens_and_signals_for_the_trainers_do_not_end_it(tmp_path: Path) -> None:

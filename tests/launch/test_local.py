@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.processes import descendants, kill_tree, wait_for
 from launch.__main__ import main
 from launch.command import TRAINER
-from tests.runs import SMALL, launch, launched, rows
-from tests.runs import environment as launch_environment
+from tests.harness.processes import descendants, kill_tree, wait_for
+from tests.harness.runs import SMALL, launch, launched, rows
+from tests.harness.runs import environment as launch_environment
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 TINY = [*SMALL, "train.steps=3", "checkpoint.every=0"]
 
@@ -44,12 +46,14 @@ def test_it_exits_with_the_trainers_refusal(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.smoke
 def test_it_exits_with_the_trainers_failure(tmp_path: Path) -> None:
     done = launch(2, [*TINY, f"run.dir={tmp_path}", "optimizer.lr=1e30", "optimizer.clip=0", "schedule.warmup_steps=0"])
     assert done.returncode == 1
     assert done.stderr.count("trainer: Step") == 1 and "failed with status 1" in done.stderr
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_is_named(tmp_path: Path, rank: int) -> None:
     log = tmp_path / "log"

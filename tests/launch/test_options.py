@@ -22,6 +22,7 @@ def called(*words: str) -> Call:
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\n\r\0$"), min_size=1, max_size=12).filter(str.strip)
 
 
+@pytest.mark.usefixtures("long")
 @settings(deadline=None, max_examples=40)
 @given(TEXT, st.lists(TEXT, max_size=3))
 def test_whatever_is_typed_arrives(one: str, several: list[str]) -> None:

@@ -6,8 +6,10 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 from launch.port import FIRST, SIZE, is_free, port_for
-from tests.conftest import ROOT
+from tests.harness.processes import ROOT
 
 
 def test_the_same_number_gives_the_same_port_and_a_taken_one_is_passed_over() -> None:
@@ -18,6 +20,7 @@ def test_the_same_number_gives_the_same_port_and_a_taken_one_is_passed_over() ->
     assert is_free(port)
 
 
+@pytest.mark.usefixtures("processes")
 def test_as_a_command() -> None:
     done = subprocess.run([sys.executable, "-m", "launch.port", "7"], cwd=ROOT, capture_output=True, text=True)
     assert int(done.stdout) >= FIRST + 7

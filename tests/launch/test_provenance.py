@@ -12,6 +12,8 @@ from launch.provenance import code, environment, leave_behind
 from tests.launch.test_options import called
 from trainer.errors import Refused
 
+pytestmark = [pytest.mark.usefixtures("processes"), pytest.mark.smoke]  # programs that stand in for SLURM's
+
 
 def test_the_revision_and_what_differs_from_it(tmp_path: Path) -> None:
     def git(*words: str) -> None:

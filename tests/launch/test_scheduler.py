@@ -11,6 +11,8 @@ from launch import scheduler
 from launch.scheduler import ask, release, state_of, submit
 from trainer.errors import Refused
 
+pytestmark = [pytest.mark.usefixtures("processes"), pytest.mark.smoke]  # programs that stand in for SLURM's
+
 
 @pytest.fixture
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

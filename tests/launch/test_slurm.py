@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from launch import provenance, slurm
 from launch.__main__ import main
-from launch.slurm import check, plan, which_run
+from launch.slurm import check, fill, hand_in, plan, which_run
 from tests.launch.test_options import called
 from tests.launch.test_scheduler import commands, says  # noqa: F401
 from trainer.compose import compose
@@ -57,6 +58,59 @@ def test_a_path_with_a_blank_is_quoted_as_sbatch_reads_it() -> None:
     assert '#SBATCH --output="/a b/launch/job-%j.log"' in text and "mkdir -p '/a b/launch'" in text
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run.name='a\ntouch PWNED #'"],
+        ["run.dir='runs/a\ntouch PWNED #'"],
+        ["run.dir='runs/a\rb'"],
+        ["launch.partition='gpu\n#SBATCH --uid=0'"],
+        ["launch.sbatch=['--x\ntouch PWNED']"],
+        ["launch.exclude='n1\u2028n2'"],
+        ["run.dir='runs/a\"b'"],
+    ],
+)
+def test_a_name_is_never_a_line_of_the_script(words: list[str]) -> None:
+    with pytest.raises(Refused):
+        plan(called("slurm", "--", *words))
+
+
+def test_neither_is_the_directory_that_it_is_typed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a\ntouch PWNED").mkdir()
+    monkeypatch.chdir(tmp_path / "a\ntouch PWNED")
+    with pytest.raises(Refused, match="more than one line of the job's script"):
+        plan(called("slurm", "--"))
+
+
+def test_signs_of_sbatch_in_a_name_stand_for_themselves() -> None:
+    text = plan(called("slurm", "--", "run.dir='runs/100%j#1'")).text
+    assert '/runs/100%%j#1/launch/job-%j.log"' in text
+
+
+def test_a_value_is_put_in_as_it_is() -> None:
+    """Neither looked into, nor are its blank lines its template's."""
+    assert fill("{{a}}\nx {{b}}\n{{c}}\ny\n", {"a": "{{b}}\n\n\nz", "b": "\\1{{a}}", "c": ""}) == (
+        "{{b}}\n\n\nz\nx \\1{{a}}\ny\n"
+    )
+
+
+def test_set_up_lines_are_in_the_script_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "ask", lambda *_: "")
+    monkeypatch.setattr(slurm, "submit", lambda *_: "7")
+    monkeypatch.setattr(provenance, "code", lambda _: ("revision", b""))
+    ways = ["--setup=export T=hf_secret", "--"], ["--", "launch.setup=['export T=hf_secret']"]
+    for number, words in enumerate(ways):
+        run = tmp_path / str(number)
+        call = called("slurm", *words, f"run.dir={run}")
+        assert hand_in(plan(call)) == "7"
+        holding = [path.name for path in run.rglob("*") if path.is_file() and "hf_secret" in path.read_text()]
+        script = (run / "launch" / "job.sbatch").read_text()
+        assert holding == ["job.sbatch"] and script.count("hf_secret") == 1
+        assert (run / "launch" / "job.sbatch").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.smoke
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     ("signals", "commands_", "ran"),
     [
@@ -106,6 +160,8 @@ exit 0""",
     assert (tmp_path / "ran").read_text().split() == ran
 
 
+@pytest.mark.smoke
+@pytest.mark.usefixtures("processes")
 def test_after_something_is_saved_the_job_goes_on_from_it(tmp_path: Path) -> None:
     text = plan(called("slurm", "--", f"run.dir={tmp_path}", "resume=none")).text
     lines = [line for line in text.splitlines() if line.startswith(("run=", '[ "$(cat "$run/launch/begun"'))]
@@ -123,6 +179,8 @@ def test_after_something_is_saved_the_job_goes_on_from_it(tmp_path: Path) -> Non
     assert compose(overrides()).resume == "auto"
 
 
+@pytest.mark.smoke
+@pytest.mark.usefixtures("processes")
 def test_a_run_that_has_a_job_gets_no_second_one(
     tmp_path: Path,
     commands: Path,  # noqa: F811
@@ -140,6 +198,8 @@ def test_a_run_that_has_a_job_gets_no_second_one(
     assert (run / "launch" / "job").read_text() == "4\n"
 
 
+@pytest.mark.smoke
+@pytest.mark.usefixtures("processes")
 def test_it_is_a_script_and_its_overrides_arrive(tmp_path: Path) -> None:
     call = called("slurm", "--", *WORDS, "model.dropout=0.0")
     text = plan(call).text
@@ -149,6 +209,8 @@ def test_it_is_a_script_and_its_overrides_arrive(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[1:] == call.overrides
 
 
+@pytest.mark.smoke
+@pytest.mark.usefixtures("processes")
 def test_what_slurm_does_not_take_leaves_no_job(
     tmp_path: Path,
     commands: Path,  # noqa: F811
@@ -161,6 +223,8 @@ def test_what_slurm_does_not_take_leaves_no_job(
     assert not (run / "launch" / "job").exists()
 
 
+@pytest.mark.smoke
+@pytest.mark.usefixtures("processes")
 def test_without_slurm_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert main(["slurm", "--", f"run.dir={tmp_path / 'run'}"]) == 2

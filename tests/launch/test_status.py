@@ -11,8 +11,7 @@ from checkpointing.lease import Lease
 from checkpointing.storage import FileStorage
 from launch.__main__ import main
 from launch.status import POINTS, Status, summary
-from tests.runs import SMALL
-from tests.worlds import train
+from tests.harness.runs import SMALL, train
 from trainer.errors import Refused
 
 RUN = [*SMALL, "train.steps=4", "checkpoint.every=2", "schedule=constant"]

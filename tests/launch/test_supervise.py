@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.processes import alive, wait_for
 from launch import supervise as module
 from launch.supervise import _status, say_how, supervise, trainers
+from tests.harness.processes import alive, wait_for
 from trainer.outcome import DIRECTORY, Outcome
 
 # In the trainer's place: it waits for a signal, and says how it ended.
@@ -46,6 +46,7 @@ def launcher(words: list[str], after: int) -> int:
         return process.wait(60)
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_reaches_the_trainer_and_its_status_comes_back(stand_in: Path, signum: int) -> None:
     def warn() -> None:
@@ -64,6 +65,7 @@ def handles(pid: int) -> bool:
     return bool(int(caught.split()[1], 16) & (1 << (signal.SIGUSR1 - 1)))
 
 
+@pytest.mark.usefixtures("processes")
 def test_one_that_does_not_leave_is_killed_after_its_grace(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MORE_S", 0.5)
     pids: list[int] = []

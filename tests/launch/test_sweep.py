@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.processes import wait_for
 from launch.__main__ import main
 from launch.options import quote
 from launch.sweep import points
+from tests.harness.processes import wait_for
+from tests.harness.runs import SMALL, launched, rows
 from tests.launch.test_options import called
-from tests.runs import SMALL, launched, rows
 from trainer.elastic.preemption import AGAIN
 from trainer.errors import Refused
 
@@ -40,6 +40,7 @@ def test_what_spans_nothing_or_does_not_compose_is_refused(words: list[str], mes
         points(called("local", "--multirun", "--", *words))
 
 
+@pytest.mark.usefixtures("processes")
 def test_points_train_one_after_another_and_a_table_ends_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = [*SMALL, "train.steps=2", "optimizer.lr=1e-2,1e-3", f"run.dir={tmp_path}"]
     assert main(["local", "--multirun", "--", *words]) == 0
@@ -49,11 +50,13 @@ def test_points_train_one_after_another_and_a_table_ends_it(tmp_path: Path, capf
     assert [rows(tmp_path / n)[-1]["step"] for n in "01"] == [2, 2]
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_point_that_fails_is_the_status_of_the_sweep(tmp_path: Path) -> None:
     words = [*SMALL, "train.steps=2", "optimizer.lr=1e-3,1e30", "optimizer.clip=0", "schedule.warmup_steps=0"]
     assert main(["local", "--multirun", "--", *words, f"run.dir={tmp_path}"]) == 1
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_point_that_is_preempted_is_the_last(tmp_path: Path) -> None:
     log, words = tmp_path / "log", [*SMALL, "train.steps=100000,200000", f"run.dir={tmp_path}/sweep"]
     with launched(1, words, log, ["--multirun"]) as process:

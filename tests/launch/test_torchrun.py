@@ -45,6 +45,7 @@ def test_what_cannot_meet_is_refused(flags: list[str], message: str, capsys: pyt
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("says", ["nothing", "something else"])
 def test_a_port_that_is_taken_is_refused(
     says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -69,11 +70,13 @@ def _answer(server: socket.socket) -> None:
                 caller.sendall(b"220 mail.example.org\r\n")
 
 
+@pytest.mark.usefixtures("processes")
 def test_one_of_us_who_was_first_is_no_stranger() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     _check_way(f"127.0.0.1:{store.port}")
 
 
+@pytest.mark.usefixtures("long")
 def test_a_host_out_of_reach_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.harness.processes import ROOT
 from trainer.choices import CHOICES
 from trainer.compose import compose
 from trainer.config import Curve, choice_of, method_name

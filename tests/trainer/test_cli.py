@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.runs import SMALL, environment, trainer
+from tests.harness.processes import ROOT
+from tests.harness.runs import SMALL, environment, trainer
 from trainer import cli, run
 from trainer.errors import Refused, TrainingFailed
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 
 @pytest.fixture
@@ -25,8 +27,9 @@ def decoy(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.smoke
 def test_from_the_project_it_is_ours_whatever_is_installed(decoy: Path) -> None:
-    done = trainer(*SMALL, "dry_run=true", f"run.dir={decoy}/run", env=environment(PYTHONPATH=str(decoy)))
+    done = trainer(*SMALL, "dry_run=true", f"run.dir={decoy}/run", env=environment(PYTHONPATH=str(decoy)), started=True)
     assert done.returncode == 0 and "DECOY" not in done.stdout and "parameters" in done.stdout, done.stderr
 
 
@@ -50,10 +53,11 @@ def test_the_launcher_starts_ours_from_anywhere(decoy: Path) -> None:
     (decoy / "launch").rmdir()
     env = environment(PYTHONPATH=os.pathsep.join([str(decoy), str(ROOT)]))
     arguments = ["local", "--nproc", "1", "--", *SMALL, "train.steps=1", f"run.dir={decoy / 'run'}"]
-    done = trainer(*arguments, module="launch", cwd=decoy, env=env)
+    done = trainer(*arguments, module="launch", cwd=decoy, env=env, started=True)
     assert done.returncode == 0 and "DECOY" not in done.stdout and "parameters" in done.stdout, done.stderr
 
 
+@pytest.mark.smoke
 def test_a_refusal_is_one_paragraph_and_status_2() -> None:
     done = trainer("train.stepz=1")
     assert done.returncode == 2 and done.stdout == ""
@@ -90,35 +94,6 @@ def test_statuses(
         monkeypatch.setattr(cli, "was_warned", lambda: True)
         assert cli.main() == status
         assert len(waited) == 1 and capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(("ending", "status"), [("lambda: 3", 3), ("lambda: 1 / 0", 1), ("lambda: sys.exit(2)", 2)])
-def test_a_process_ends_with_its_status_after_exit_handlers_and_before_the_teardown(ending: str, status: int) -> None:
-    script = f"""
-import atexit, sys
-from os import write
-from trainer import cli
-
-class Late:
-    def __del__(self, write=write):
-        write(1, b"torn down")
-
-kept = Late()
-
-def main():
-    atexit.register(print, "handled")
-    return ({ending})()
-
-cli.main = main
-cli.run_as_process()
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (status, "handled\n"), done.stderr
-    assert ("ZeroDivisionError" in done.stderr) == ("/ 0" in ending)
-    # The control: an ordinary end would have torn it down.
-    script = script.replace("cli.run_as_process()", "main()")
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert "torn down" in done.stdout
 
 
 def test_the_local_rank_of_deepspeeds_launcher_is_dropped() -> None:

@@ -74,6 +74,7 @@ def test_refusals_are_one_clear_paragraph(override: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.usefixtures("long")
 def test_all_of_hydras_flags_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["trainer", "--cfg", "job", "train.steps=7"])
     assert compose_from_command_line() is None

@@ -44,6 +44,7 @@ def test_other_errors_pass() -> None:
         raise RuntimeError("a shape does not fit")
 
 
+@pytest.mark.usefixtures("long")
 def test_what_is_done_already_is_not_told_again() -> None:
     done = ["parallel=zero3", "parallel.offload=true", "parallel.activation_checkpointing=true", "precision=bf16"]
     left = remedies(compose([*done, "train.micro_batch=1", "method=lora"]))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
-from tests.models import save_tiny_model, tokenizer
-from tests.runs import rows
-from tests.worlds import WORLD, train
+from tests.harness.models import save_tiny_model, tokenizer
+from tests.harness.runs import rows, train
+from tests.harness.worlds import SharedWorld
 from trainer.choices import SlurmLaunch
 from trainer.compose import compose
 from trainer.data.conversations import CHATML
@@ -45,6 +45,7 @@ def chats(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("long")
 @pytest.mark.parametrize("name", SIZES)
 def test_it_fits_where_it_says(name: str, tmp_path: Path) -> None:
     shape = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, **SIZES[name]}
@@ -62,8 +63,9 @@ def test_it_fits_where_it_says(name: str, tmp_path: Path) -> None:
     assert sizes.known and 0.1 * GPU < memory.total < GPU - RESERVED, memory
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", SIZES)
-def test_it_trains_when_everything_is_small(name: str, chats: Path, tmp_path: Path) -> None:
+def test_it_trains_when_everything_is_small(name: str, chats: Path, tmp_path: Path, world: SharedWorld) -> None:
     save_tiny_model(tmp_path / "model")
     made = tokenizer()
     made.chat_template = CHATML
@@ -79,6 +81,6 @@ def test_it_trains_when_everything_is_small(name: str, chats: Path, tmp_path: Pa
     ]
     small += ["checkpoint.memory.every=0", f"model.path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}"]
     processes, smaller = SMALLER.get(name, (1, []))
-    WORLD.run(train, processes, [f"experiment={name}", f"data.path={chats}", *small, *smaller], environment=True)
+    world.run(train, processes, [f"experiment={name}", f"data.path={chats}", *small, *smaller], environment=True)
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
     assert all("eval_loss" in row for row in rows(tmp_path / "run"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs import SMALL
+from tests.harness.runs import SMALL
 from trainer.compose import compose
 from trainer.config import Config
 from trainer.data.feed import Feed
@@ -118,6 +118,20 @@ def test_what_a_step_asks_of_the_engine() -> None:
     assert (done.step, done.tokens) == (5, sinks.rows[-1]["tokens"]) == (5, 5 * 6 * 16)
 
 
+def test_who_watches_is_told_of_each_step_before_it_and_ends_the_run_by_raising() -> None:
+    config, feed, evaluation = configure()
+    engine, sinks, seen = Recorder(), Sinks(), list[tuple[int, int]]()
+
+    def watch(step: int) -> None:
+        seen.append((step, len(sinks.rows)))
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, engine, feed, evaluation, sinks, sinks, Progress(), Warned(), watch)  # type: ignore[arg-type]
+    assert seen == [(1, 0), (2, 1), (3, 2), (4, 3)] and len(engine.rates) == 3
+
+
 def test_going_on_asks_for_the_same_as_never_stopping() -> None:
     config, feed, evaluation = configure()
     whole, part = Recorder(), Recorder()
@@ -153,6 +167,7 @@ class Judged(Sinks):
         self.told.append(("last save" if last else "save", done.step))
 
 
+@pytest.mark.usefixtures("long")
 def test_text_is_written_after_the_save(monkeypatch: pytest.MonkeyPatch) -> None:
     config, feed, evaluation = configure(
         "eval.generate_every=2", "checkpoint.every=0", "eval.every=0", "eval.generate_tokens=3"

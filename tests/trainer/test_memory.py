@@ -6,24 +6,18 @@ import gc
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
-from benchmarks.engines import held_by
-from benchmarks.peak import Peak
+from tests.harness.engines import engine_here, feed_for, held_by, place, windows
+from tests.harness.peak import Peak
+from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.zoo import save_model
-from tests.worlds import WORLD
 from trainer.compose import compose
-from trainer.data.dataset import Windows
-from trainer.data.feed import Feed
 from trainer.loop import optimize
 from trainer.memory import footprint, plan_memory
 from trainer.methods import build, build_largest
-from trainer.parallel.engine import make_engine
 from trainer.parallel.optimizing import lr_scales, make_optimizer
-from trainer.parallel.world import World
 from trainer.plan import MemoryPlan, Topology, plan_batch, resolve_topology
 
 
@@ -35,19 +29,9 @@ def planned_over_measured(overrides: list[str]) -> float:
 def planned_and_measured(overrides: list[str]) -> tuple[int, int]:
     """In this process's world, after a first step that creates what stays."""
     config = compose(["train.global_batch=8", "train.micro_batch=2", *overrides])
-    world = World(dist.get_rank(), dist.get_world_size(), 0, 1) if dist.is_initialized() else World()
-    topology = resolve_topology(config.parallel, world.size)
-    engine = make_engine(config, build(config), topology, world, torch.device("cpu"))
-    windows = Windows(np.random.default_rng(0).integers(0, 256, 60000).astype(np.uint8), config.train.seq_len)
-    feed = Feed(
-        windows,
-        global_batch=config.train.global_batch,
-        micro_batch=2,
-        seed=1,
-        pad=0,
-        num_ranks=engine.data_size,
-        rank=engine.data_rank,
-    )
+    topology = resolve_topology(config.parallel, place().size)
+    engine = engine_here(config)
+    feed = feed_for(engine, config, windows(config.train.seq_len, count=60000))
     optimize(engine, feed.step(1), 1e-3, 1)
     gc.collect()
     with Peak(held_by(engine)) as peak:
@@ -58,6 +42,7 @@ def planned_and_measured(overrides: list[str]) -> tuple[int, int]:
     return plan.total, peak.most
 
 
+@pytest.mark.usefixtures("long")
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -148,15 +133,15 @@ def test_memory_of_zero_follows_its_stage(stage: int, divided: tuple[int, int]) 
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_every_layout_needs_within_a_tenth_of_what_is_planned(size: int, layout: list[str]) -> None:
+def test_every_layout_needs_within_a_tenth_of_what_is_planned(size: int, layout: list[str], world: SharedWorld) -> None:
     wide = ["model.hidden_size=384", "model.intermediate_size=1376", "model.num_layers=4"]
-    found = WORLD.run(planned_and_measured, size, [*wide, *layout])
+    found = world.run(planned_and_measured, size, [*wide, *layout])
     most = max(measured for _, measured in found)
     assert found[0][0] == pytest.approx(most, rel=0.1)
 
 
-def test_the_comparison_sees_what_a_layout_saves() -> None:
+def test_the_comparison_sees_what_a_layout_saves(world: SharedWorld) -> None:
     wide = ["model.hidden_size=384", "model.intermediate_size=1376", "model.num_layers=4"]
     planned, _ = planned_and_measured(wide)
-    (_, measured), _ = WORLD.run(planned_and_measured, 2, [*wide, "parallel=fsdp"])
+    (_, measured), _ = world.run(planned_and_measured, 2, [*wide, "parallel=fsdp"])
     assert planned != pytest.approx(measured, rel=0.1)

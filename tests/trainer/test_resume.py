@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,15 +14,17 @@ import torch
 from checkpointing import Piece, save
 from checkpointing.format import digest
 from checkpointing.memory.directory import make_directory
-from tests.models import save_tiny_model
-from tests.runs import SMALL
+from tests.harness.models import save_tiny_model
+from tests.harness.runs import SMALL
 from trainer.compose import compose
 from trainer.config import as_json
 from trainer.errors import Refused
+from trainer.identity import NAME
 from trainer.methods import build
 from trainer.models import architecture
 from trainer.resume import (
     Start,
+    become_itself,
     check_state,
     decide,
     make_memory_directory,
@@ -143,6 +146,7 @@ def test_other_data_is_refused_by_content(saved: Path, fingerprint: str) -> None
     assert decision(saved, "another fingerprint", "resume_allow=[data]").step == 4
 
 
+@pytest.mark.usefixtures("long")
 def test_splitting_a_micro_batch_is_refused_where_there_is_dropout(tmp_path: Path) -> None:
     overrides = [*BASE, f"run.dir={tmp_path}", "model.dropout=0.1"]
     assert run(compose(overrides)) == 0
@@ -175,6 +179,7 @@ def test_paths_that_hold_nothing_are_refused(saved: Path, fingerprint: str, tmp_
         decision(saved, fingerprint, f"resume={tmp_path}")
 
 
+@pytest.mark.usefixtures("long")
 def test_a_directory_where_everything_is_damaged_is_refused(tmp_path: Path, fingerprint: str) -> None:
     overrides = [*BASE, f"run.dir={tmp_path}"]
     assert run(compose(overrides)) == 0
@@ -256,6 +261,54 @@ def test_the_run_has_one_directory_in_memory(tmp_path: Path) -> None:
     assert memory_directory(elsewhere) == tmp_path / made.name
     (tmp_path / "run" / "memory-id").unlink()  # a run that starts over under the same name does not see the old one's
     assert make_memory_directory(config) != made
+
+
+@pytest.mark.parametrize(
+    "content", ["", "\n", ".", "..", "../x-0123456789ab", "/x-0123456789ab", "a-0123456789ab/b", "\0"]
+)
+def test_a_broken_name_is_no_directory_in_memory(content: str, tmp_path: Path) -> None:
+    """As of a disk that was full: all runs' directory, or another one, is not to be taken for this run's."""
+    run, memory = tmp_path / "run", tmp_path / "memory"
+    run.mkdir()
+    config = compose([f"run.dir={run}", f"checkpoint.memory.dir={memory}"])
+    (run / "memory-id").write_text(content)
+    assert memory_directory(config) is None
+    made = make_memory_directory(config)
+    assert made.parent == memory and made == memory_directory(config)
+
+
+def test_a_full_disk_leaves_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    config = compose([f"run.dir={tmp_path / 'run'}"])
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(os, "write", full)
+        make_memory_directory(config)
+    assert list((tmp_path / "run").iterdir()) == [] and memory_directory(config) is None
+
+
+def test_a_copy_is_a_run_of_its_own(saved: Path, fingerprint: str, tmp_path: Path) -> None:
+    own = [f"checkpoint.memory.dir={tmp_path / 'memory'}"]
+    first, copy = tmp_path / "first", tmp_path / "copy"
+    shutil.copytree(saved, first)
+    (first / NAME).unlink()
+    config, other = (compose([*BASE, f"run.dir={run}", *own]) for run in (first, copy))
+    run_id = become_itself(config, True, "r1")
+    memory = make_memory_directory(config)
+    in_memory(saved, memory)
+    shutil.copytree(first, copy)
+    assert run_id == "r1" and not any("another run" in line for line in decision(first, fingerprint, *own).lines)
+    start = decision(copy, fingerprint, *own)
+    assert start.own and start.memory is None and start.step == 4
+    assert any(line.startswith(f"copied or moved from {first}: it goes on as another run") for line in start.lines)
+    theirs = become_itself(other, True, "r1")
+    assert theirs != "r1" and become_itself(other, True, "r1") == theirs  # also before it has saved under it
+    assert make_memory_directory(other) != memory == make_memory_directory(config)
+    assert become_itself(config, True, "r1") == "r1"
+    assert become_itself(config, False, None) != "r1"  # one that begins
 
 
 def in_memory(saved: Path, memory: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,11 @@ import trainer.run as run_module
 from checkpointing.generations import newest, scan
 from checkpointing.lease import Lease
 from checkpointing.storage import FileStorage
-from tests.conftest import ROOT
-from tests.runs import SMALL, assert_same_run, events, rows
+from tests.harness.processes import ROOT
+from tests.harness.runs import SMALL, assert_same_run, events, rows
 from trainer.compose import compose
 from trainer.errors import Refused, TrainingFailed
-from trainer.progress import LossScale, Progress
+from trainer.progress import LossScale
 from trainer.run import run
 
 BASE = [*SMALL, "train.steps=12", "checkpoint.every=4", "eval.every=5", "data.log_ids=true"]
@@ -29,33 +30,37 @@ def go(run_dir: Path, *overrides: str) -> list[dict]:
     return rows(run_dir)
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """The process dies right after this step's line is written."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has finished, made once: copied by whoever goes on with it, read by the others."""
+    run_dir = tmp_path_factory.mktemp("trained")
+    go(run_dir)
+    return run_dir
 
-    class Killed(BaseException):
-        pass
 
-    original = Progress.__setattr__
+@pytest.fixture
+def finished(tmp_path: Path, trained: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "finished"))
 
-    def setattr_(self: Progress, name: str, value: int) -> None:
-        if name == "step" and value > step:
+
+class Killed(BaseException):
+    """What no part of a run catches."""
+
+
+def interrupt(run_dir: Path, last: int, *overrides: str) -> None:
+    """A run whose process dies right after this step's line is written."""
+
+    def die(step: int) -> None:
+        if step > last:
             raise Killed
-        original(self, name, value)
 
-    monkeypatch.setattr(Progress, "__setattr__", setattr_)
-    monkeypatch.setattr(run_module, "Killed", Killed, raising=False)
-
-
-def interrupt(run_dir: Path, monkeypatch: pytest.MonkeyPatch, step: int, *overrides: str) -> None:
-    with monkeypatch.context() as patch:
-        stop_after(patch, step)
-        with pytest.raises(run_module.Killed):  # type: ignore[attr-defined]
-            go(run_dir, *overrides)
+    with pytest.raises(Killed):
+        run(compose([*BASE, f"run.dir={run_dir}", *overrides]), before_step=die)
 
 
-def test_what_a_run_writes(tmp_path: Path) -> None:
-    metrics = go(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == [
+def test_what_a_run_writes(trained: Path) -> None:
+    metrics = rows(trained)
+    assert sorted(p.name for p in trained.iterdir() if not p.name.startswith(".")) == [
         "checkpoints",
         "config.yaml",
         "events.jsonl",
@@ -80,28 +85,31 @@ def test_what_a_run_writes(tmp_path: Path) -> None:
     assert [row["samples"] for row in metrics] == [8 * s for s in range(1, 13)]
     assert metrics[-1]["tokens"] == 12 * 8 * 16
     assert all((row["blocked_s"] > 0) == (row["step"] in (5, 9)) for row in metrics)
-    assert events(tmp_path) == [("start", 0), ("commit", 4), ("commit", 8), ("commit", 12), ("finish", 12)]
-    assert [g.step for g in scan(FileStorage(tmp_path / "checkpoints"))] == [12, 8]
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["train"]["steps"] == 12
+    assert events(trained) == [("start", 0), ("commit", 4), ("commit", 8), ("commit", 12), ("finish", 12)]
+    assert [g.step for g in scan(FileStorage(trained / "checkpoints"))] == [12, 8]
+    assert yaml.safe_load((trained / "config.yaml").read_text())["train"]["steps"] == 12
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    undisturbed = go(tmp_path / "a")
-    interrupt(tmp_path / "b", monkeypatch, 7)
-    assert rows(tmp_path / "b")[-1]["step"] == 7
-    resumed = go(tmp_path / "b")
+@pytest.mark.smoke
+@pytest.mark.usefixtures("long")
+def test_an_interrupted_run_goes_on_as_if_nothing_happened(tmp_path: Path, trained: Path) -> None:
+    undisturbed = rows(trained)
+    interrupt(tmp_path, 7)
+    assert rows(tmp_path)[-1]["step"] == 7
+    resumed = go(tmp_path)
     assert assert_same_run(undisturbed, resumed, 12) == 0.0  # the same process count: bit for bit
     assert [row["tokens"] for row in resumed] == [row["tokens"] for row in undisturbed]
-    assert [r["step"] for r in rows(tmp_path / "b", "metrics.discarded.jsonl")] == [5, 6, 7]
-    assert ("resume", 4) in events(tmp_path / "b")
+    assert [r["step"] for r in rows(tmp_path, "metrics.discarded.jsonl")] == [5, 6, 7]
+    assert ("resume", 4) in events(tmp_path)
 
 
+@pytest.mark.smoke
+@pytest.mark.usefixtures("long")
 @pytest.mark.parametrize("broken", ["moments", "cursor"])
 def test_the_comparison_fails_when_something_is_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+    tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    undisturbed = go(tmp_path / "a")
-    interrupt(tmp_path / "b", monkeypatch, 7)
+    interrupt(tmp_path, 7)
     original = run_module.restore
 
     def restore(engine: object, *rest: object) -> dict:
@@ -115,79 +123,82 @@ def test_the_comparison_fails_when_something_is_lost(
     if broken == "cursor":
         step = run_module.Feed.step
         monkeypatch.setattr(run_module.Feed, "step", lambda self, number: step(self, number + 1))
-    resumed = go(tmp_path / "b")
+    resumed = go(tmp_path)
     with pytest.raises(AssertionError):
-        assert_same_run(undisturbed, resumed, 12)
+        assert_same_run(rows(trained), resumed, 12)
 
 
-def test_killed_before_the_first_checkpoint_it_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt(tmp_path / "b", monkeypatch, 3)
-    assert_same_run(go(tmp_path / "a"), go(tmp_path / "b"), 12)
-    assert [e for e, _ in events(tmp_path / "b")].count("start") == 2
+@pytest.mark.usefixtures("long")
+def test_killed_before_the_first_checkpoint_it_starts_again(tmp_path: Path, trained: Path) -> None:
+    interrupt(tmp_path, 3)
+    assert_same_run(rows(trained), go(tmp_path), 12)
+    assert [e for e, _ in events(tmp_path)].count("start") == 2
 
 
-def test_a_finished_run_has_nothing_to_do(tmp_path: Path) -> None:
-    before = go(tmp_path)
-    assert go(tmp_path) == before
-    assert events(tmp_path)[-2:] == [("resume", 12), ("finish", 12)]
+def test_a_finished_run_has_nothing_to_do(finished: Path) -> None:
+    before = rows(finished)
+    assert go(finished) == before
+    assert events(finished)[-2:] == [("resume", 12), ("finish", 12)]
 
 
-def test_more_steps_go_on_and_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    go(tmp_path)
-    assert [r["step"] for r in go(tmp_path, "train.steps=15")] == list(range(1, 16))
+def test_more_steps_go_on_and_say_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [r["step"] for r in go(finished, "train.steps=15")] == list(range(1, 16))
     output = capsys.readouterr().out
     assert "changed since: train.steps was 12, is 15" in output and "follows the new train.steps" in output
 
 
-def test_starting_over_sets_the_old_aside_until_there_is_as_much_new(tmp_path: Path) -> None:
-    first = go(tmp_path)
-    again = go(tmp_path, "resume=none", "train.seed=5", "train.steps=3")
+@pytest.mark.usefixtures("long")
+def test_starting_over_sets_the_old_aside_until_there_is_as_much_new(finished: Path) -> None:
+    first = rows(finished)
+    again = go(finished, "resume=none", "train.seed=5", "train.steps=3")
     assert [r["step"] for r in again] == [1, 2, 3] and again[0]["loss"] != first[0]["loss"]
-    assert len(rows(tmp_path, "metrics.discarded.jsonl")) == 12
+    assert len(rows(finished, "metrics.discarded.jsonl")) == 12
     # The abandoned generations are later by step, and are not chosen.
-    assert [(g.step, g.abandoned) for g in scan(FileStorage(tmp_path / "checkpoints"))] == [
+    assert [(g.step, g.abandoned) for g in scan(FileStorage(finished / "checkpoints"))] == [
         (3, False),
         (12, True),
         (8, True),
     ]
-    assert go(tmp_path, "train.seed=5", "train.steps=4")[-1]["step"] == 4
-    assert ("resume", 3) in events(tmp_path)
-    assert [(g.step, g.abandoned) for g in scan(FileStorage(tmp_path / "checkpoints"))] == [(4, False), (3, False)]
+    assert go(finished, "train.seed=5", "train.steps=4")[-1]["step"] == 4
+    assert ("resume", 3) in events(finished)
+    assert [(g.step, g.abandoned) for g in scan(FileStorage(finished / "checkpoints"))] == [(4, False), (3, False)]
 
 
-def test_going_back_to_a_named_generation(tmp_path: Path) -> None:
-    undisturbed = go(tmp_path)
-    directory = next((tmp_path / "checkpoints").glob("step-00000008-*"))
-    assert_same_run(undisturbed, go(tmp_path, f"resume={directory}"), 12)
-    assert ("resume", 8) in events(tmp_path)
+def test_going_back_to_a_named_generation(finished: Path) -> None:
+    undisturbed = rows(finished)
+    directory = next((finished / "checkpoints").glob("step-00000008-*"))
+    assert_same_run(undisturbed, go(finished, f"resume={directory}"), 12)
+    assert ("resume", 8) in events(finished)
 
 
-def test_going_on_in_another_directory(tmp_path: Path) -> None:
-    undisturbed = go(tmp_path / "a")
-    directory = next((tmp_path / "a" / "checkpoints").glob("step-00000008-*"))
+@pytest.mark.usefixtures("long")
+def test_going_on_in_another_directory(tmp_path: Path, trained: Path) -> None:
+    undisturbed = rows(trained)
+    directory = next((trained / "checkpoints").glob("step-00000008-*"))
     branch = go(tmp_path / "b", f"resume={directory}")
     assert [r["step"] for r in branch] == [9, 10, 11, 12]
     assert [r["loss"] for r in branch] == [r["loss"] for r in undisturbed[8:]]
-    assert go(tmp_path / "c", f"resume={tmp_path / 'a'}", "train.steps=13")[-1]["step"] == 13
+    assert go(tmp_path / "c", f"resume={trained}", "train.steps=13")[-1]["step"] == 13
     # A branch is a run of its own, also in wandb.
     ids = {
-        newest(FileStorage(tmp_path / d / "checkpoints")).manifest.run_id  # type: ignore[union-attr]
-        for d in ("a", "b", "c")
+        newest(FileStorage(run_dir / "checkpoints")).manifest.run_id  # type: ignore[union-attr]
+        for run_dir in (trained, tmp_path / "b", tmp_path / "c")
     }
     assert len(ids) == 3
 
 
-def test_damage_is_passed_over_by_rolling_back_further(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    undisturbed = go(tmp_path)
-    shard = next((tmp_path / "checkpoints").glob("step-00000012-*/shard-00000.safetensors"))
+def test_damage_is_passed_over_by_rolling_back_further(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    undisturbed = rows(finished)
+    shard = next((finished / "checkpoints").glob("step-00000012-*/shard-00000.safetensors"))
     data = bytearray(shard.read_bytes())
     data[5000] ^= 1
     shard.write_bytes(data)
-    assert_same_run(undisturbed, go(tmp_path), 12)
-    assert ("resume", 8) in events(tmp_path)
+    assert_same_run(undisturbed, go(finished), 12)
+    assert ("resume", 8) in events(finished)
     assert "could not be read: going on from step 8" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("long")
 def test_settings_are_checked_against_the_generation_that_is_loaded_in_the_end(tmp_path: Path) -> None:
     go(tmp_path, "train.steps=8", "optimizer.clip=0.5")
     go(tmp_path, "optimizer.clip=0.7", "resume_allow=[optimizer.clip]")
@@ -215,24 +226,22 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(in_tmp: Path, capsys: pyte
         assert expected in plan
 
 
-def test_a_dry_run_of_a_resume_says_where_and_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    go(tmp_path)
-    before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
-    assert run(compose([*BASE, f"run.dir={tmp_path}", "dry_run=true", "eval.samples=3"])) == 0
+def test_a_dry_run_of_a_resume_says_where_and_what_changed(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*"))
+    assert run(compose([*BASE, f"run.dir={trained}", "dry_run=true", "eval.samples=3"])) == 0
     output = capsys.readouterr().out
     assert "step 12 of 12 is done, saved by 1 processes" in output
     assert "changed since: eval.samples was 4, is 3" in output
-    assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
+    assert sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*")) == before
 
 
-def test_a_second_run_in_the_directory_is_refused(tmp_path: Path) -> None:
-    go(tmp_path)
-    before = rows(tmp_path)
-    held = Lease.acquire(FileStorage(tmp_path / ".lease"))
+def test_a_second_run_in_the_directory_is_refused(trained: Path) -> None:
+    before = rows(trained)
+    held = Lease.acquire(FileStorage(trained / ".lease"))
     with pytest.raises(Refused, match=r"Another run uses .*: process \d+ on .* holds .*\. Wait until it has ended"):
-        go(tmp_path, "train.steps=20")
+        go(trained, "train.steps=20")
     held.release()
-    assert rows(tmp_path) == before
+    assert rows(trained) == before
 
 
 @pytest.mark.parametrize("where", ["/proc/nowhere", "/sys/nowhere"])
@@ -257,6 +266,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tmp_pa
     assert all(json.dumps(row, allow_nan=False) for row in rows(tmp_path))
 
 
+@pytest.mark.usefixtures("long")
 def test_odd_sizes(tmp_path: Path) -> None:
     odd = ["model.vocab_size=257", "model.hidden_size=2", "model.num_heads=1", "model.intermediate_size=1"]
     metrics = go(tmp_path, *odd, "train.seq_len=1", "train.global_batch=1", "train.micro_batch=1", "train.steps=3")
@@ -282,6 +292,7 @@ def test_a_vocabulary_smaller_than_the_data_needs_is_refused(tmp_path: Path, mon
         go(tmp_path)
 
 
+@pytest.mark.usefixtures("long")
 def test_a_resumed_run_is_the_same_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[str, str]] = []
 
@@ -332,6 +343,7 @@ def test_a_model_that_cannot_write_is_worth_a_warning_and_not_the_run(
     assert events(tmp_path)[-1] == ("finish", 12)
 
 
+@pytest.mark.usefixtures("long")
 def test_what_it_is_evaluated_on_and_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "lines.jsonl").write_text("".join(f'{{"text": "line {n} of it"}}\n' for n in range(9)))
     sets = f"eval.sets=[lines@jsonl:{tmp_path}/lines.jsonl,own@text:{ROOT}/trainer/run.py]"
@@ -369,13 +381,14 @@ def test_what_stays_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert {g.step for g in scan(FileStorage(tmp_path / "checkpoints"))} == {12, 8, 4}
 
 
+@pytest.mark.usefixtures("long")
 def test_the_loss_scale_of_fp16_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LossScale, "GROWTH_STEPS", 2)
     fp16 = ["precision=fp16", "train.steps=6", "checkpoint.every=1"]
     whole = go(tmp_path / "whole", *fp16)
     scales = [row["loss_scale"] for row in whole]
     assert len(set(scales)) == 3  # it grows, so that one that started again would be seen
-    interrupt(tmp_path / "killed", monkeypatch, 3, *fp16)
+    interrupt(tmp_path / "killed", 3, *fp16)
     again = go(tmp_path / "killed", *fp16)
     assert [row["loss_scale"] for row in again] == scales
     assert [row["loss"] for row in again] == [row["loss"] for row in whole]

@@ -131,7 +131,7 @@ def test_a_full_disk_is_one_paragraph_and_room_is_made_first(tmp_path: Path, mon
     config = configure(tmp_path)
     leftover = tmp_path / "checkpoints" / "step-00000012-00000000"
 
-    def full(run_dir: Path, step: int) -> tuple[int, int]:
+    def full(run_dir: Path, step: int, spare: Path) -> tuple[int, int]:
         assert not leftover.exists()
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.models import save_tiny_model
-from tests.runs import SMALL
-from tests.worlds import WORLD, train
+from tests.harness.models import save_tiny_model
+from tests.harness.runs import SMALL, train
+from tests.harness.worlds import SharedWorld
 from trainer.data.dataset import Records, predicted
 from trainer.sample import choose_prompt
 
@@ -17,13 +17,13 @@ def sampled(output: str) -> str:
     return output.partition("--- goes on ---")[2]
 
 
-def test_the_text_follows_from_the_seed_and_not_from_the_layout(tmp_path: Path) -> None:
+def test_the_text_follows_from_the_seed_and_not_from_the_layout(tmp_path: Path, world: SharedWorld) -> None:
     common = [*SMALL, "train.steps=1", "eval.generate_tokens=20"]
     alone = sampled(train([*common, f"run.dir={tmp_path / 'a'}"]))
     assert len(alone.strip()) > 0
     assert sampled(train([*common, f"run.dir={tmp_path / 'b'}"])) == alone
     assert sampled(train([*common, f"run.dir={tmp_path / 'c'}", "train.seed=1"])) != alone
-    outputs = WORLD.run(train, 3, [*common, "parallel=fsdp", f"run.dir={tmp_path / 'd'}"], environment=True)
+    outputs = world.run(train, 3, [*common, "parallel=fsdp", f"run.dir={tmp_path / 'd'}"], environment=True)
     assert [sampled(output) for output in outputs] == [alone, "", ""]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +19,10 @@ from checkpointing.memory import Snapshotter
 from checkpointing.memory.flush import DirectStorage
 from checkpointing.storage import FileStorage
 from tests.checkpointing.memory.keepers import WAIT_S, keeping
+from trainer import saving
 from trainer.compose import compose
 from trainer.errors import TrainingFailed
+from trainer.outcome import Outcome
 from trainer.progress import LossScale, Progress
 from trainer.saving import Saver
 
@@ -39,7 +43,7 @@ class Scene:
     def sync(self) -> None:
         self.told.append("sync")
 
-    def check(self) -> None:
+    def check(self, *, anew: bool = False) -> None:
         if self.taken_over:
             raise LeaseHeldError("another process took it over")
 
@@ -110,24 +114,113 @@ def test_a_run_that_was_replaced_does_not_write(tmp_path: Path) -> None:
     assert scene.told == [] and [g.step for g in scan(FileStorage(tmp_path))] == [1]
 
 
-def test_a_full_disk_is_one_paragraph_and_leaves_the_previous_generation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@contextmanager
+def full_disk(patch: pytest.MonkeyPatch, times: int = 1000, error: int = errno.ENOSPC) -> Iterator[list[str]]:
+    """Of checkpoints: so many puts fail."""
+    put, tries = FileStorage.put, list[str]()
+
+    def failing(self: FileStorage, name: str, parts: Any) -> None:
+        if name.startswith("step-"):
+            tries.append(name)
+            if len(tries) <= times:
+                raise OSError(error, os.strerror(error))
+        put(self, name, parts)
+
+    with patch.context() as inner:
+        inner.setattr(FileStorage, "put", failing)
+        yield tries
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE])
+def test_training_goes_on_past_a_save_that_fails_and_the_next_one_is_tried(
+    error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     scene = Scene(tmp_path)
-    save(scene.saver(), Progress(1))
+    saver = scene.saver()
+    save(saver, Progress(1))
+    with full_disk(monkeypatch, error=error):
+        save(saver, Progress(2))
+        assert saver.settle()["blocked_s"] > 0 and saver.durable_step == 1
+    assert [g.step for g in scan(FileStorage(tmp_path)) if g.committed] == [1]
+    assert scene.told[-1] == "commit 2 durable skipped"
+    assert f"step 2 did not become durable: {os.strerror(error)}. Training goes on" in caplog.text
+    save(saver, Progress(3))  # there is room again
+    assert [g.step for g in scan(FileStorage(tmp_path)) if g.committed] == [3, 1] and saver.durable_step == 3
 
-    def put(self: FileStorage, name: str, parts: object) -> None:
-        raise OSError(28, "No space left on device")
+
+def test_it_ends_after_as_many_in_a_row_as_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = Scene(tmp_path).saver("checkpoint.fail_after=3")
+    with full_disk(monkeypatch, times=2):
+        for step in (1, 2, 3):
+            save(saver, Progress(step))
+    assert saver.durable_step == 3
+    with full_disk(monkeypatch):
+        save(saver, Progress(4))
+        save(saver, Progress(5))
+        with pytest.raises(TrainingFailed, match=r"Step 6 could not .* 3 times in a row .* the same command") as raised:
+            save(saver, Progress(6))
+    assert not Outcome.of(raised.value).final  # a disk may have more room next time
+
+
+def test_the_last_step_is_tried_again_and_then_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "LAST_WAITS_S", (0.0, 0.0))
+    saver = Scene(tmp_path).saver()
+    with full_disk(monkeypatch, times=2):
+        saver.save(Progress(1), {}, durable=True, last=True)
+    assert saver.durable_step == 1
+    with (
+        full_disk(monkeypatch) as tries,
+        pytest.raises(TrainingFailed, match=r"Step 2 could not be saved: .*No space left.* the same command goes on"),
+    ):
+        saver.save(Progress(2), {}, durable=True, last=True)
+    assert len(tries) == 3 and [g.step for g in scan(FileStorage(tmp_path)) if g.committed] == [1]
+
+
+def test_what_would_fail_again_ends_the_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(tmp_path)
+    saver = scene.saver()
+    monkeypatch.setattr(scene, "pieces", lambda: [Piece("model/w", torch.arange(6.0), (0,), (7,))])
+    with pytest.raises(TrainingFailed, match=r"Step 1 could not be saved: .*model/w"):
+        save(saver, Progress(1))
+
+
+def test_a_step_whose_metrics_are_not_durable_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resume from it would find a gap."""
+    scene = Scene(tmp_path)
+    saver = scene.saver()
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(FileStorage, "put", put)
-        with pytest.raises(
-            TrainingFailed, match=r"Step 2 could not be saved: .*No space left.* the same command goes on"
-        ):
-            save(scene.saver(), Progress(2))
-    assert [g.step for g in scan(FileStorage(tmp_path)) if g.committed] == [1]
-    save(scene.saver(), Progress(2))  # there is room again
-    assert [g.step for g in scan(FileStorage(tmp_path)) if g.committed] == [2, 1]
+        patch.setattr(scene, "sync", full)
+        save(saver, Progress(1))
+    assert scan(FileStorage(tmp_path)) == [] and scene.told == ["commit 1 durable skipped"]
+    save(saver, Progress(2))
+    assert [g.step for g in scan(FileStorage(tmp_path))] == [2]
+
+
+def test_a_snapshot_that_could_not_become_durable_is_owed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with snapshotting(tmp_path, every=1) as (scene, saver, snapshots):
+
+        def full() -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(scene, "sync", full)
+            save(saver, Progress(1))
+        saver.settle()
+        saver.save(Progress(2), {}, durable=False, last=False)
+        assert snapshots.wait_durable(WAIT_S)
+        saver.settle()
+        assert "commit 1 durable skipped" in scene.told and "commit 2 durable" in scene.told
+
+
+def test_a_bug_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(tmp_path)
+    monkeypatch.setattr(scene, "pieces", lambda: None)
+    with pytest.raises(TypeError):
+        save(scene.saver(), Progress(1))
 
 
 def test_with_snapshots_every_step_is_in_memory_and_some_become_durable(tmp_path: Path) -> None:

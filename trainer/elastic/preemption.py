@@ -25,6 +25,7 @@ class Preemption:
     def __init__(self, grace_s: float, give_up: Callable[[str], None]) -> None:
         self.signum = 0  # the first that came, here or on another rank
         self.give_up = give_up
+        self.ends_at_once: Callable[[], bool] = lambda: False  # whether a warning is for a process with nothing to save
         self._grace_s = grace_s
         self._first = 0.0
         self._deadline: float | None = None
@@ -58,6 +59,10 @@ class Preemption:
             watching.join()
             os.close(self._reader)
             os.close(self._writer)
+
+    def warn(self, signum: int) -> None:
+        """As if this signal had come."""
+        self._note(signum, self._grace_s)
 
     def is_due(self) -> bool:
         """Whether any rank was warned. Collective: all ranks hear the same, and have the shortest time of all."""
@@ -98,6 +103,8 @@ class Preemption:
                 if byte not in signals:
                     continue
                 _heard.append(byte)
+                if self.ends_at_once():
+                    os._exit(AGAIN)
                 if self._deadline is None:
                     self._note(byte, self._grace_s)
                 elif time.monotonic() - self._first > ECHO_S:

@@ -8,7 +8,8 @@
     apply MODEL FILE DIR       a Hugging Face directory with a difference put into it
     revert MODEL FILE DIR      and taken out again, bit for bit
 
-RUN, A and B are run directories, directories of generations, or one generation. Exit status 2: refused.
+RUN, A and B are run directories, directories of generations, or one generation. What they were trained from is opened
+where --base says; of a run that was trained in this place it need not be given. Exit status 2: refused.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name)
         for path in paths:
             command.add_argument(path, type=Path, metavar=path.upper())
+        _add_base(command)
+    _add_base(stats)
     for name in ("apply", "revert"):
         command = commands.add_parser(name)
         for path in ("model", "file", "dir"):
@@ -61,12 +64,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _add_base(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--base", type=Path, metavar="MODEL", help="the model that was fine-tuned")
+    command.add_argument("--trust-remote-code", action="store_true", help="code that comes with it may run")
+
+
+def _tuned(run: Path, arguments: argparse.Namespace) -> Tuned:
+    return Tuned.open(run, arguments.base, trust_code=arguments.trust_remote_code)
+
+
 def _stats(arguments: argparse.Namespace) -> None:
-    run = Tuned.open(arguments.a)
+    run = _tuned(arguments.a, arguments)
     if arguments.b is None:
         rows = as_rows(changes(run.delta()))
     else:
-        rows = list(compare(run.weights(), dict(Tuned.open(arguments.b).weights())))
+        rows = list(compare(run.weights(), dict(_tuned(arguments.b, arguments).weights())))
     if arguments.json:
         print(json.dumps({"layers": rows, "total": _total(rows)}))
         return
@@ -103,7 +115,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _delta(arguments: argparse.Namespace) -> None:
-    delta = Tuned.open(arguments.run).delta()
+    delta = _tuned(arguments.run, arguments).delta()
     delta.save(arguments.file)
     print(f"{delta.count:,} entries of {len(delta.shapes)} weights, {arguments.file.stat().st_size / 1e6:.1f} MB")
 
@@ -118,7 +130,7 @@ def _compose(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    run = Tuned.open(arguments.run)
+    run = _tuned(arguments.run, arguments)
     model: Any = run.merged()
     model.save_pretrained(arguments.dir)
     load_tokenizer(run.config.model).save(arguments.dir)
@@ -126,7 +138,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _adapter(arguments: argparse.Namespace) -> None:
-    model: Any = Tuned.open(arguments.run).adapted()
+    model: Any = _tuned(arguments.run, arguments).adapted()
     model.save_pretrained(arguments.dir)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{count:,} parameters in {arguments.dir}, on {model.peft_config['default'].base_model_name_or_path}")
@@ -135,7 +147,7 @@ def _adapter(arguments: argparse.Namespace) -> None:
 def _open(path: Path) -> nn.Module:
     if not (path / "config.json").is_file():
         raise Refused(f"{path} is no Hugging Face directory: it has no config.json. `merge` writes one.")
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=False)
     return model
 
 

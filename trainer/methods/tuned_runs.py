@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -16,9 +17,10 @@ from checkpointing.format import DTYPES, Manifest
 from checkpointing.generations import newest, read_index, read_manifest, scan
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
-from trainer.choices import Granularity, Lora, Sparse
+from trainer.choices import Granularity, HuggingFace, Lora, Sparse
 from trainer.config import Config, from_json, method_name
 from trainer.errors import Refused
+from trainer.identity import came_from, recorded
 from trainer.methods import build
 from trainer.methods.deltas import Applied, Delta, LowRank, difference
 from trainer.methods.sparse.attach import sizes_in, targets_of
@@ -27,27 +29,38 @@ from trainer.methods.sparse.reselect import Entries
 from trainer.models import build_model
 
 
+def is_at_home(path: Path) -> bool:
+    """Whether a run, its checkpoints or one of them are where that run was trained."""
+    runs = [path, path.parent, path.parent.parent]
+    return any(recorded(run) is not None and not came_from(run) for run in runs)
+
+
 @dataclass(frozen=True)
 class Tuned:
     """One generation, opened."""
 
     reader: GenerationReader
     config: Config
+    stranger: bool = False  # whether nobody but the checkpoint says where the base is
 
     @staticmethod
-    def open(path: Path) -> Tuned:
-        """A run directory or a directory of generations (the newest), or one generation. `Refused` otherwise."""
+    def open(path: Path, base: Path | None = None, *, trust_code: bool = False) -> Tuned:
+        """A run directory or a directory of generations (the newest), or one generation. `Refused` otherwise.
+
+        What a checkpoint says is a stranger's word, unless it lies in a run that was trained here: where the `base` is
+        must be given then, and whether code beside it may run always (`trust_code`).
+        """
         top = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         storage, name = FileStorage(top), None
-        if (found := newest(storage)) is not None:
-            name = found.name
-        elif any(g.name == top.name and g.committed for g in scan(FileStorage(top.parent))):
-            storage, name = FileStorage(top.parent), top.name
-        if name is None:
-            raise Refused(
-                f"{path} holds no committed generation. `python -m checkpointing ls {path}` shows what is there."
-            )
         try:
+            if (found := newest(storage)) is not None:
+                name = found.name
+            elif any(g.name == top.name and g.committed for g in scan(FileStorage(top.parent))):
+                storage, name = FileStorage(top.parent), top.name
+            if name is None:
+                raise Refused(
+                    f"{path} holds no committed generation. `python -m checkpointing ls {path}` shows what is there."
+                )
             manifest = read_manifest(storage, name)
             state = read_index(storage, manifest, 0).objects.get("trainer")
         except CheckpointError as error:
@@ -56,7 +69,15 @@ class Tuned:
             ) from None
         if not isinstance(state, dict) or "config" not in state:
             raise Refused(f"{path} was not written by this trainer. `python -m checkpointing inspect {path}` shows it.")
-        return Tuned(GenerationReader(storage, manifest), from_json(state["config"]))
+        try:
+            config = from_json(state["config"])
+        except (ValueError, TypeError, KeyError, AttributeError, OmegaConfBaseException) as error:
+            raise Refused(f"The configuration in {path} cannot be read: {error}") from None
+        stranger = isinstance(config.model, HuggingFace) and base is None and not is_at_home(path)
+        if isinstance(config.model, HuggingFace):
+            where = config.model.path if base is None else str(base)
+            config = replace(config, model=replace(config.model, path=where, trust_remote_code=trust_code))
+        return Tuned(GenerationReader(storage, manifest), config, stranger)
 
     @property
     def manifest(self) -> Manifest:
@@ -71,6 +92,7 @@ class Tuned:
 
     def base(self) -> nn.Module:
         """The model before it was fine-tuned. `Refused` where this machine has another of the same name."""
+        self._check_word()
         config = self.config
         model = build_model(config.model, seq_len=config.train.seq_len, seed=config.train.seed)
         if isinstance(config.method, Sparse) and config.method.bf16_weights:
@@ -79,6 +101,13 @@ class Tuned:
                 weight.data = weight.data.to(torch.bfloat16)
         self._check_base(model)
         return model
+
+    def _check_word(self) -> None:
+        if self.stranger and isinstance(model := self.config.model, HuggingFace):
+            raise Refused(
+                f"This run was not trained in this place, so the model that it names, {model.path!r}, is not opened on "
+                "its word. Type --base MODEL, with where you have that model."
+            )
 
     def _check_base(self, model: nn.Module) -> None:
         for name, parameter in parameter_names(model).items():
@@ -155,6 +184,7 @@ class Tuned:
                 f"A run of method={method_name(self.config)} has no adapter. `merge` writes the fine-tuned model, and "
                 "`delta` the difference."
             )
+        self._check_word()
         model: nn.Module = build(self.config)
         self._check_base(model)
         self._fill(model)

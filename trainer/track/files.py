@@ -1,44 +1,136 @@
-"""metrics.jsonl, events.jsonl and samples.jsonl: one JSON object a line, the first without gaps or duplicates."""
+"""metrics.jsonl, events.jsonl and samples.jsonl: one JSON object a line, the first without gaps or duplicates.
+
+A disk that is full, or fails, does not end training: lines that it does not take are kept, and written when it does.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from checkpointing.storage import open_file, replace_file
+
+logger = logging.getLogger(__name__)
+
+LINES_HELD = 1000  # lines that are not durable yet, before the disk is asked to make them so
+
 
 class JsonLines:
-    """A file of JSON objects, appended a line at a time. The torn last line of a killed process is removed first."""
+    """A file of JSON objects, appended a line at a time. The torn last line of a killed process is removed first.
+
+    No write raises. Lines are held until a sync has succeeded: one that fails may have lost any line before it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.exists():
-            _drop_torn_end(path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
+        self._descriptor: int | None = None
+        self._durable = 0  # bytes of the file that the last sync covered
+        self._lines: list[bytes] = []  # after those
+        self._rest = bytearray()  # the end of `lines`, which is not in the file yet
+        self._suspect = False  # whether the file may lack what was written since the last sync
+        self._failing = False
+        self._try_to(self._open)
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        self._lines.append(line)
+        self._rest += line
+        self._try_to(self._append if len(self._lines) % LINES_HELD else self.sync)
 
     def sync(self) -> None:
-        """Make everything written durable."""
-        os.fsync(self._file.fileno())
+        """Make everything written durable. `OSError` where the disk does not: then it is all kept."""
+        self._append()
+        try:
+            os.fsync(self._open())
+        except OSError:
+            self._suspect = True
+            raise
+        self._durable += sum(map(len, self._lines))
+        self._lines.clear()
 
     def close(self, exit_code: int) -> None:
-        self._file.close()
+        self._try_to(self._append)
+        if self._rest:
+            logger.warning("the last lines of %s could not be written, and are lost", self.path)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _open(self) -> int:
+        if self._descriptor is None:
+            if self.path.exists():
+                _drop_torn_end(self.path)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            self._descriptor = os.open(self.path, flags, 0o666)
+            self._durable = os.fstat(self._descriptor).st_size
+        return self._descriptor
+
+    def _append(self) -> None:
+        descriptor = self._open()
+        if self._suspect:
+            os.ftruncate(descriptor, self._durable)
+            self._rest[:] = b"".join(self._lines)
+            self._suspect = False
+        while self._rest:
+            del self._rest[: os.write(descriptor, self._rest)]
+
+    def _try_to(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError as error:
+            if not self._failing:
+                logger.warning(
+                    "%s cannot be written: %s. Training goes on; its lines are kept, and written when it can be.",
+                    self.path,
+                    error.strerror or error,
+                )
+            self._failing = True
+        else:
+            self._failing = False
 
 
 class Metrics(JsonLines):
-    """What each optimizer step measured."""
+    """What each optimizer step measured.
+
+    Lines that must be durable, and that the file's disk does not take, go to `spare`, a file on another disk. They come
+    back from there when the run is started again.
+    """
+
+    def __init__(self, path: Path, spare: Path | None = None) -> None:
+        self._spare = spare
+        super().__init__(path)
 
     def step(self, row: dict[str, Any]) -> None:
         self.write(row)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """In a file of its own."""
+
+    def sync(self) -> None:
+        try:
+            super().sync()
+        except OSError:
+            if self._spare is None:
+                raise
+            replace_file(self._spare, b"".join(self._lines))
+        else:
+            if self._spare is not None:
+                with contextlib.suppress(OSError):
+                    self._spare.unlink(missing_ok=True)
+
+    def close(self, exit_code: int) -> None:
+        self._try_to(self._append)
+        if self._rest and self._spare is not None:
+            with contextlib.suppress(OSError):
+                self.sync()
+                self._rest.clear()
+        super().close(exit_code)
 
 
 class Samples:
@@ -69,7 +161,7 @@ class Events(JsonLines):
 def read_lines(path: Path, tail: int = 0) -> list[dict[str, Any]]:
     """The objects of a file, or of its last `tail` bytes; what is no whole line is passed over."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             file.seek(max(0, path.stat().st_size - tail) if tail else 0)
             data = file.read()
     except OSError:
@@ -82,30 +174,55 @@ def read_lines(path: Path, tail: int = 0) -> list[dict[str, Any]]:
     return found
 
 
-def roll_back(run_dir: Path, step: int) -> tuple[int, int]:
+SPARE = "metrics.late.jsonl"  # beside the checkpoints
+
+
+def roll_back(run_dir: Path, step: int, spare: Path | None = None) -> tuple[int, int]:
     """Move the metrics of steps after `step` to metrics.discarded.jsonl: how many there were, and the last step kept.
 
-    In this order no line is lost: appended and synced there before it is cut off here.
+    Lines that went to `spare`, because metrics.jsonl could not be written, are taken into account, and come back. In
+    this order no line is lost: appended and synced there before it is cut off here.
     """
     path = run_dir / "metrics.jsonl"
-    if not path.exists():
+    late = list[bytes]()
+    if spare is not None and spare.exists():
+        with open_file(spare) as file:
+            late = file.readlines()
+    if path.exists():
+        _drop_torn_end(path)
+    elif late:
+        path.touch()
+    else:
         return 0, 0
-    _drop_torn_end(path)
     kept_bytes, last = 0, 0
-    discarded: list[bytes] = []
-    with open(path, "rb") as file:
+    discarded, home = list[bytes](), list[bytes]()
+    with open_file(path) as file:
         for line in file:
             number = _step_of(line)
             if not discarded and number is not None and number <= step:
                 kept_bytes, last = kept_bytes + len(line), number
             else:
                 discarded.append(line)
+    known = {_step_of(line) for line in discarded}
+    for line in late:
+        if (number := _step_of(line)) is not None and last < number <= step:
+            home.append(line)
+            last = number
+        elif number is not None and number > step and number not in known:
+            discarded.append(line)
     if discarded:
         with open(run_dir / "metrics.discarded.jsonl", "ab") as file:
             file.writelines(discarded)
             file.flush()
             os.fsync(file.fileno())
         os.truncate(path, kept_bytes)
+    if home:
+        with open(path, "ab") as file:
+            file.writelines(home)
+            file.flush()
+            os.fsync(file.fileno())
+    if spare is not None:
+        spare.unlink(missing_ok=True)
     return len(discarded), last
 
 
@@ -118,7 +235,8 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _drop_torn_end(path: Path) -> None:
-    data = path.read_bytes()
+    with open_file(path) as file:
+        data = file.read()
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         os.truncate(path, whole)

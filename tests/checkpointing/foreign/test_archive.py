@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,60 @@ def test_state_is_given_to_inert_objects_alone(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(1).expand(10**6)}, path)  # one number that is said to be a million
     with pytest.raises(DamagedError, match="the same ones again and again"):
         read_archive(Mapped.of(path))
+
+
+def overlapping(count: int) -> dict[str, torch.Tensor]:
+    return {"w": torch.zeros(2 * count).as_strided((count, count), (1, 1))}
+
+
+def shared(count: int) -> dict[str, torch.Tensor]:
+    base = torch.zeros(1000)
+    return {f"w{n}": base[: 1000 - n % 2] for n in range(count)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "why"),
+    [
+        (overlapping(500), "the same ones again and again"),
+        ({"w": torch.zeros(40).as_strided((3, 4, 5), (7, 2, 1))}, "the same ones again and again"),
+        (shared(200), "of more bytes than the file has"),
+    ],
+    ids=["rows that overlap", "one dimension within another", "one storage for many"],
+)
+def test_a_small_file_does_not_become_a_large_one(tensors: dict[str, torch.Tensor], why: str, tmp_path: Path) -> None:
+    torch.save(tensors, tmp_path / "file")
+    with pytest.raises(DamagedError, match=why):
+        read_archive(Mapped.of(tmp_path / "file"))
+
+
+def test_tied_tensors_and_strides_without_overlap_are_read(tmp_path: Path) -> None:
+    tied = torch.ones(300)
+    every = torch.arange(64.0)
+    given = {
+        "a": tied,
+        "b": tied,
+        "every other": every[::2],
+        "columns": every.reshape(8, 8)[:, 2:4],
+        "turned": every.reshape(2, 4, 8).permute(2, 0, 1),
+        "one": every[:1].as_strided((1, 5), (0, 1)),
+    }
+    torch.save(given, tmp_path / "file")
+    assert_alike(read_archive(Mapped.of(tmp_path / "file")), given)
+
+
+def test_what_would_unfold_is_not_unfolded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "file")
+    with zipfile.ZipFile(tmp_path / "file") as plain, zipfile.ZipFile(tmp_path / "bomb", "w") as bomb:
+        for name in plain.namelist():
+            pressed = zipfile.ZIP_DEFLATED if name.endswith("data.pkl") else zipfile.ZIP_STORED
+            bomb.writestr(name, plain.read(name) + bytes(10_000_000 if name.endswith("data.pkl") else 0), pressed)
+    with pytest.raises(DamagedError, match=r"is compressed, which torch\.save never does"):
+        read_archive(Mapped.of(tmp_path / "bomb"))
+    (tmp_path / "pickle").write_bytes(pickle.dumps(list(range(1000))))
+    monkeypatch.setattr(archive, "PICKLE_BYTES", 100)
+    for read in (lambda: read_archive(Mapped.of(tmp_path / "file")), lambda: read_pickle(tmp_path / "pickle")):
+        with pytest.raises(DamagedError, match="at most 100 are read"):
+            read()
 
 
 def test_what_it_is_not_is_said(tmp_path: Path) -> None:

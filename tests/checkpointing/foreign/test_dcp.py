@@ -19,7 +19,7 @@ from checkpointing.diff import compare
 from checkpointing.foreign import describe_foreign
 from tests.checkpointing.foreign.test_deepspeed import reader
 from tests.checkpointing.zero_engines import Model, optimizer_of, train_alone
-from tests.worlds import WORLD
+from tests.harness.worlds import SharedWorld
 
 FORMS = ["nested", "flattened", "apart", "merged"]
 
@@ -55,8 +55,8 @@ def differing(tmp_path: Path, ours: str, foreign: Any, name: str) -> list[tuple[
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_import_holds_what_the_ranks_held(tmp_path: Path, size: int, dtype: torch.dtype) -> None:
-    ours = WORLD.run(train_and_save, size, str(tmp_path), dtype)[0]
+def test_an_import_holds_what_the_ranks_held(tmp_path: Path, size: int, dtype: torch.dtype, world: SharedWorld) -> None:
+    ours = world.run(train_and_save, size, str(tmp_path), dtype)[0]
     for form in FORMS:
         foreign = describe_foreign(tmp_path / form, trust_pickle=True)
         assert foreign.step == 2

@@ -15,7 +15,7 @@ from checkpointing.layouts.zero import describe_zero
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
 from tests.checkpointing.zero_engines import ENGINES, LOW, Kind, start, train_engine
-from tests.worlds import WORLD
+from tests.harness.worlds import SharedWorld
 
 KINDS = [kind for kind in [*ENGINES, *LOW] if kind[0]]
 
@@ -42,8 +42,8 @@ def reader(directory: Path, name: str) -> GenerationReader:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_an_import_holds_what_the_engine_held(tmp_path: Path, size: int) -> None:
-    for kind, ours in zip(KINDS, WORLD.run(train_and_save, size, str(tmp_path), KINDS)[0], strict=True):
+def test_an_import_holds_what_the_engine_held(tmp_path: Path, size: int, world: SharedWorld) -> None:
+    for kind, ours in zip(KINDS, world.run(train_and_save, size, str(tmp_path), KINDS)[0], strict=True):
         where = tmp_path / name_of(kind)
         foreign = describe_foreign(where / "theirs", trust_pickle=True)
         assert foreign.step == 2 and f"ZeRO stage {kind[0]}, {size} rank" in foreign.kind
@@ -57,10 +57,10 @@ def test_an_import_holds_what_the_engine_held(tmp_path: Path, size: int) -> None
         assert manifest.stored_name("model/head.weight") == manifest.stored_name("model/embedding.weight")
 
 
-def test_a_moment_that_was_changed_is_seen(tmp_path: Path) -> None:
+def test_a_moment_that_was_changed_is_seen(tmp_path: Path, world: SharedWorld) -> None:
     """The control of the comparison above."""
     kind = KINDS[0]
-    ours = WORLD.run(train_and_save, 2, str(tmp_path), [kind])[0][0]
+    ours = world.run(train_and_save, 2, str(tmp_path), [kind])[0][0]
     where = tmp_path / name_of(kind)
     foreign = describe_foreign(where / "theirs", trust_pickle=True)
     next(p for p in foreign.pieces if p.name == "optim/inner.bias/exp_avg").tensor.view(-1)[0] += 1
@@ -72,8 +72,8 @@ def test_a_moment_that_was_changed_is_seen(tmp_path: Path) -> None:
     assert all(d.state == "equal" for d in compare(reader(where / "ours", ours), reader(where / "again", again)))
 
 
-def test_what_is_not_whole_is_refused(tmp_path: Path) -> None:
-    WORLD.run(train_and_save, 2, str(tmp_path), [(2, False, 32), (3, False, 32)])
+def test_what_is_not_whole_is_refused(tmp_path: Path, world: SharedWorld) -> None:
+    world.run(train_and_save, 2, str(tmp_path), [(2, False, 32), (3, False, 32)])
     theirs = tmp_path / name_of((2, False, 32)) / "theirs"
     (theirs / "latest").write_text("three")
     with pytest.raises(NotFoundError, match="names three, which is not there"):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from checkpointing import DamagedError, LayoutError, describe, load, save
 from checkpointing.foreign import describe_foreign
-from tests.models import save_tiny_model
+from tests.harness.models import save_tiny_model
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

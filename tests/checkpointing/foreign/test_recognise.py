@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 
 from checkpointing import CheckpointError, LayoutError, MismatchError, NotFoundError
 from checkpointing.foreign import describe_foreign
-from tests.models import save_tiny_model
+from tests.harness.models import save_tiny_model
 
 
 def test_each_is_recognised(tmp_path: Path) -> None:
@@ -46,6 +46,7 @@ def written(directory: Path) -> list[Path]:
     return [directory / kind for kind in ("hf", "dcp", "ds", "torch")]
 
 
+@pytest.mark.usefixtures("long")
 def test_whatever_the_bytes_a_directory_is_described_or_refused(tmp_path: Path) -> None:
     """Damage anywhere is an error of ours or of the system, and never another one, nor a hang."""
     draws, outcomes = random.Random(5), Counter[str]()

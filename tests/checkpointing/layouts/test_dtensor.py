@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import Partial, Replicate, Shard, 
 
 from checkpointing import Held, LayoutError, pieces_of
 from checkpointing.layouts.dtensor import held_intervals, of_blocks
-from tests.worlds import WORLD
+from tests.harness.worlds import SharedWorld
 
 
 @settings(max_examples=200)
@@ -67,8 +67,10 @@ def check_distributed(shape: tuple[int, ...], mesh_shape: tuple[int, ...], place
         ((5, 4, 3), (2, 2), [Shard(2), Shard(1)]),
     ],
 )
-def test_pieces_are_the_shards_that_torch_makes(shape: tuple, mesh: tuple, placements: list) -> None:
-    assert all(WORLD.run(check_distributed, int(np.prod(mesh)), shape, mesh, placements))
+def test_pieces_are_the_shards_that_torch_makes(
+    shape: tuple, mesh: tuple, placements: list, world: SharedWorld
+) -> None:
+    assert all(world.run(check_distributed, int(np.prod(mesh)), shape, mesh, placements))
 
 
 def check_fsdp_over_tp() -> list[bool]:
@@ -88,8 +90,8 @@ def check_fsdp_over_tp() -> list[bool]:
     return [strided, *right]
 
 
-def test_fsdp_over_tensor_parallel_is_strided_and_right() -> None:
-    assert all(all(result) for result in WORLD.run(check_fsdp_over_tp, 4))
+def test_fsdp_over_tensor_parallel_is_strided_and_right(world: SharedWorld) -> None:
+    assert all(all(result) for result in world.run(check_fsdp_over_tp, 4))
 
 
 def test_a_state_with_a_value_for_each_block_of_a_row_is_held_where_its_parameter_is() -> None:

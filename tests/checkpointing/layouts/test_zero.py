@@ -27,7 +27,7 @@ from tests.checkpointing.zero_engines import (
     train_engine,
     whole,
 )
-from tests.worlds import WORLD
+from tests.harness.worlds import SharedWorld
 
 
 def forward(engine: Any) -> torch.Tensor:
@@ -73,8 +73,8 @@ def compare_with_deepspeed(kinds: Sequence[Kind]) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_pieces_are_what_deepspeed_gathers(size: int) -> None:
-    WORLD.run(compare_with_deepspeed, size, [*ENGINES[1:], *LOW[1:]])
+def test_pieces_are_what_deepspeed_gathers(size: int, world: SharedWorld) -> None:
+    world.run(compare_with_deepspeed, size, [*ENGINES[1:], *LOW[1:]])
 
 
 def describe_before_the_first_step(kinds: Sequence[Kind]) -> None:
@@ -94,8 +94,8 @@ def describe_before_the_first_step(kinds: Sequence[Kind]) -> None:
         assert not torch.equal(again["model/inner.weight"], found["model/inner.weight"])
 
 
-def test_a_fresh_engine_has_all_state() -> None:
-    WORLD.run(describe_before_the_first_step, 2, [*ENGINES, *LOW])
+def test_a_fresh_engine_has_all_state(world: SharedWorld) -> None:
+    world.run(describe_before_the_first_step, 2, [*ENGINES, *LOW])
 
 
 def save_and_go_on(directory: str, kind: Kind) -> dict[str, torch.Tensor]:
@@ -142,23 +142,23 @@ def alone(directory: Path) -> dict[str, torch.Tensor]:
     return saved | {f"later/{name}": tensor for name, tensor in whole(describe(model, optimizer)).items()}
 
 
-def test_what_torch_saves_every_stage_loads(tmp_path: Path) -> None:
+def test_what_torch_saves_every_stage_loads(tmp_path: Path, world: SharedWorld) -> None:
     expected = alone(tmp_path)
-    WORLD.run(load_and_go_on, 3, str(tmp_path), ENGINES, expected, True)
+    world.run(load_and_go_on, 3, str(tmp_path), ENGINES, expected, True)
     # Masters of low-precision engines are full; what they compute is rounded.
-    WORLD.run(load_and_go_on, 2, str(tmp_path), LOW, expected, True)
+    world.run(load_and_go_on, 2, str(tmp_path), LOW, expected, True)
 
 
 @pytest.mark.parametrize("kind", [(1, False, 32), (2, True, 32), (3, False, 32), (2, False, 16), (3, False, 16)])
-def test_without_publishing_the_first_forward_is_another(tmp_path: Path, kind: Kind) -> None:
+def test_without_publishing_the_first_forward_is_another(tmp_path: Path, kind: Kind, world: SharedWorld) -> None:
     expected = alone(tmp_path)
     with pytest.raises(AssertionError, match=r"assert torch\.equal\(forward\(engine\)"):
-        WORLD.run(load_and_go_on, 2, str(tmp_path), [kind], expected, False)
+        world.run(load_and_go_on, 2, str(tmp_path), [kind], expected, False)
 
 
 @pytest.mark.parametrize("kind", ENGINES)
-def test_what_a_stage_saves_torch_and_other_stages_load(tmp_path: Path, kind: Kind) -> None:
-    expected = WORLD.run(save_and_go_on, 2, str(tmp_path), kind)[0]
+def test_what_a_stage_saves_torch_and_other_stages_load(tmp_path: Path, kind: Kind, world: SharedWorld) -> None:
+    expected = world.run(save_and_go_on, 2, str(tmp_path), kind)[0]
     model = Model()
     optimizer = optimizer_of(model)
     load(tmp_path, describe(model, optimizer))
@@ -168,7 +168,7 @@ def test_what_a_stage_saves_torch_and_other_stages_load(tmp_path: Path, kind: Ki
         if not name.startswith("buffer/"):
             torch.testing.assert_close(tensor, expected[f"later/{name}"], rtol=1e-5, atol=1e-5)
     others = [other for other in ENGINES if other[0] in (1, 3) and other != kind]
-    WORLD.run(load_and_go_on, 3, str(tmp_path), others, expected, True)
+    world.run(load_and_go_on, 3, str(tmp_path), others, expected, True)
 
 
 def test_what_cannot_be_described_is_refused() -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.processes import wait_for
 from checkpointing.memory.keeper import Keeper
 from checkpointing.memory.messages import connect
+from tests.harness.processes import wait_for
 
 WAIT_S = 30.0
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,14 +13,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks.processes import wait_for
 from checkpointing.generations import candidates, scan
 from checkpointing.memory import Snapshotter, copying, snapshotter
 from checkpointing.memory.image import copy_part
 from checkpointing.retention import clear_leftovers
 from checkpointing.storage import FileStorage
-from tests.checkpointing.memory.keepers import WAIT_S
+from tests.checkpointing.memory.keepers import WAIT_S, answers
 from tests.checkpointing.memory.test_snapshotter import assert_equal, loaded, rows_of
+from tests.harness.processes import ROOT, wait_for
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 
 @pytest.mark.parametrize("when", ["idle", "mid-copy", "mid-flush"])
@@ -101,3 +105,28 @@ def test_a_keeper_that_hangs_costs_one_wait(tmp_path: Path, monkeypatch: pytest.
     assert (outcome := snapshots.settle()) is not None and outcome.generation
     snapshots.close(finished=True)
     wait_for(lambda: not root.exists() and not Path(f"/proc/{pid}").exists(), WAIT_S)
+
+
+OLDER = """
+import sys
+from pathlib import Path
+from checkpointing.memory import keeper, messages
+from checkpointing.memory.directory import RELEASE
+
+keeper.VERSION = messages.VERSION = 0
+keeper.RELEASE = sys.argv[2]  # the first release did not say
+keeper.main([sys.argv[1]])
+"""
+
+
+@pytest.mark.parametrize("says", ["keeper.version", "nothing"])
+def test_a_keeper_of_another_release_is_replaced_at_once(says: str, tmp_path: Path) -> None:
+    root = tmp_path / "memory"
+    older = subprocess.Popen([sys.executable, "-c", OLDER, str(root), says], cwd=ROOT)
+    wait_for(lambda: answers(root), 60)
+    snapshots = Snapshotter(None, root)
+    assert older.wait(WAIT_S) == -signal.SIGKILL and snapshots.keeper_pid not in (0, older.pid)
+    snapshots.snapshot(1, rows_of(0, 1, 1))
+    assert (outcome := snapshots.settle()) is not None and outcome.generation
+    snapshots.close(finished=True)
+    wait_for(lambda: not root.exists(), WAIT_S)

@@ -17,10 +17,11 @@ from checkpointing import Piece, load
 from checkpointing.collective import Team
 from checkpointing.memory import Snapshotter, copying
 from checkpointing.memory.mapped import MappedStorage
+from checkpointing.memory.messages import Message
 from tests.checkpointing.memory.keepers import WAIT_S, keeping
 from tests.checkpointing.memory.test_snapshotter import assert_equal, loaded, rows_of
 from tests.conftest import ALLOWED_SKIP
-from tests.runs import ROOT, environment
+from tests.harness.runs import ROOT, environment
 
 
 def test_a_keeper_that_says_nothing_is_not_waited_for_without_end(
@@ -66,12 +67,24 @@ def test_the_background_takes_part_in_no_collective(tmp_path: Path) -> None:
     assert callers == {threading.current_thread().name}
 
 
-def test_one_that_cannot_be_copied_costs_that_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keeper_is_quick", [False, True])
+def test_one_that_cannot_be_copied_costs_that_snapshot(
+    keeper_is_quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("a bad page")
 
-    with keeping(tmp_path / "memory"):
-        snapshots = Snapshotter(None, tmp_path / "memory")
+    with keeping(tmp_path / "memory"), Snapshotter(None, tmp_path / "memory") as snapshots:
+        send = snapshots._client.send
+
+        def send_and_be_answered(*messages: Message) -> bool:
+            sent = send(*messages)
+            if messages[0]["kind"] == "failed":
+                assert (snapshot := snapshots._current) is not None and snapshot.settled.wait(WAIT_S)
+            return sent
+
+        if keeper_is_quick:
+            monkeypatch.setattr(snapshots._client, "send", send_and_be_answered)
         for step in (1, 2, 3):
             with monkeypatch.context() as patch:
                 if step == 2:
@@ -80,7 +93,6 @@ def test_one_that_cannot_be_copied_costs_that_snapshot(tmp_path: Path, monkeypat
                 outcome = snapshots.settle()
             assert outcome is not None and outcome.why == ("RuntimeError: a bad page" if step == 2 else "")
             assert_equal(loaded(tmp_path / "memory")[0], rows_of(0, 1, 1 if step == 2 else step))
-        snapshots.close()
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason=ALLOWED_SKIP)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +18,9 @@ from checkpointing.format import digest
 from checkpointing.generations import candidates, read_manifest
 from checkpointing.memory.flush import STEP_BYTES, DirectStorage, Nodes, flush
 from checkpointing.memory.mapped import MappedStorage
-from checkpointing.storage import FileStorage
+from checkpointing.storage import Buffer, FileStorage
 from tests.checkpointing.memory.test_snapshotter import assert_equal, rows_of
-from tests.threads import all_of, on_ranks
+from tests.harness.threads import all_of, on_ranks
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 4095, 4096, 4097, 70_000, STEP_BYTES, STEP_BYTES + 4096, STEP_BYTES + 17])
@@ -79,6 +81,26 @@ def test_nodes_commit_together(tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in (tmp_path / "disk" / name).iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "whole" / name).iterdir()
     }
+
+
+class Slow(FileStorage):
+    """A disk where what the second node puts has its name long before its content."""
+
+    def put(self, name: str, chunks: Iterable[Buffer]) -> None:
+        if "-00001." in name:
+            super().put(name, [b""])
+            time.sleep(0.3)  # the first node looks every 0.05 s
+        super().put(name, chunks)
+
+
+def test_what_a_node_tells_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    name = split_over_nodes(tmp_path)
+    disk = Slow(tmp_path / "disk")
+    arguments = [(MappedStorage(tmp_path / f"node-{node}"), disk, name, Nodes(node, 2), 30) for node in (1, 0)]
+    with ThreadPoolExecutor(2) as both:
+        for flushed in [both.submit(flush, *one) for one in arguments]:
+            assert flushed.result(60) > 0
+    assert [generation.sound for generation in candidates(FileStorage(tmp_path / "disk"))] == [True]
 
 
 def test_a_node_that_does_not_come_means_no_commit(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.processes import wait_for
 from checkpointing.memory import flushing
 from checkpointing.memory.flush import Nodes
 from checkpointing.memory.flushing import Flusher, Task
+from tests.harness.processes import wait_for
 
 
 class Disk:

@@ -22,14 +22,16 @@ STATE = ROWS * 700 * 4
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
+def small(tmp_path: Path, request: pytest.FixtureRequest, processes: None) -> Iterator[Path]:
     """A tmpfs with room for three snapshots and little more."""
     path = tmp_path / "small"
     path.mkdir()
     size = f"size={3 * STATE + 600_000}"
     mounted = os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", path]).returncode == 0
     if not mounted:
-        CUT_DOWN.append("full filesystems: a tmpfs can be mounted only as root, so that this was not tried")
+        request.config.stash[CUT_DOWN].append(
+            "full filesystems: a tmpfs can be mounted only as root, so that this was not tried"
+        )
     yield path
     if mounted:
         subprocess.run(["umount", "-l", path], check=True)

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.processes import wait_for
 from checkpointing import DamagedError, Piece
 from checkpointing.format import COMMIT, shard_name
 from checkpointing.generations import candidates, scan
@@ -28,7 +27,8 @@ from checkpointing.memory.mapped import MappedStorage
 from checkpointing.memory.messages import VERSION, Lines, connect, encode
 from tests.checkpointing.memory.keepers import WAIT_S, answers, keeping
 from tests.checkpointing.memory.test_snapshotter import assert_equal, loaded, rows_of
-from tests.threads import ThreadTeam, all_of, on_ranks
+from tests.harness.processes import wait_for
+from tests.harness.threads import ThreadTeam, all_of, on_ranks
 
 
 def hello(root: Path, **changes: object) -> dict[str, object]:
@@ -47,6 +47,7 @@ def hello(root: Path, **changes: object) -> dict[str, object]:
         "durable": None,
         "rate": 0,
         "everywhere": 0,
+        "lease": None,
     } | changes
 
 
@@ -148,6 +149,7 @@ def test_ranks_of_a_node_get_a_snapshot_together_or_not_at_all(tmp_path: Path) -
         assert (first.hear() or {})["why"] == "rank 1 hung up"
 
 
+@pytest.mark.usefixtures("processes")
 def test_two_ranks_go_on_with_the_next_keeper(tmp_path: Path) -> None:
     """Whichever finds it first: neither waits for the other, and soon both have snapshots again."""
     root = tmp_path / "memory"
@@ -239,9 +241,10 @@ def test_a_run_that_finished_without_its_keeper_leaves_no_memory(tmp_path: Path)
     with keeper_lock(root) as lock:
         assert lock is not None
     snapshots.close(finished=True)
-    assert not root.parent.exists()
+    assert not root.exists()
 
 
+@pytest.mark.usefixtures("long")
 def test_it_waits_for_who_reads_and_not_long_where_nothing_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,6 +364,8 @@ def test_damaged_memory_is_never_loaded(tmp_path: Path) -> None:
     assert_equal(found, rows_of(0, 1, 2))
 
 
+@pytest.mark.smoke
+@pytest.mark.usefixtures("processes")
 def test_the_process_outlives_who_started_it_ignores_signals_and_is_alone(tmp_path: Path) -> None:
     root = tmp_path / "memory"
     make_directory(root)

@@ -17,6 +17,7 @@ plain = st.none() | st.booleans() | st.integers() | st.text()
 values = st.recursive(plain, lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=5)
 
 
+@pytest.mark.usefixtures("long")
 @given(st.lists(st.dictionaries(st.text(), values)), st.integers(1, 50))
 def test_messages_survive_being_cut_anywhere(given_: list[dict[str, object]], step: int) -> None:
     sent = [{**message, "kind": "x"} for message in given_]

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.processes import wait_for
 from checkpointing import load
 from checkpointing.format import ABANDONED
 from checkpointing.generations import candidates, scan
@@ -20,7 +19,8 @@ from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage
 from tests.checkpointing.memory.keepers import WAIT_S, keeping
 from tests.checkpointing.memory.test_snapshotter import assert_equal, rows_of
-from tests.threads import ThreadTeam, all_of, on_ranks
+from tests.harness.processes import wait_for
+from tests.harness.threads import ThreadTeam, all_of, on_ranks
 from trainer.resume import Start, turn_away_from
 
 

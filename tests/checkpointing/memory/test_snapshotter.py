@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.processes import wait_for
 from checkpointing import DamagedError, LayoutError, Piece, describe, load
-from checkpointing.generations import candidates
-from checkpointing.lease import Hold
+from checkpointing.generations import candidates, scan
+from checkpointing.lease import Hold, Holder, Lease
+from checkpointing.lease_protocol import RELEASED, claim_name
 from checkpointing.memory import Snapshotter, copying
 from checkpointing.memory.flush import DirectStorage
 from checkpointing.memory.image import copy_part
 from checkpointing.memory.keeper import Keeper
 from checkpointing.memory.mapped import MappedStorage
+from checkpointing.memory.messages import Message
+from checkpointing.storage import FileStorage
 from tests.checkpointing.memory.keepers import WAIT_S, keeping
-from tests.threads import ThreadTeam, all_of, on_ranks
+from tests.harness.processes import wait_for
+from tests.harness.threads import ThreadTeam, all_of, on_ranks
 
 
 @pytest.fixture
@@ -321,7 +326,7 @@ def test_durable_needs_a_directory(memory: Path) -> None:
 def test_no_room_is_refused_with_the_arithmetic(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from checkpointing.memory import room
 
-    monkeypatch.setattr(room, "find_room", lambda *_, **__: room.Room(room.SPARE_BYTES + 1000, "a test"))
+    monkeypatch.setattr(room, "find_room", lambda *_, **__: room.Room(1000, "a test"))
     snapshots = Snapshotter(None, memory)
     with pytest.raises(
         LayoutError, match=r"need 0\.00 GB more in .* \(3 snapshots of .* by 1 processes.* a test leaves"
@@ -329,6 +334,53 @@ def test_no_room_is_refused_with_the_arithmetic(memory: Path, monkeypatch: pytes
         snapshots.prepare(rows_of(0, 1, 1))
     assert not list(memory.glob("arena-*"))
     snapshots.close()
+
+
+def test_what_another_process_has_taken_over_is_not_flushed(tmp_path: Path) -> None:
+    """Also where the run that was replaced has not noticed yet, or is stopped."""
+    disk = FileStorage(tmp_path / "disk")
+    lease = Lease.acquire(FileStorage(tmp_path / "disk" / ".lease"))
+    with (
+        keeping(tmp_path / "memory"),
+        Snapshotter(disk.root, tmp_path / "memory", lease=lease) as snapshots,
+    ):
+        for step in (1, 2, 3):
+            if step == 2:
+                claim = json.dumps(asdict(Holder.this_process())).encode()
+                assert lease.storage.create_if_absent(claim_name(lease.number + 1), claim)
+            if step == 3:  # nobody is there any more: it was given back
+                assert lease.storage.create_if_absent(claim_name(lease.number + 2), RELEASED)
+            snapshots.snapshot(step, rows_of(0, 1, step), durable=True)
+            assert (outcome := snapshots.settle()) is not None and outcome.generation
+            assert snapshots.wait_durable(WAIT_S)
+        assert [(one.step, "taken" in one.why) for one in snapshots.durables()] == [(1, False), (2, True), (3, True)]
+    assert [g.step for g in scan(disk) if g.committed] == [1]
+    lease.release()
+
+
+def test_a_keeper_that_ends_as_soon_as_it_has_committed_is_not_taken_for_the_next_one(tmp_path: Path) -> None:
+    """The next one does not know the layout, however late this rank hears that its message was sent."""
+    memory, released = tmp_path / "memory", threading.Event()
+    with keeping(memory):
+        snapshots = Snapshotter(None, memory)
+        snapshots._client._starts = False
+        send = snapshots._client.send
+
+        def send_slowly(*messages: Message) -> bool:
+            sent = send(*messages)
+            return sent and (messages[-1]["kind"] != "prepared" or released.wait(WAIT_S))
+
+        snapshots._client.send = send_slowly  # type: ignore[method-assign]
+        snapshots.snapshot(1, rows_of(0, 1, 1))
+        assert (outcome := snapshots.settle()) is not None and outcome.generation
+    wait_for(lambda: not snapshots._client.connected.is_set())
+    wait_for(lambda: not snapshots._copier.sent_layout)
+    released.set()
+    with keeping(memory):
+        wait_for(snapshots._client.connected.is_set)
+        snapshots.snapshot(2, rows_of(0, 1, 2))
+        assert (outcome := snapshots.settle()) is not None and outcome.generation, outcome
+        snapshots.close()
 
 
 def test_training_goes_on_without_a_keeper_and_with_the_next_one(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.models import tokenizer
-from tests.worlds import WORLD
+from tests.harness.models import tokenizer
+from tests.harness.worlds import SharedWorld
 from trainer.choices import Chat, Data, Hub, Jsonl
 from trainer.data import cache
 from trainer.data.sources import Corpus, load_corpus
@@ -58,6 +58,7 @@ def assert_same(a: Corpus, b: Corpus) -> None:
             assert np.array_equal(one, other)
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_it_is_what_it_would_be_without(tmp_path: Path, workers: int) -> None:
     import datasets
@@ -132,6 +133,7 @@ def test_damaged_it_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         caplog.clear()
 
 
+@pytest.mark.usefixtures("processes")
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = Jsonl(path=str(pairs(tmp_path / "pairs")), cache=str(tmp_path / "file"), workers=1)
@@ -160,7 +162,7 @@ def read(config: Jsonl) -> tuple[str, int]:
         cache._make = make
 
 
-def test_of_many_processes_one_makes_it(tmp_path: Path) -> None:
+def test_of_many_processes_one_makes_it(tmp_path: Path, world: SharedWorld) -> None:
     config = Jsonl(path=str(pairs(tmp_path / "pairs", 500)), cache=str(tmp_path / "cache"), workers=1)
-    found = WORLD.run(read, 3, config, environment=True)
+    found = world.run(read, 3, config, environment=True)
     assert len({fingerprint for fingerprint, _ in found}) == 1 and sum(made for _, made in found) == 1

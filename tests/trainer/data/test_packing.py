@@ -5,24 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.worlds import WORLD
+from tests.harness.engines import engine_here, feed_for
+from tests.harness.worlds import SharedWorld
 from trainer.compose import compose
 from trainer.data.dataset import IGNORE, Records, collate, predicted
-from trainer.data.feed import Feed
 from trainer.data.packing import Packed, first_fit
 from trainer.errors import Refused
 from trainer.loop import optimize
-from trainer.methods import build
 from trainer.models import PACKS, check_packing
 from trainer.parallel.computing import logits_of
-from trainer.parallel.engine import make_engine
-from trainer.parallel.world import World
-from trainer.plan import resolve_topology
 
 SEQ_LEN = 24
 
@@ -125,29 +120,18 @@ def losses(overrides: list[str], packed: bool) -> list[float]:
     sizes = ["model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=2", f"train.seq_len={SEQ_LEN}"]
     dataset = Packed(records(), SEQ_LEN) if packed else records()
     config = compose([*sizes, f"train.global_batch={len(dataset)}", "train.micro_batch=3", *overrides])
-    world = World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
-    engine = make_engine(
-        config, build(config), resolve_topology(config.parallel, world.size), world, torch.device("cpu")
-    )
-    feed = Feed(
-        dataset,
-        global_batch=len(dataset),
-        micro_batch=3,
-        seed=1,
-        pad=0,
-        num_ranks=engine.data_size,
-        rank=engine.data_rank,
-    )
+    engine = engine_here(config)
+    feed = feed_for(engine, config, dataset)
     return [optimize(engine, feed.step(step), 1e-2, key=step)[0] for step in range(1, 5)]
 
 
 LAYOUTS = [["parallel=ddp"], ["parallel=fsdp"], ["parallel.tp=2"], ["parallel.pp=2"], ["parallel=zero2"]]
 
 
-def test_a_packed_batch_trains_as_its_samples_under_every_layout() -> None:
-    expected = WORLD.run(losses, 1, [], False)[0]
+def test_a_packed_batch_trains_as_its_samples_under_every_layout(world: SharedWorld) -> None:
+    expected = world.run(losses, 1, [], False)[0]
     assert expected[-1] < expected[0] - 0.1
-    np.testing.assert_allclose(WORLD.run(losses, 1, [], True)[0], expected, rtol=2e-6)
+    np.testing.assert_allclose(world.run(losses, 1, [], True)[0], expected, rtol=2e-6)
     for layout in LAYOUTS:
-        for found in WORLD.run(losses, 2, layout, True):
+        for found in world.run(losses, 2, layout, True):
             np.testing.assert_allclose(found, expected, rtol=2e-6, err_msg=str(layout))

@@ -26,21 +26,25 @@ def text_of(corpus: Corpus) -> str:
     return BYTES.decode(tokens.tolist())
 
 
-def test_the_standard_library_is_real_text_with_a_part_held_out() -> None:
-    corpus = load_corpus(Stdlib(), BYTES, 128)
-    assert len(corpus.held_out) * 128 >= STDLIB_HELD_OUT_BYTES
-    assert len(corpus.train) > 5 * len(corpus.held_out)
-    text = text_of(corpus)
+@pytest.fixture(scope="module")
+def stdlib() -> Corpus:
+    return load_corpus(Stdlib(), BYTES, 128)
+
+
+def test_the_standard_library_is_real_text_with_a_part_held_out(stdlib: Corpus) -> None:
+    assert len(stdlib.held_out) * 128 >= STDLIB_HELD_OUT_BYTES
+    assert len(stdlib.train) > 5 * len(stdlib.held_out)
+    text = text_of(stdlib)
     assert "class OrderedDict" in text and "\nimport " in text
     again = load_corpus(Stdlib(), BYTES, 128)
-    assert again.train.fingerprint == corpus.train.fingerprint
+    assert again.train.fingerprint == stdlib.train.fingerprint
 
 
-def test_nothing_held_out_is_trained_on() -> None:
+def test_nothing_held_out_is_trained_on(stdlib: Corpus) -> None:
     root = Path(sysconfig.get_path("stdlib"))
     files = {p.relative_to(root).as_posix(): p for p in root.rglob("*.py") if not STDLIB_LEFT_OUT & set(p.parts)}
     held_out = held_out_files({name: p.stat().st_size for name, p in files.items()})
-    text = text_of(load_corpus(Stdlib(), BYTES, 128))
+    text = text_of(stdlib)
     bodies = [files[name].read_text("utf-8", "replace") for name in sorted(held_out)]
     assert sum(len(body) for body in bodies) >= STDLIB_HELD_OUT_BYTES * 0.99
     assert not any(body in text for body in bodies if len(body) > 200)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from tests.models import save_tiny_model
+from tests.harness.models import save_tiny_model
 from trainer.choices import HuggingFace
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.models import load_tokenizer

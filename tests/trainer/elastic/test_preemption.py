@@ -13,9 +13,8 @@ from contextlib import AbstractContextManager
 import pytest
 import torch.distributed as dist
 
-from benchmarks.processes import wait_for
-from tests.conftest import ROOT
-from tests.worlds import WORLD
+from tests.harness.processes import ROOT, wait_for
+from tests.harness.worlds import SharedWorld
 from trainer.elastic.preemption import ECHO_S, Preemption, listen_no_more, note_early, warnings_of, was_warned
 
 SIGNALS = warnings_of("USR1")
@@ -52,6 +51,7 @@ def test_grace_that_runs_out_and_a_signal_that_comes_again_give_up() -> None:
         wait_for(lambda: given_up[1:] == ["SIGUSR1 came again"], 5)
 
 
+@pytest.mark.usefixtures("processes")
 def test_it_is_heard_in_the_middle_of_a_long_call() -> None:
     """Python's own handlers run between two instructions: this process is in one call for much longer."""
     script = """
@@ -104,8 +104,8 @@ def hear(rank: int) -> tuple[bool, bool, float, int]:
         return before, after, preemption._deadline - time.monotonic(), preemption.signum
 
 
-def test_all_ranks_hear_what_one_has_heard_and_have_as_little_time() -> None:
-    for before, after, left, signum in WORLD.run(hear, 3, 1):
+def test_all_ranks_hear_what_one_has_heard_and_have_as_little_time(world: SharedWorld) -> None:
+    for before, after, left, signum in world.run(hear, 3, 1):
         assert not before and after and 0 < left <= 2.0 and signum == signal.SIGUSR1
 
 

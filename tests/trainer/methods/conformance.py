@@ -5,6 +5,7 @@ Small overrides follow from the options that a method has, so that a new one nee
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.matrix import LAYOUTS, Started, start
 from checkpointing import Piece, load, parameter_names, save
 from checkpointing.generations import newest
 from checkpointing.storage import FileStorage
-from tests.conftest import ROOT
+from tests.harness.engines import LAYOUTS, Started, start
+from tests.harness.processes import ROOT
 from trainer.choices import Reselection, Selective, Sparse
 from trainer.compose import compose
 from trainer.config import Config, as_json
@@ -33,6 +34,7 @@ BAR = 1e-5
 LEARNING = ["train.micro_batch=2", f"train.steps={LAST}"]
 
 
+@functools.cache
 def overrides(method: str) -> list[str]:
     """A method at the size of a model of a few thousand parameters, with several re-selections in a few steps."""
     base = [f"method={method}", *LEARNING]

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.matrix import LAYOUTS, furthest, start
 from checkpointing import load
+from tests.harness.engines import LAYOUTS, furthest, start
+from tests.harness.worlds import SharedWorld
 from tests.trainer.methods.conformance import (
     BAR,
     CHAIN,
@@ -27,7 +28,6 @@ from tests.trainer.methods.conformance import (
     train_link,
     trainable,
 )
-from tests.worlds import WORLD
 from trainer.choices import Lora, Reselection, Sparse
 from trainer.compose import compose
 from trainer.methods.tuned_runs import Tuned
@@ -41,6 +41,8 @@ def test_the_output_is_the_bases_at_the_start(method: str) -> None:
     assert is_no_op_at_the_start(start(overrides(method)))
 
 
+@pytest.mark.smoke
+@pytest.mark.usefixtures("long")
 @pytest.mark.parametrize("method", METHODS)
 def test_merged_reverted_and_counted(method: str, tmp_path: Path) -> None:
     trained = Trained.by(method, tmp_path)
@@ -52,7 +54,7 @@ def test_merged_reverted_and_counted(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_goes_through_every_engine_as_if_it_had_stayed(method: str, tmp_path: Path) -> None:
+def test_a_run_goes_through_every_engine_as_if_it_had_stayed(method: str, tmp_path: Path, world: SharedWorld) -> None:
     """Which of them it starts under, and makes its first selection, is another one for every method."""
     turn = METHODS.index(method) % len(CHAIN)
     undisturbed = start(overrides(method)).train(1, LAST)
@@ -60,7 +62,7 @@ def test_a_run_goes_through_every_engine_as_if_it_had_stayed(method: str, tmp_pa
     for number, layout in enumerate([*CHAIN[turn:], *CHAIN[:turn]]):
         after = tmp_path / str(number)
         arguments = (method, layout, before, after, number * STEPS + 1)
-        losses += WORLD.run(train_link, LAYOUTS[layout][0], *arguments)[0]
+        losses += world.run(train_link, LAYOUTS[layout][0], *arguments)[0]
         before = after
     assert furthest(losses, undisturbed) <= BAR, (losses, undisturbed)
     assert furthest(start(["method=full", f"train.steps={LAST}"]).train(1, LAST), undisturbed) > BAR or method == "full"
@@ -78,10 +80,12 @@ ENGINES = ["fsdp", "tp", "zero 2", "zero 3", "pp", "fsdp x tp", "accelerate", "p
         for n, layout in enumerate(ENGINES)
     ],
 )
-def test_what_is_selected_by_training_is_the_same_under_every_engine(method: str, layout: str) -> None:
+def test_what_is_selected_by_training_is_the_same_under_every_engine(
+    method: str, layout: str, world: SharedWorld
+) -> None:
     size, _ = LAYOUTS[layout]
     alone = start(overrides(method)).train(1, 9)
-    assert furthest(WORLD.run(train_alone, size, method, layout, 9)[0], alone) <= BAR
+    assert furthest(world.run(train_alone, size, method, layout, 9)[0], alone) <= BAR
 
 
 # ---- what is broken is found ----
@@ -95,6 +99,7 @@ def test_values_that_are_not_zero_are_no_no_op() -> None:
     assert not is_no_op_at_the_start(started)
 
 
+@pytest.mark.usefixtures("long")
 def test_a_value_or_an_original_that_is_off_is_found(tmp_path: Path) -> None:
     trained = Trained.by("random_sparse", tmp_path)
     layer = next(iter(trained.started.engine._trained.layers.values()))  # type: ignore[attr-defined]
@@ -108,6 +113,7 @@ def test_a_value_or_an_original_that_is_off_is_found(tmp_path: Path) -> None:
     assert not reverts(trained)
 
 
+@pytest.mark.usefixtures("long")
 @pytest.mark.parametrize("what", ["moments", "indices", "position"])
 def test_state_that_is_lost_or_shifted_is_found(what: str, tmp_path: Path) -> None:
     method = "spiel"
@@ -137,6 +143,7 @@ def test_a_layer_that_trains_more_than_it_says_is_counted(tmp_path: Path) -> Non
     assert declared != in_groups
 
 
+@pytest.mark.usefixtures("long")
 @pytest.mark.parametrize("method", SPARSE)
 def test_a_sparse_checkpoint_holds_what_trains_and_little_else(method: str, tmp_path: Path) -> None:
     trained = Trained.by(method, tmp_path)

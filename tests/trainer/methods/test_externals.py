@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.matrix import LAYOUTS, furthest, start
 from checkpointing import External, MismatchError, Piece, external_of, load
+from tests.harness.engines import LAYOUTS, furthest, start
+from tests.harness.worlds import SharedWorld
 from tests.trainer.methods.conformance import overrides, save_to
-from tests.worlds import WORLD
 from trainer.compose import compose
 from trainer.methods import build
 from trainer.methods.externals import externals_of, is_added
@@ -41,8 +41,8 @@ def test_every_parameter_of_the_base_by_its_content() -> None:
     assert {one.name: one for one in externals_of(model, config, 0, 1)} != found
 
 
-def test_ranks_hash_a_share_each_and_know_all() -> None:
-    assert WORLD.run(declared, 3) == [declared()] * 3
+def test_ranks_hash_a_share_each_and_know_all(world: SharedWorld) -> None:
+    assert world.run(declared, 3) == [declared()] * 3
 
 
 TRAINS = {"lora": ("lora_",), "perp_selective": ("norm", "lm_head")}  # what is in the names of all that trains
@@ -68,8 +68,10 @@ def go_on(method: str, layout: str, directory: Path, forget: bool = False) -> li
 
 @pytest.mark.parametrize("layout", ["fsdp", "zero 3", "pp", "tp"])
 @pytest.mark.parametrize("method", TRAINS)
-def test_a_checkpoint_holds_what_trains_and_names_the_rest(method: str, layout: str, tmp_path: Path) -> None:
-    losses = WORLD.run(train_and_save, 2, method, layout, tmp_path)[0]
+def test_a_checkpoint_holds_what_trains_and_names_the_rest(
+    method: str, layout: str, tmp_path: Path, world: SharedWorld
+) -> None:
+    losses = world.run(train_and_save, 2, method, layout, tmp_path)[0]
     directory = tmp_path / "both"
     manifest = Tuned.open(directory).manifest
     held = [name for name in manifest.tensors if name.startswith("model/")]
@@ -81,6 +83,7 @@ def test_a_checkpoint_holds_what_trains_and_names_the_rest(method: str, layout: 
         load(directory, start(overrides(method), seed=1).engine.pieces_for)
 
 
+@pytest.mark.usefixtures("long")
 def test_a_checkpoint_that_holds_the_base_goes_on(tmp_path: Path) -> None:
     """As one of a trainer that knew of no external tensors."""
     started: Any = start(overrides("lora"))

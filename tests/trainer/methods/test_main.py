@@ -11,8 +11,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.models import save_tiny_model
-from tests.worlds import train
+from tests.harness.models import save_tiny_model
+from tests.harness.runs import train
 from trainer.methods.__main__ import main
 from trainer.methods.deltas import Delta
 
@@ -50,6 +50,7 @@ def run(*arguments: str | Path) -> int:
     return main([str(one) for one in arguments])
 
 
+@pytest.mark.usefixtures("long")
 def test_a_difference_in_and_out_of_a_hugging_face_model(runs: Path, tmp_path: Path) -> None:
     assert run("delta", runs / "a", tmp_path / "a") == 0 and run("merge", runs / "a", tmp_path / "merged") == 0
     assert run("apply", runs / "base", tmp_path / "a", tmp_path / "applied") == 0
@@ -62,6 +63,7 @@ def test_a_difference_in_and_out_of_a_hugging_face_model(runs: Path, tmp_path: P
     assert (tmp_path / "a").stat().st_size < 12 * delta.count + 500 * len(delta.shapes)
 
 
+@pytest.mark.usefixtures("long")
 def test_two_differences_add_up(runs: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert run("delta", runs / name, tmp_path / name) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.models import save_tiny_model
+from tests.harness.models import save_tiny_model
 from trainer.choices import Attention, HuggingFace
 from trainer.errors import Refused
 from trainer.models import build_model

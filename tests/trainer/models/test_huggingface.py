@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, T5Config
 
-from tests.models import VOCABULARY, save_tiny_model
+from tests.harness.models import VOCABULARY, save_tiny_model
 from trainer.choices import HuggingFace, TinyLlama
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.errors import Refused

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from checkpointing.collective import Team
-from tests.models import save_tiny_model
+from tests.harness.models import save_tiny_model
+from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.zoo import MODELS, save_model
-from tests.worlds import WORLD
 from trainer.choices import HuggingFace
 from trainer.models import build_model, lent
 from trainer.models.lent import read_once
@@ -83,13 +83,13 @@ def alive(number: str) -> bool:
     return os.path.lexists(f"/proc/self/fd/{number}")
 
 
-def test_others_map_what_one_has_read(tmp_path: Path) -> None:
+def test_others_map_what_one_has_read(tmp_path: Path, world: SharedWorld) -> None:
     save_tiny_model(tmp_path / "gpt2", "gpt2", torch.bfloat16)
     for name in ("llama_tied", "mixtral", "gemma"):
         assert name in MODELS
         save_model(tmp_path / name, name)
     for name in ("gpt2", "llama_tied", "mixtral", "gemma"):
-        results = WORLD.run(read_together, 3, str(tmp_path / name))
+        results = world.run(read_together, 3, str(tmp_path / name))
         assert [r["reads"] for r in results] == [1, 0, 0]
         for r in results:
             assert r["same"] and r["equal"] and r["tied"] and r["size"] > 10, name
@@ -145,8 +145,8 @@ def odd(how: str) -> dict[str, Any]:
     "how",
     ["", "another skeleton", "a tensor that is no parameter", "one in a list", "another process", "no memory"],
 )
-def test_what_cannot_be_mapped_is_read(how: str) -> None:
-    results = WORLD.run(odd, 2, how)
+def test_what_cannot_be_mapped_is_read(how: str, world: SharedWorld) -> None:
+    results = world.run(odd, 2, how)
     assert [r["reads"] for r in results] == [1, 1 if how else 0] and all(r["same"] for r in results)
 
 
@@ -182,9 +182,9 @@ def slow(fails: bool) -> str:
         lent.TURN_S = before
 
 
-def test_a_read_may_take_longer_than_a_collective_and_fails_on_all() -> None:
-    assert WORLD.run(slow, 2, False) == ["True", "True"]
-    assert WORLD.run(slow, 2, True) == [
+def test_a_read_may_take_longer_than_a_collective_and_fails_on_all(world: SharedWorld) -> None:
+    assert world.run(slow, 2, False) == ["True", "True"]
+    assert world.run(slow, 2, True) == [
         "ValueError: the files are damaged",
         "PeerError: rank 0: the files are damaged",
     ]
@@ -209,10 +209,10 @@ def on_two_machines(fails: bool) -> tuple[int, str]:
         lent.pid_space = before
 
 
-def test_one_process_of_each_machine_reads() -> None:
-    results = WORLD.run(on_two_machines, 4, False)
+def test_one_process_of_each_machine_reads(world: SharedWorld) -> None:
+    results = world.run(on_two_machines, 4, False)
     assert [told for _, told in results] == ["True"] * 4
-    results = WORLD.run(on_two_machines, 4, True)
+    results = world.run(on_two_machines, 4, True)
     own, others = "ValueError: the files are damaged", "PeerError: rank 1: the files are damaged"
     assert [told for _, told in results] == [others, own, others, others]
 

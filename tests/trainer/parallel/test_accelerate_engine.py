@@ -17,9 +17,10 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from checkpointing import Piece, load, save
-from tests.runs import SMALL as TINY
+from tests.harness.engines import engine_here, place
+from tests.harness.runs import SMALL as TINY
+from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.test_torch_engine import SMALL, dataset, train_steps, whole
-from tests.worlds import WORLD
 from trainer.compose import compose
 from trainer.config import Compute
 from trainer.data.feed import Feed
@@ -31,7 +32,7 @@ from trainer.parallel.accelerate_engine import as_configured, prepare, topology_
 from trainer.parallel.engine import TrainingEngine, make_engine
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.world import World
-from trainer.plan import Topology, resolve_topology
+from trainer.plan import Topology
 from trainer.run import run
 
 CPU = torch.device("cpu")
@@ -53,10 +54,9 @@ class OnGpus(accelerate.Accelerator):
 def engine_of(overrides: list[str]) -> TrainingEngine:
     """`sharded` among the overrides stands for accelerate's FSDP2."""
     config = compose([*SMALL, *BATCH, *(o for o in overrides if o != "sharded")])
-    world = World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
-    topology = resolve_topology(config.parallel, world.size)
     if "sharded" not in overrides:
-        return make_engine(config, build(config), topology, world, CPU)
+        return engine_here(config)
+    world = place()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accelerate_engine, "Accelerator", OnGpus)
         return make_engine(config, build(config), Topology(dp_shard=world.size), world, CPU)
@@ -103,19 +103,20 @@ def load_and_train(overrides: list[str], directory: str, forget: bool = False) -
     return {"parts": parts, "rows": [optimize(engine, feed.step(s), 1e-2, key=s) for s in (4, 5)]}
 
 
-def on(size: int, function: Any, *arguments: Any) -> list[dict[str, Any]]:
-    return WORLD.run(function, size, *arguments) if size > 1 else [function(*arguments)]
+def on(world: SharedWorld, size: int, function: Any, *arguments: Any) -> list[dict[str, Any]]:
+    return world.run(function, size, *arguments) if size > 1 else [function(*arguments)]
 
 
 def losses(results: list[dict[str, Any]]) -> list[list[float]]:
     return [[loss for loss, _ in result["rows"]] for result in results]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", [1, 2])
-def test_it_trains_like_one_process_of_the_torch_engine(size: int, method: list[str]) -> None:
+def test_it_trains_like_one_process_of_the_torch_engine(size: int, method: list[str], world: SharedWorld) -> None:
     alone = train_steps([*BATCH, *method])
-    results = on(size, train_steps, [*BATCH, *method, "parallel=accelerate"])
+    results = on(world, size, train_steps, [*BATCH, *method, "parallel=accelerate"])
     for result in results:
         np.testing.assert_allclose(result["rows"], alone["rows"], rtol=2e-5)
         assert result["eval"] == pytest.approx(alone["eval"], rel=1e-5)
@@ -125,10 +126,10 @@ def test_it_trains_like_one_process_of_the_torch_engine(size: int, method: list[
         np.testing.assert_allclose(model[name], part, atol=3e-4, err_msg=name)
 
 
-def test_bf16_computes_like_ddp_under_bf16_and_keeps_fp32_masters() -> None:
+def test_bf16_computes_like_ddp_under_bf16_and_keeps_fp32_masters(world: SharedWorld) -> None:
     overrides = [*BATCH, "precision=bf16"]
     ddp, prepared = (
-        WORLD.run(train_steps, 2, [*overrides, layout]) for layout in ("parallel=ddp", "parallel=accelerate")
+        world.run(train_steps, 2, [*overrides, layout]) for layout in ("parallel=ddp", "parallel=accelerate")
     )
     assert ddp[0]["rows"] == prepared[0]["rows"]
     assert all(part.dtype == np.float32 for *_, part in prepared[0]["parts"])
@@ -142,9 +143,9 @@ def sharded_steps(overrides: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", [*METHODS, ["precision=bf16"]])
-def test_its_fsdp2_trains_like_one_process_of_the_torch_engine(method: list[str]) -> None:
+def test_its_fsdp2_trains_like_one_process_of_the_torch_engine(method: list[str], world: SharedWorld) -> None:
     alone = train_steps([*BATCH, *method])
-    results = WORLD.run(sharded_steps, 3, method)
+    results = world.run(sharded_steps, 3, method)
     for result in results:
         if "precision=bf16" in method:  # then rounding drifts apart
             np.testing.assert_allclose(result["rows"][0], alone["rows"][0], rtol=1e-4)
@@ -168,10 +169,10 @@ CHANGES = [
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("size", "before", "new_size", "after"), CHANGES)
 def test_a_checkpoint_does_not_know_which_engine_wrote_it(
-    size: int, before: list[str], new_size: int, after: list[str], method: list[str], tmp_path: Path
+    size: int, before: list[str], new_size: int, after: list[str], method: list[str], tmp_path: Path, world: SharedWorld
 ) -> None:
-    saved = on(size, train_and_save, [*before, *method], str(tmp_path))
-    loaded = on(new_size, load_and_train, [*after, *method], str(tmp_path))
+    saved = on(world, size, train_and_save, [*before, *method], str(tmp_path))
+    loaded = on(world, new_size, load_and_train, [*after, *method], str(tmp_path))
     there, here = whole(saved), whole(loaded)
     assert there.keys() == here.keys()
     assert any(name.endswith("/exp_avg_sq") for name in there)
@@ -180,7 +181,7 @@ def test_a_checkpoint_does_not_know_which_engine_wrote_it(
     for found in losses(loaded):
         np.testing.assert_allclose(found, losses(saved)[0], rtol=0, atol=1e-5)
     # The comparison can fail: without the moments the step after the load goes elsewhere.
-    forgotten = on(new_size, partial(load_and_train, forget=True), [*after, *method], str(tmp_path))
+    forgotten = on(world, new_size, partial(load_and_train, forget=True), [*after, *method], str(tmp_path))
     assert not np.allclose(losses(forgotten)[0], losses(saved)[0], rtol=0, atol=1e-5)
 
 
@@ -191,17 +192,16 @@ def first_losses(directory: str) -> list[float]:
     load(directory, loaded.pieces())
     loaded.publish()
     config = compose([*SMALL, *BATCH, "parallel=accelerate"])
-    world = World(dist.get_rank(), dist.get_world_size())
     model = build(config)
     model.load_state_dict({p.name.removeprefix("model/"): p.tensor for p in loaded.pieces() if "model/" in p.name})
-    fresh = make_engine(config, model, resolve_topology(config.parallel, world.size), world, CPU)
+    fresh = engine_here(config, model)
     other = engine_of(["parallel=accelerate", "train.seed=9"])
     return [float(engine.loss(batches)) for engine in (loaded, fresh, other)]
 
 
-def test_the_first_forward_after_a_load_is_that_of_a_fresh_engine(tmp_path: Path) -> None:
-    WORLD.run(train_and_save, 3, ["parallel=fsdp"], str(tmp_path))
-    for loaded, fresh, other in WORLD.run(first_losses, 2, str(tmp_path)):
+def test_the_first_forward_after_a_load_is_that_of_a_fresh_engine(tmp_path: Path, world: SharedWorld) -> None:
+    world.run(train_and_save, 3, ["parallel=fsdp"], str(tmp_path))
+    for loaded, fresh, other in world.run(first_losses, 2, str(tmp_path)):
         assert loaded == fresh != other
 
 
@@ -210,8 +210,8 @@ def alone_under_a_launcher() -> tuple[bool, bool]:
     return dist.is_initialized(), rows == train_steps(BATCH, 1)["rows"]
 
 
-def test_a_single_process_of_a_launcher_joins_no_process_group() -> None:
-    assert WORLD.run(alone_under_a_launcher, 1, environment=True) == [(False, True)]
+def test_a_single_process_of_a_launcher_joins_no_process_group(world: SharedWorld) -> None:
+    assert world.run(alone_under_a_launcher, 1, environment=True) == [(False, True)]
 
 
 def test_nothing_of_accelerate_outlives_its_work_and_a_world_that_differs_is_refused() -> None:
@@ -289,10 +289,10 @@ ZERO_STAGES = [["parallel.zero_stage=1"], ["parallel.zero_stage=2"], ["parallel.
 
 
 @pytest.mark.parametrize("stage", ZERO_STAGES)
-def test_its_deepspeed_trains_like_one_process_and_is_gone_afterwards(stage: list[str]) -> None:
+def test_its_deepspeed_trains_like_one_process_and_is_gone_afterwards(stage: list[str], world: SharedWorld) -> None:
     method = stage[1:]
     alone = train_steps([*BATCH, *method])
-    for result in WORLD.run(with_deepspeed, 2, [*BATCH, *stage]):
+    for result in world.run(with_deepspeed, 2, [*BATCH, *stage]):
         np.testing.assert_allclose(result["rows"], alone["rows"], rtol=2e-5)
         assert result["engine"] == ("DeepSpeedEngine", int(stage[0][-1])) and result["left"] == {}
     assert not np.allclose(train_steps([*BATCH, *method, "optimizer.clip=0.05"])["rows"], alone["rows"], rtol=2e-5)

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.runs import SMALL
-from tests.worlds import WORLD, train
+from tests.harness.runs import SMALL, train
+from tests.harness.worlds import SharedWorld
 from trainer.compose import compose
 from trainer.config import Config
 from trainer.errors import Refused
@@ -121,8 +121,8 @@ def test_memory_is_shared_by_the_processes_of_a_machine() -> None:
     assert whole > 2**28 and memory_of(torch.device("cpu"), 4) == whole // 4
 
 
-def test_a_run_says_what_it_took(tmp_path: Path) -> None:
+def test_a_run_says_what_it_took(tmp_path: Path, world: SharedWorld) -> None:
     overrides = [*SMALL, "parallel=auto", "train.steps=1", f"run.dir={tmp_path}"]
-    outputs = WORLD.run(train, 2, overrides, environment=True)
+    outputs = world.run(train, 2, overrides, environment=True)
     assert "layout     parallel=auto takes the first layout that fits" in outputs[0]
     assert "DDP, dp_replicate 2 x dp_shard 1" in outputs[0]

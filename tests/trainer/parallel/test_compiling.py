@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.test_torch_engine import train_steps
-from tests.worlds import WORLD
 from trainer.compose import compose
 from trainer.errors import Refused, TrainingFailed
 from trainer.parallel.compiling import RECOMPILE_LIMIT, Compiled, check_compiling
@@ -40,9 +40,9 @@ def steps(overrides: list[str]) -> dict[str, Any]:
         (2, ["parallel=accelerate"]),
     ],
 )
-def test_compiled_layers_compute_the_same_under_every_layout(size: int, layout: list[str]) -> None:
+def test_compiled_layers_compute_the_same_under_every_layout(size: int, layout: list[str], world: SharedWorld) -> None:
     alone = steps([option for option in layout if option.startswith("model.")])
-    results = WORLD.run(steps, size, [*layout, *QUICK])
+    results = world.run(steps, size, [*layout, *QUICK])
     for found in results:
         np.testing.assert_allclose(found["rows"], alone["rows"], rtol=2e-5)
         assert found["eval"] == pytest.approx(alone["eval"], rel=1e-5)
@@ -54,6 +54,7 @@ def test_compiled_layers_compute_the_same_under_every_layout(size: int, layout: 
         assert "  compiled   1 graphs, 0 graph breaks\n" in said[0] and set(said[1:]) == {""}
 
 
+@pytest.mark.usefixtures("processes")
 def test_code_made_for_this_machine_draws_the_same_dropout() -> None:
     """The default backend would draw by generators of its own."""
     assert shutil.which("g++") or shutil.which("clang++")
@@ -91,6 +92,7 @@ def test_graph_breaks_are_counted_and_told() -> None:
     assert (compiled.news() or "").startswith("2 graphs")  # made again for other inputs
 
 
+@pytest.mark.usefixtures("long")
 def test_going_on_uncompiled_is_an_error_and_not_a_silence() -> None:
     layer = Picky()
     Compiled([layer], "eager")
@@ -99,6 +101,7 @@ def test_going_on_uncompiled_is_an_error_and_not_a_silence() -> None:
             layer(torch.ones(1), kind=str(number))
 
 
+@pytest.mark.usefixtures("long")
 def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, on = torch.device("cpu"), "parallel.compile=true"
     check_compiling(compose([on]), cpu)

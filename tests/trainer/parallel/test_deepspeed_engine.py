@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
-from benchmarks.matrix import contents_differ
 from checkpointing import load, save
-from tests.runs import SMALL as TINY
-from tests.runs import launch, rows
-from tests.trainer.parallel.test_torch_engine import SMALL, dataset, train_steps, whole
+from tests.harness.engines import contents_differ, engine_here, feed_for
+from tests.harness.processes import wait_for
+from tests.harness.runs import SMALL as TINY
+from tests.harness.runs import launch, rows, train
+from tests.harness.worlds import SharedWorld
+from tests.trainer.parallel.test_torch_engine import SMALL, alone_with, dataset, train_steps, whole
 from tests.trainer.parallel.zoo import save_model
-from tests.worlds import WORLD, train
 from trainer.compose import compose
-from trainer.data.feed import Feed
 from trainer.loop import optimize
-from trainer.methods import build
-from trainer.parallel.engine import make_engine
-from trainer.parallel.world import World
-from trainer.plan import resolve_topology
 
 LAYOUTS = [
     (2, ["parallel.engine=deepspeed"]),
@@ -41,14 +35,17 @@ STAGES = {layout[0][-5:] + ("+offload" if layout[1:] else ""): layout for _, lay
 LORA = ["method=lora", "method.dropout=0.2"]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("size", "layout", "method"),
     [*((size, layout, []) for size, layout in LAYOUTS), *((size, layout, LORA) for size, layout in LAYOUTS[:4])],
 )
-def test_every_stage_trains_like_one_process(size: int, layout: list[str], method: list[str]) -> None:
+def test_every_stage_trains_like_one_process(
+    size: int, layout: list[str], method: list[str], world: SharedWorld
+) -> None:
     common = ["train.global_batch=10", "train.micro_batch=2", *method]  # five micro-batches: no size here divides them
-    alone = train_steps(common)
-    results = WORLD.run(train_steps, size, [*common, *layout])
+    alone = alone_with(*common)
+    results = world.run(train_steps, size, [*common, *layout])
     for result in results:
         np.testing.assert_allclose(result["rows"], alone["rows"], rtol=2e-5)
         assert result["eval"] == pytest.approx(alone["eval"], rel=1e-5)
@@ -58,27 +55,27 @@ def test_every_stage_trains_like_one_process(size: int, layout: list[str], metho
         np.testing.assert_allclose(model[name], part, atol=3e-4, err_msg=name)
     # The comparison can fail: without clipping the same steps lead elsewhere.
     if not method:
-        other = train_steps([*common, "optimizer.clip=0.5"])
+        other = alone_with(*common, "optimizer.clip=0.5")
         assert not np.allclose(other["rows"], alone["rows"], rtol=2e-5)
 
 
 @pytest.mark.parametrize("layout", [["parallel.engine=deepspeed"], ["parallel=zero2"], ["parallel=zero3"]])
-def test_bf16_dropout_checkpointed_activations_and_parts(layout: list[str]) -> None:
+def test_bf16_dropout_checkpointed_activations_and_parts(layout: list[str], world: SharedWorld) -> None:
     """What stage 3 gathers again in the backward is drawn and rounded as before."""
     common = ["model.dropout=0.2", "precision=bf16", "parallel.activation_checkpointing=true", "parallel.local_batch=1"]
     alone = train_steps(common)
-    for result in WORLD.run(train_steps, 2, [*common, *layout]):
+    for result in world.run(train_steps, 2, [*common, *layout]):
         np.testing.assert_allclose(result["rows"], alone["rows"], rtol=1e-3)
         np.testing.assert_allclose(result["rows"][0], alone["rows"][0], rtol=2e-5)
     assert not np.allclose(train_steps([*common, "precision=fp32"])["rows"][0], alone["rows"][0], rtol=2e-5)
 
 
 @pytest.mark.parametrize("layout", [["parallel=zero2"], ["parallel=zero3"]])
-def test_a_model_with_tied_weights(tmp_path: Path, layout: list[str]) -> None:
+def test_a_model_with_tied_weights(tmp_path: Path, layout: list[str], world: SharedWorld) -> None:
     save_model(tmp_path, "llama_tied")
     common = ["model=hf", f"model.path={tmp_path}", "train.global_batch=6", "train.micro_batch=2"]
     alone = train_steps(common)
-    for result in WORLD.run(train_steps, 2, [*common, *layout]):
+    for result in world.run(train_steps, 2, [*common, *layout]):
         np.testing.assert_allclose(result["rows"], alone["rows"], rtol=2e-5)
 
 
@@ -95,9 +92,7 @@ class Leg:
     def take(self, overrides: list[str]) -> list[tuple[float, float]]:
         """Losses and norms of the steps."""
         config = compose([*SMALL, "train.seq_len=12", "train.global_batch=10", *overrides])
-        world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else World()
-        topology = resolve_topology(config.parallel, world.size)
-        engine = make_engine(config, build(config), topology, world, torch.device("cpu"))
+        engine = engine_here(config)
         if self.start:
             load(self.start, engine.pieces())
             for piece in engine.pieces():
@@ -106,8 +101,7 @@ class Leg:
             engine.publish()
         if self.before:
             save(self.before, 0, engine.pieces())
-        size, rank = engine.data_size, engine.data_rank
-        feed = Feed(dataset(), global_batch=10, micro_batch=2, seed=1, pad=0, num_ranks=size, rank=rank)
+        feed = feed_for(engine, config, dataset())
         found = [optimize(engine, feed.step(step), 1e-2, key=step) for step in self.steps]
         if self.after:
             save(self.after, self.steps[-1], engine.pieces())
@@ -117,7 +111,7 @@ class Leg:
 def held(directory: Path) -> dict[str, torch.Tensor]:
     """What a checkpoint holds, as one process sees it."""
     config = compose([*SMALL, "train.seq_len=12"])
-    engine = make_engine(config, build(config), resolve_topology(config.parallel, 1), World(), torch.device("cpu"))
+    engine = engine_here(config)
     pieces = engine.pieces()
     load(directory, pieces)
     return {piece.name: piece.tensor for piece in pieces}
@@ -125,47 +119,48 @@ def held(directory: Path) -> dict[str, torch.Tensor]:
 
 # Every stage goes to torch and back in the next test, and round the ring of `tests/benchmarks/test_matrix.py`.
 @pytest.mark.parametrize("stage", ["zero3", "zero2+offload"])
-def test_a_run_goes_on_under_another_layout(tmp_path: Path, stage: str) -> None:
+def test_a_run_goes_on_under_another_layout(tmp_path: Path, stage: str, world: SharedWorld) -> None:
     zero = STAGES[stage]
     reference = Leg((1, 2, 3, 4)).take([])
     ours, theirs = tmp_path / "torch", tmp_path / "zero"
     Leg((1, 2), after=ours).take([])
-    np.testing.assert_allclose(WORLD.run(Leg((1, 2), after=theirs).take, 2, zero)[0], reference[:2], rtol=1e-5)
+    np.testing.assert_allclose(world.run(Leg((1, 2), after=theirs).take, 2, zero)[0], reference[:2], rtol=1e-5)
     np.testing.assert_allclose(Leg((3, 4), theirs).take([]), reference[2:], rtol=1e-5)
     others = [(ours, 3, zero), (theirs, 3, ["parallel=fsdp"])]
     others += [(ours, 1, zero), (theirs, 3, ["parallel=zero2"])] if stage == "zero3" else []
     for number, (directory, size, layout) in enumerate(others):
         again = tmp_path / str(number)
-        for rows_of_rank in WORLD.run(Leg((3, 4), directory, before=again).take, size, layout):
+        for rows_of_rank in world.run(Leg((3, 4), directory, before=again).take, size, layout):
             np.testing.assert_allclose(rows_of_rank, reference[2:], rtol=1e-5, err_msg=str((size, layout)))
         expected, found = held(directory), held(again)
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     # The comparison can fail: without moments the second step is another.
-    spoiled = WORLD.run(Leg((3, 4), ours, spoil="/exp_avg").take, 2, zero)[0]
+    spoiled = world.run(Leg((3, 4), ours, spoil="/exp_avg").take, 2, zero)[0]
     assert not np.allclose(spoiled, reference[2:], rtol=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
-def test_param_groups_and_what_is_frozen_go_both_ways(tmp_path: Path, stage: str) -> None:
+def test_param_groups_and_what_is_frozen_go_both_ways(tmp_path: Path, stage: str, world: SharedWorld) -> None:
     """Two learning rates, decay on matrices only, a frozen base; moments and steps of each group are what they were."""
     common = ["optimizer.lr_scale=[lora_B:0.25]", "optimizer.weight_decay=0.5", "method=lora"]
     zero = [*STAGES[stage], *common]
     reference = Leg((1, 2, 3, 4)).take(common)
     ours, theirs = tmp_path / "torch", tmp_path / "zero"
     Leg((1, 2), after=ours).take(common)
-    WORLD.run(Leg((1, 2), after=theirs).take, 2, zero)
+    world.run(Leg((1, 2), after=theirs).take, 2, zero)
     for source, size, layout in ((ours, 3, zero), (theirs, 3, [*common, "parallel=fsdp"])):
         again = tmp_path / f"from {source.name}"
-        for found in WORLD.run(Leg((3, 4), source, before=again).take, size, layout):
+        for found in world.run(Leg((3, 4), source, before=again).take, size, layout):
             np.testing.assert_allclose(found, reference[2:], rtol=1e-5, err_msg=source.name)
         assert contents_differ(source, again) == []
     # The comparison can fail: with one rate for all the second step is another.
-    other = WORLD.run(Leg((3, 4), ours).take, 2, [*zero, "optimizer.lr_scale=[lora_B:1.0]"])[0]
+    other = world.run(Leg((3, 4), ours).take, 2, [*zero, "optimizer.lr_scale=[lora_B:1.0]"])[0]
     assert not np.allclose(other, reference[2:], rtol=1e-5)
 
 
-def test_a_whole_run_changes_its_layout_and_leaves_nothing(tmp_path: Path) -> None:
-    before = set(os.listdir("/dev/shm"))
+@pytest.mark.usefixtures("processes")
+def test_a_whole_run_changes_its_layout_and_leaves_nothing(tmp_path: Path, world: SharedWorld) -> None:
+    before = set(buffers())
     common = [*TINY, "train.global_batch=6", f"run.dir={tmp_path / 'run'}", "checkpoint.every=2", "schedule=constant"]
     done = launch(2, [*common, "parallel=zero2", "train.steps=2"])
     assert done.returncode == 0, done.stderr
@@ -174,17 +169,22 @@ def test_a_whole_run_changes_its_layout_and_leaves_nothing(tmp_path: Path) -> No
     assert not any(noise in done.stdout + done.stderr for noise in ("[INFO]", "[WARNING]", "deprecated")), done.stderr
     for size, layout, steps in [(3, "fsdp", 4), (3, "zero3", 6), (1, "zero1", 8), (1, "ddp", 10)]:
         arguments = [*common, f"parallel={layout}", f"train.steps={steps}"]
-        WORLD.run(train, size, arguments, environment=True)
+        world.run(train, size, arguments, environment=True)
     other = [o for o in common if not o.startswith("run.dir")]
     train([*other, f"run.dir={tmp_path / 'other'}", "train.steps=10"])
     found, expected = rows(tmp_path / "run"), rows(tmp_path / "other")
     assert [row["step"] for row in found] == list(range(1, 11))
     np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in expected], rtol=1e-5)
-    assert {name for name in set(os.listdir("/dev/shm")) - before if not name.startswith("sem.mp-")} == set()
+    wait_for(lambda: not set(buffers()) - before, 60)  # those of tests beside this one go as well
 
 
-def test_an_engine_leaves_torch_as_it_was() -> None:
-    assert all(WORLD.run(linear_is_the_same, 2))
+def buffers() -> list[str]:
+    """What DeepSpeed has in shared memory."""
+    return [path.name for path in Path("/dev/shm").glob("deepspeed*")]
+
+
+def test_an_engine_leaves_torch_as_it_was(world: SharedWorld) -> None:
+    assert all(world.run(linear_is_the_same, 2))
 
 
 def linear_is_the_same() -> bool:

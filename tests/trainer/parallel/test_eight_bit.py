@@ -16,23 +16,21 @@ from torchao.optim import AdamW8bit
 from torchao.optim.quant_utils import create_dynamic_map
 
 from checkpointing import Piece, describe, load, save
-from tests.runs import rows
+from tests.harness.engines import engine_here, feed_for
+from tests.harness.runs import rows
+from tests.harness.runs import train as run_trainer
+from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.test_torch_engine import dataset
-from tests.worlds import WORLD
-from tests.worlds import train as run_trainer
 from trainer import check
 from trainer.compose import compose
 from trainer.config import Optimizer
-from trainer.data.feed import Feed
 from trainer.errors import Refused
 from trainer.loop import optimize
 from trainer.memory import footprint, plan_memory
 from trainer.methods import build
 from trainer.parallel.deepspeed_options import check_deepspeed
 from trainer.parallel.eight_bit import EightBitAdamW, parameters_in_blocks
-from trainer.parallel.engine import make_engine
 from trainer.parallel.optimizing import param_groups, set_lr
-from trainer.parallel.world import World
 from trainer.plan import resolve_topology
 
 # Rows of 512, so that two tensor-parallel ranks hold a whole block of each.
@@ -50,13 +48,10 @@ def train(overrides: list[str], steps: list[int], start: str = "", end: str = ""
     """On this process's world, from one generation to another: losses, and all that it holds."""
     with eager():
         config = compose([*COMMON, *overrides])
-        world = World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
-        topology = resolve_topology(config.parallel, world.size)
-        engine = make_engine(config, build(config), topology, world, torch.device("cpu"))
+        engine = engine_here(config)
         if start:
             load(start, engine.pieces())
-        rank, size = engine.data_rank, engine.data_size
-        feed = Feed(dataset(), global_batch=8, micro_batch=2, seed=1, pad=0, num_ranks=size, rank=rank)
+        feed = feed_for(engine, config, dataset())
         before = parts(engine.pieces())
         rows = [optimize(engine, feed.step(step), 1e-3, key=step) for step in steps]
         if end:
@@ -107,17 +102,19 @@ def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
         np.testing.assert_allclose(found[name], expected[name], atol=2e-4, err_msg=name)  # a fifth of a step
 
 
-def test_every_layout_has_the_moments_of_one_process_and_loads_those_of_another(tmp_path: Path) -> None:
+def test_every_layout_has_the_moments_of_one_process_and_loads_those_of_another(
+    tmp_path: Path, world: SharedWorld
+) -> None:
     alone = train([], [1, 2], end=str(tmp_path / "alone"))
     on = train([], [3], start=str(tmp_path / "alone"))
     expected, last = whole([alone], "after"), whole([on], "after")
     saved = tmp_path / "alone"
     for number, (size, layout) in enumerate(LAYOUTS):
         there = tmp_path / str(number)
-        begun = WORLD.run(train, size, layout, [1, 2])
+        begun = world.run(train, size, layout, [1, 2])
         assert_close(whole(begun, "after"), expected)
         # What the layout before saved is here bit for bit: codes and scales, not numbers that were quantised again.
-        results = WORLD.run(train, size, layout, [3], str(saved), str(there))
+        results = world.run(train, size, layout, [3], str(saved), str(there))
         held, stored = whole(results, "before"), whole([train([], [], start=str(saved))], "before")
         assert held.keys() == stored.keys() and all(np.array_equal(held[name], stored[name]) for name in stored)
         if saved == tmp_path / "alone":
@@ -153,6 +150,7 @@ def ours(model: nn.Module) -> EightBitAdamW:
     return EightBitAdamW(groups_of(model), parameters_in_blocks(model, {}), lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
 
 
+@pytest.mark.usefixtures("processes")
 def test_it_is_torchaos_arithmetic_compiled_or_not() -> None:
     """In blocks bit for bit; other parameters have AdamW of torch."""
     torch.compiler.reset()
@@ -176,6 +174,7 @@ def test_it_is_torchaos_arithmetic_compiled_or_not() -> None:
     assert state["optim/0.weight/exp_avg_codes"].count_nonzero() and state["optim/0.weight/exp_avg_scales"].all()
 
 
+@pytest.mark.usefixtures("long")
 def test_it_learns_as_adamw_does_and_not_without_its_moments() -> None:
     inputs, wanted = torch.randn(2, 64, 256, generator=torch.Generator().manual_seed(2))
 
@@ -215,9 +214,9 @@ def rows_of_two(steps: int) -> list[tuple[str, Any]]:
     return [(p.name, p.offset, p.tensor.detach().numpy().copy()) for p in describe(model, optimizer)]
 
 
-def test_ranks_without_rows_go_along() -> None:
+def test_ranks_without_rows_go_along(world: SharedWorld) -> None:
     alone = {name: value for name, _, value in rows_of_two(3)}
-    results = WORLD.run(rows_of_two, 3, 3)
+    results = world.run(rows_of_two, 3, 3)
     assert [len(held) for held in results] == [6, 6, 1]  # the third has nothing but the count of steps
     assert not np.allclose(alone["model/weight"], rows_of_two(2)[0][2], atol=1e-7)
     for held in results:
@@ -225,11 +224,14 @@ def test_ranks_without_rows_go_along() -> None:
             whole = alone[name]
             start = offset[0] if offset else 0
             expected = whole[start : start + len(value)] if value.ndim else whole
-            np.testing.assert_allclose(
-                value, expected, rtol=1e-5, atol=1, err_msg=name
-            ) if value.dtype == np.uint8 else (
-                np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-7, err_msg=name)
-            )
+            if value.dtype == np.uint8:
+                np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1, err_msg=name)
+                continue
+            # Three equal gradients do not average to themselves to the last bit, so that on some processors a moment is
+            # rounded to the code beside it, which moves its weight. That may happen to one in a thousand.
+            beside = ~np.isclose(value, expected, rtol=1e-4, atol=1e-7)
+            assert beside.mean() <= 1e-3, (name, int(beside.sum()))
+            np.testing.assert_allclose(value[beside], expected[beside], rtol=0, atol=5e-6, err_msg=name)
     assert all(value == 3 for held in results for name, _, value in held if name.endswith("/step"))
 
 
@@ -245,11 +247,11 @@ RUN += ["schedule=constant", "schedule.warmup_steps=0", "optimizer.lr=3e-3"]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_run_goes_on_under_another_layout(method: str, tmp_path: Path) -> None:
+def test_a_run_goes_on_under_another_layout(method: str, tmp_path: Path, world: SharedWorld) -> None:
     own = [f"method={method}", "optimizer.lr=3e-3"]
     whole_run = resumed(str(tmp_path / "whole"), own, 6)
-    WORLD.run(resumed, 4, str(tmp_path / "parts"), [*own, "parallel.dp_shard=2"], 3, environment=True)
-    again = WORLD.run(resumed, 2, str(tmp_path / "parts"), [*own, "parallel=ddp"], 6, environment=True)[0]
+    world.run(resumed, 4, str(tmp_path / "parts"), [*own, "parallel.dp_shard=2"], 3, environment=True)
+    again = world.run(resumed, 2, str(tmp_path / "parts"), [*own, "parallel=ddp"], 6, environment=True)[0]
     assert again == pytest.approx(whole_run, rel=2e-3) and len(again) == 6
     assert resumed(str(tmp_path / "fused"), [*own, "optimizer.implementation=foreach"], 6) != whole_run
     with pytest.raises(
@@ -258,6 +260,7 @@ def test_a_run_goes_on_under_another_layout(method: str, tmp_path: Path) -> None
         resumed(str(tmp_path / "parts"), [*own, "optimizer.implementation=fused"], 7)
 
 
+@pytest.mark.usefixtures("long")
 def test_torchs_two_kernels_are_free_to_change(tmp_path: Path) -> None:
     own = ["optimizer=adamw", "method=full"]
     whole_run = resumed(str(tmp_path / "whole"), own, 6)

@@ -7,19 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
 
+from tests.harness.engines import engine_here, feed_for, place
+from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.test_torch_engine import SMALL, dataset
 from tests.trainer.parallel.zoo import save_model
-from tests.worlds import WORLD
 from trainer.compose import compose
 from trainer.data.feed import Feed
 from trainer.loop import optimize
 from trainer.methods import build
-from trainer.parallel.engine import TrainingEngine, make_engine
-from trainer.parallel.world import World
-from trainer.plan import resolve_topology
+from trainer.parallel.engine import TrainingEngine
 from trainer.progress import LossScale
 
 LAYOUTS = {
@@ -50,11 +47,8 @@ def alone_of(layout: str) -> list[str]:
 def start(overrides: list[str]) -> tuple[TrainingEngine, Feed]:
     small = [] if "model=hf" in overrides else SMALL
     config = compose(["train.seq_len=12", "train.global_batch=10", "train.micro_batch=2", *small, *overrides])
-    world = World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
-    topology = resolve_topology(config.parallel, world.size)
-    engine = make_engine(config, build(config), topology, world, torch.device("cpu"))
-    size, rank = engine.data_size, engine.data_rank
-    return engine, Feed(dataset(), global_batch=10, micro_batch=2, seed=1, pad=0, num_ranks=size, rank=rank)
+    engine = engine_here(config)
+    return engine, feed_for(engine, config, dataset())
 
 
 def contents(engine: TrainingEngine) -> dict[Any, np.ndarray]:
@@ -72,12 +66,12 @@ def overflows(overrides: list[str], factors: list[float]) -> list[bool]:
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "pp x ddp", "zero 0", "zero 1", "zero 3"])
-def test_a_step_overflows_at_the_same_scale_on_any_number_of_processes(layout: str) -> None:
+def test_a_step_overflows_at_the_same_scale_on_any_number_of_processes(layout: str, world: SharedWorld) -> None:
     size, overrides = LAYOUTS[layout]
     factors = [2.0**n for n in range(12, 32)]
     alone = overflows([], factors)
     assert any(alone) and not all(alone)
-    assert WORLD.run(overflows, size, overrides, factors) == [alone] * size
+    assert world.run(overflows, size, overrides, factors) == [alone] * size
 
 
 def in_fp16(overrides: list[str]) -> dict[str, Any]:
@@ -93,11 +87,11 @@ def in_fp16(overrides: list[str]) -> dict[str, Any]:
 
 # accelerate refuses fp16 on CPUs.
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "accelerate"])
-def test_fp16_with_a_loss_scale(layout: str) -> None:
+def test_fp16_with_a_loss_scale(layout: str, world: SharedWorld) -> None:
     size, overrides = LAYOUTS[layout]
     alone = in_fp16(alone_of(layout))
     assert not np.isfinite(alone["rows"][1][1]) and alone["left"] == set()
-    for found in WORLD.run(in_fp16, size, overrides):
+    for found in world.run(in_fp16, size, overrides):
         assert found["left"] == set() and found["moved"]  # a step that counts is seen by the same comparison
         assert not np.isfinite(found["rows"][1][1])
         np.testing.assert_allclose(found["rows"][0], alone["rows"][0], rtol=1e-3)
@@ -117,27 +111,27 @@ TWO_RATES = ["optimizer.lr_scale=[layers.0:0.0,lm_head:0.1]"]
 
 
 @LAYOUT
-def test_learning_rates_of_their_own(layout: str) -> None:
+def test_learning_rates_of_their_own(layout: str, world: SharedWorld) -> None:
     size, overrides = LAYOUTS[layout]
     model = alone_of(layout)
     alone = with_two_rates([*TWO_RATES, *model])
     assert alone["moved"] and not any("layers.0" in name for name in alone["moved"])
     assert not np.allclose(alone["rows"], with_two_rates(model)["rows"], rtol=2e-5)  # one rate for all is seen
-    results = WORLD.run(with_two_rates, size, [*TWO_RATES, *overrides])
+    results = world.run(with_two_rates, size, [*TWO_RATES, *overrides])
     assert set().union(*(found["moved"] for found in results)) == alone["moved"]
     for found in results:
         np.testing.assert_allclose(found["rows"], alone["rows"], rtol=2e-5)
 
 
 @pytest.mark.parametrize("layout", ["pp", "fsdp x tp", "zero 3"])
-def test_a_tied_tensor_has_one_rate_under_both_names(layout: str, tmp_path: Path) -> None:
+def test_a_tied_tensor_has_one_rate_under_both_names(layout: str, tmp_path: Path, world: SharedWorld) -> None:
     """A pipeline's last stage knows it by the other name only."""
     save_model(tmp_path, "llama_tied")
     size, overrides = LAYOUTS[layout]
     common = ["model=hf", f"model.path={tmp_path}", "optimizer.lr_scale=[embed_tokens:0.1]"]
     alone = with_two_rates(common)
     assert not np.allclose(alone["rows"], with_two_rates(common[:2])["rows"], rtol=2e-5)
-    for found in WORLD.run(with_two_rates, size, [*common, *overrides]):
+    for found in world.run(with_two_rates, size, [*common, *overrides]):
         np.testing.assert_allclose(found["rows"], alone["rows"], rtol=2e-5)
 
 
@@ -149,16 +143,15 @@ def still_there(overrides: list[str]) -> int:
     config = compose(overrides)
     model = build(config)
     whole = [weakref.ref(parameter) for parameter in model.parameters()]
-    world = World.from_environment()
-    engine = make_engine(config, model, resolve_topology(config.parallel, world.size), world, torch.device("cpu"))
+    engine = engine_here(config, model)
     del model
     gc.collect()
-    assert engine.world_size == world.size
+    assert engine.world_size == place().size
     return sum(p.numel() for one in whole if (p := one()) is not None)
 
 
 @pytest.mark.parametrize("layout", ["tp", "pp"])
-def test_a_rank_lets_go_of_what_others_have(layout: str) -> None:
+def test_a_rank_lets_go_of_what_others_have(layout: str, world: SharedWorld) -> None:
     total = sum(p.numel() for p in build(compose([]), "meta").parameters())
-    for left in WORLD.run(still_there, 2, [f"parallel={layout}"]):
+    for left in world.run(still_there, 2, [f"parallel={layout}"]):
         assert left < (0.1 if layout == "tp" else 0.6) * total

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.matrix import BARS, STEPS, contents_differ, furthest, resume, start, train_and_save
 from checkpointing import Piece, load, save
+from tests.harness.engines import BARS, STEPS, contents_differ, furthest, resume, start, train_and_save
+from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.zoo import MODELS, save_model
-from tests.worlds import WORLD
 from trainer.compose import compose
 from trainer.methods import build
 
@@ -27,7 +27,7 @@ def resume_under(overrides: list[str], source: Path, again: Path) -> dict:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_family_goes_from_each_layout_to_the_next(name: str, tmp_path: Path) -> None:
+def test_a_family_goes_from_each_layout_to_the_next(name: str, tmp_path: Path, world: SharedWorld) -> None:
     save_model(tmp_path / "model", name)
     model = ["model=hf", f"model.path={tmp_path / 'model'}"]
     uninterrupted = start(model).train(1, 2 * STEPS)
@@ -35,22 +35,22 @@ def test_a_family_goes_from_each_layout_to_the_next(name: str, tmp_path: Path) -
     number = list(MODELS).index(name) % 3  # where the ring is open takes turns
     ring = [*names[number:], *names[:number]]
     size, overrides = LAYOUTS[ring[0]]
-    for found in WORLD.run(train_and_save, size, [*model, *overrides], tmp_path / ring[0]):
+    for found in world.run(train_and_save, size, [*model, *overrides], tmp_path / ring[0]):
         assert furthest(found["losses"], uninterrupted[:STEPS]) <= BARS["fp32"] and found["wrong"] == []
     for source, target in pairwise(ring):
         size, overrides = LAYOUTS[target]
-        for found in WORLD.run(resume_under, size, [*model, *overrides], tmp_path / source, tmp_path / target):
+        for found in world.run(resume_under, size, [*model, *overrides], tmp_path / source, tmp_path / target):
             assert found["same_forward"], (source, target)
             assert furthest(found["losses"], uninterrupted[STEPS:]) <= BARS["fp32"], (source, target)
         assert contents_differ(tmp_path / source, tmp_path / target) == []
 
 
-def test_adapters_around_the_experts_parameters_go_on_under_another_layout(tmp_path: Path) -> None:
+def test_adapters_around_the_experts_parameters_go_on_under_another_layout(tmp_path: Path, world: SharedWorld) -> None:
     save_model(tmp_path / "model", "mixtral")  # of a layer's experts two parameters are adapted, one around the other
     model = ["model=hf", f"model.path={tmp_path / 'model'}", "method=lora"]
     uninterrupted = start(model).train(1, 2 * STEPS)
     train_and_save(model, tmp_path / "a")
-    for found in WORLD.run(resume_under, 2, [*model, "parallel=fsdp"], tmp_path / "a", tmp_path / "b"):
+    for found in world.run(resume_under, 2, [*model, "parallel=fsdp"], tmp_path / "a", tmp_path / "b"):
         assert found["same_forward"]
         assert furthest(found["losses"], uninterrupted[STEPS:]) <= BARS["fp32"]
     assert contents_differ(tmp_path / "a", tmp_path / "b") == []

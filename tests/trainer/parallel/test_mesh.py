@@ -7,7 +7,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.worlds import WORLD
+from tests.harness.worlds import SharedWorld
 from trainer.parallel.mesh import AXES, Mesh
 from trainer.plan import Topology
 
@@ -32,8 +32,8 @@ def sums() -> list[float]:
     return [float(mesh.sum(torch.tensor([10.0 ** dist.get_rank()]), *along)) for along in axes]
 
 
-def test_sums_are_over_the_ranks_along_their_axes() -> None:
-    assert WORLD.run(sums, 4) == [
+def test_sums_are_over_the_ranks_along_their_axes(world: SharedWorld) -> None:
+    assert world.run(sums, 4) == [
         [11, 101, 1111, 1, 11],
         [11, 1010, 1111, 10, 11],
         [1100, 101, 1111, 100, 1100],

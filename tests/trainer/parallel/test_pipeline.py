@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.test_tensor import assert_alike, overrides
 from tests.trainer.parallel.test_torch_engine import SMALL, train_steps
 from tests.trainer.parallel.zoo import MODELS
-from tests.worlds import WORLD
 from trainer.compose import compose
 from trainer.config import PipelineSchedule
 from trainer.errors import Refused
@@ -32,34 +32,34 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_family_trains_in_stages_as_it_does_whole(directory: Path, name: str) -> None:
+def test_every_family_trains_in_stages_as_it_does_whole(directory: Path, name: str, world: SharedWorld) -> None:
     common = overrides(directory, name)  # GPT-2 has dropout before and inside of its layers
     alone = train_steps(common, 3)
     number = list(MODELS).index(name)
     for size, layout in (LAYOUTS[number % 2], LAYOUTS[2 + number % 2]):
-        assert_alike(WORLD.run(train_steps, size, [*common, *layout], 3), alone)
+        assert_alike(world.run(train_steps, size, [*common, *layout], 3), alone)
 
 
-def test_two_stages_a_process() -> None:
+def test_two_stages_a_process(world: SharedWorld) -> None:
     common = ["model.num_layers=5", "train.global_batch=6", "train.micro_batch=2"]  # three micro-batches: one is added
     alone = train_steps(common, 3)
     for more in ([], ["parallel.dp_shard=2"], ["parallel.dp_replicate=2"]):
         layout = ["parallel.pp=2", "parallel.pp_schedule=interleaved", *more]
-        assert_alike(WORLD.run(train_steps, 4 if more else 2, [*common, *layout], 3), alone)
+        assert_alike(world.run(train_steps, 4 if more else 2, [*common, *layout], 3), alone)
 
 
-def test_adapters_parts_and_fewer_micro_batches_than_stages(directory: Path) -> None:
+def test_adapters_parts_and_fewer_micro_batches_than_stages(directory: Path, world: SharedWorld) -> None:
     for more in (["method=lora", "method.dropout=0.2"], ["parallel.local_batch=1"], ["train.global_batch=2"]):
         common = [*overrides(directory, "llama_tied"), *more]
         alone = train_steps(common, 3)
-        results = WORLD.run(train_steps, 3, [*common, "parallel.pp=3", "parallel.pp_schedule=gpipe"], 3)
+        results = world.run(train_steps, 3, [*common, "parallel.pp=3", "parallel.pp_schedule=gpipe"], 3)
         assert_alike(results, alone)
 
 
-def test_bf16_computes_in_stages_what_it_does_whole(directory: Path) -> None:
+def test_bf16_computes_in_stages_what_it_does_whole(directory: Path, world: SharedWorld) -> None:
     common = [*overrides(directory, "qwen3"), "precision=bf16"]
     alone = train_steps(common, 3)
-    for result in WORLD.run(train_steps, 2, [*common, "parallel.pp=2"], 3):
+    for result in world.run(train_steps, 2, [*common, "parallel.pp=2"], 3):
         np.testing.assert_allclose(result["rows"][0], alone["rows"][0], rtol=1e-4)
         np.testing.assert_allclose(result["rows"], alone["rows"], rtol=1e-2)
 
@@ -77,10 +77,10 @@ def broken(overrides: list[str], what: str) -> dict:
 
 
 @pytest.mark.parametrize("what", ["tied weights", "the order of layers"])
-def test_the_comparison_sees_what_is_broken(directory: Path, what: str) -> None:
+def test_the_comparison_sees_what_is_broken(directory: Path, what: str, world: SharedWorld) -> None:
     common = overrides(directory, "llama_tied")
     with pytest.raises(AssertionError, match="computes something else" if "order" in what else "Not equal"):
-        assert_alike(WORLD.run(broken, 2, [*common, "parallel.pp=2"], what), train_steps(common, 3))
+        assert_alike(world.run(broken, 2, [*common, "parallel.pp=2"], what), train_steps(common, 3))
 
 
 def test_more_stages_than_layers_are_refused() -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.test_torch_engine import train_steps, whole
 from tests.trainer.parallel.zoo import MODELS
-from tests.worlds import WORLD
 from trainer.compose import compose
 from trainer.errors import Refused
 from trainer.methods import build
@@ -42,21 +42,21 @@ def assert_alike(results: list[dict], alone: dict) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_family_trains_split_as_it_does_whole(directory: Path, name: str) -> None:
+def test_every_family_trains_split_as_it_does_whole(directory: Path, name: str, world: SharedWorld) -> None:
     common = overrides(directory, name)
     alone = train_steps(common, 3)
     # Every family is split evenly and unevenly, and sharded further; which layouts do it takes turns.
     number = list(MODELS).index(name)
     for size, layout in (LAYOUTS[number % 2], LAYOUTS[2 + number % 2]):
-        assert_alike(WORLD.run(train_steps, size, [*common, *layout], 3), alone)
+        assert_alike(world.run(train_steps, size, [*common, *layout], 3), alone)
 
 
-def test_adapters_are_split_with_the_layers_they_adapt(directory: Path) -> None:
+def test_adapters_are_split_with_the_layers_they_adapt(directory: Path, world: SharedWorld) -> None:
     for name in ("llama_tied", "gpt2", "phi3"):
         common = [*overrides(directory, name), "method=lora", "method.r=3"]
         alone = train_steps(common, 3)
         assert any("lora_A" in part for part, *_ in alone["parts"])
-        assert_alike(WORLD.run(train_steps, 4, [*common, "parallel.tp=2", "parallel.dp_shard=2"], 3), alone)
+        assert_alike(world.run(train_steps, 4, [*common, "parallel.tp=2", "parallel.dp_shard=2"], 3), alone)
 
 
 def train_wrongly(overrides: list[str], what: str) -> dict:
@@ -72,10 +72,10 @@ def train_wrongly(overrides: list[str], what: str) -> dict:
     "what",
     ["gradients of what all ranks share are not added up", "every rank counts its copy in the norm"],
 )
-def test_the_comparison_sees_what_is_broken(directory: Path, what: str) -> None:
+def test_the_comparison_sees_what_is_broken(directory: Path, what: str, world: SharedWorld) -> None:
     common = overrides(directory, "gemma")
     with pytest.raises(AssertionError):
-        assert_alike(WORLD.run(restored, 2, [*common, "parallel.tp=2"], what), train_steps(common, 3))
+        assert_alike(world.run(restored, 2, [*common, "parallel.tp=2"], what), train_steps(common, 3))
 
 
 def restored(overrides: list[str], what: str) -> dict:
@@ -90,6 +90,7 @@ def built(directory: Path, name: str, *more: str) -> torch.nn.Module:
     return build(compose([*overrides(directory, name), "train.seq_len=12", *more]), "meta")
 
 
+@pytest.mark.usefixtures("long")
 def test_what_cannot_be_split_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_splittable(built(directory, "gemma"), 3)
     with pytest.raises(Refused, match=r"Type parallel\.tp=3"):
@@ -109,9 +110,9 @@ def test_what_cannot_be_split_is_refused(directory: Path, monkeypatch: pytest.Mo
         check_splittable(built(directory, "llama"), 2)
 
 
-def test_a_plan_that_computes_something_else_is_found_at_the_start(directory: Path) -> None:
+def test_a_plan_that_computes_something_else_is_found_at_the_start(directory: Path, world: SharedWorld) -> None:
     common = [*overrides(directory, "mistral"), "parallel.tp=2"]
-    for said in WORLD.run(swapped, 2, common):
+    for said in world.run(swapped, 2, common):
         assert "computes something else than it did whole" in said
 
 

@@ -43,6 +43,7 @@ def test_shares_that_only_some_ranks_would_hold_in_part_are_found() -> None:
     assert cut_within(small, 2) is None  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("long")
 def test_the_run_refuses_it_before_it_reads_anything(tmp_path: Path) -> None:
     common = [*MODEL, "model.intermediate_size=768", "parallel.tp=2", f"run.dir={tmp_path}"]
     world = World(0, 2, 0, 2)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.models import VOCABULARY, tokenizer
+from tests.harness.models import VOCABULARY, tokenizer
 
 _COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 256}
 _GQA = {

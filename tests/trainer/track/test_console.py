@@ -37,6 +37,7 @@ def test_where_snapshots_stand(capsys: pytest.CaptureFixture[str]) -> None:
     assert second.endswith("left  snapshot 1.3 s old, 2.50 GB") and third.endswith("2.50 GB, 2 to flush")
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_live_line_on_a_terminal() -> None:
     code = (
         "from trainer.track.console import Console\n"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models import save_tiny_model
+from tests.harness.models import save_tiny_model
 from trainer.choices import Sparse
 from trainer.compose import compose
 from trainer.errors import Refused
@@ -57,6 +57,7 @@ def test_only_values_train_and_they_are_as_many_as_the_plan_says() -> None:
     assert sum(p.numel() for p in trained.values()) == sum(one.sparse_values.numel() for one in layers.values())
 
 
+@pytest.mark.usefixtures("long")
 def test_the_largest_weights_of_all_are_the_largest_of_one_long_vector() -> None:
     layers = settled(method("method.selector=magnitude", "method.allocator=whole", "method.density=0.003"))
     base = {n: m.weight.detach().abs().reshape(-1) for n, m in model().named_modules() if n in layers}

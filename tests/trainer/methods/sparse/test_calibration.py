@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.matrix import LAYOUTS, start
+from tests.harness.engines import LAYOUTS, start
+from tests.harness.worlds import SharedWorld
 from tests.trainer.methods.conformance import base_model, overrides
-from tests.worlds import WORLD
 from trainer.methods.sparse import tuned
 from trainer.methods.sparse.calibration import layer_of
 from trainer.parallel.computing import logits_of, summed_loss
@@ -55,11 +55,11 @@ def judged(layout: str, method: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("layout", ["single", "fsdp x tp", "zero 2", "pp"])
 @pytest.mark.parametrize("method", ["squared_gradient", "gradient"])
-def test_gradients_are_summed_over_all_micro_batches(layout: str, method: str) -> None:
+def test_gradients_are_summed_over_all_micro_batches(layout: str, method: str, world: SharedWorld) -> None:
     size, _ = LAYOUTS[layout]
     expected = sums_by_hand(method == "squared_gradient")
     found: dict[str, torch.Tensor] = {}
-    for part in WORLD.run(judged, size, layout, method):
+    for part in world.run(judged, size, layout, method):
         assert not found.keys() & part.keys()  # each weight has one owner
         found |= part
     assert len(found) == 35

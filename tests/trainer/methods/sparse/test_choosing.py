@@ -7,7 +7,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.worlds import WORLD
+from tests.harness.worlds import SharedWorld
 from trainer.methods.sparse.choosing import Ranks, best, choose_above, choose_each, choose_together
 
 CPU = torch.device("cpu")
@@ -56,10 +56,10 @@ def test_the_best_of_all_weights_are_those_of_one_long_vector(count: int) -> Non
     assert above == [(weight > 4.5).nonzero()[:, 0].tolist() for weight in given]
 
 
-def test_several_ranks_choose_what_one_does() -> None:
+def test_several_ranks_choose_what_one_does(world: SharedWorld) -> None:
     alone = choices(11)
     for size in (2, 3):
-        assert WORLD.run(choices, size, 11) == [alone] * size
+        assert world.run(choices, size, 11) == [alone] * size
 
 
 def near_ones(far: int) -> tuple[list[list[int]], int]:
@@ -70,9 +70,9 @@ def near_ones(far: int) -> tuple[list[list[int]], int]:
     return [indices.tolist() for indices in chosen], near
 
 
-def test_all_that_are_near_the_last_of_all_weights_are_counted() -> None:
+def test_all_that_are_near_the_last_of_all_weights_are_counted(world: SharedWorld) -> None:
     for size, far in ((1, 40), (2, 40), (3, 40), (2, 2000)):
-        found = [near_ones(far)] if size == 1 else WORLD.run(near_ones, size, far)
+        found = [near_ones(far)] if size == 1 else world.run(near_ones, size, far)
         assert found == [([[0, 1], [], []], min(far, 1024))] * size
 
 
@@ -104,8 +104,8 @@ def what_travels(count: int) -> int:
     return longest[0]
 
 
-def test_no_more_candidates_travel_than_are_chosen() -> None:
-    assert max(WORLD.run(what_travels, 4, 50)) == 50
+def test_no_more_candidates_travel_than_are_chosen(world: SharedWorld) -> None:
+    assert max(world.run(what_travels, 4, 50)) == 50
 
 
 def united() -> dict[str, list[int]]:
@@ -114,5 +114,5 @@ def united() -> dict[str, list[int]]:
     return {name: found.tolist() for name, found in ranks.union(here, ["a", "b", "c"]).items()}
 
 
-def test_what_ranks_have_of_different_layers_is_told_to_all() -> None:
-    assert WORLD.run(united, 2) == [{"a": [1, 2], "b": [7]}] * 2
+def test_what_ranks_have_of_different_layers_is_told_to_all(world: SharedWorld) -> None:
+    assert world.run(united, 2) == [{"a": [1, 2], "b": [7]}] * 2

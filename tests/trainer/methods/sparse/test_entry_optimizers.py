@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.worlds import WORLD
+from tests.harness.worlds import SharedWorld
 from trainer.choices import Granularity
 from trainer.methods.sparse.entry_optimizers import EntryAdamW, EntrySM3, Slice, accumulators
 from trainer.methods.sparse.layer import choose, make_sparse
@@ -95,9 +95,9 @@ def sm3_of_a_share() -> tuple[list[float], list[float], list[float]]:
     return parameter.tolist(), rows.tolist(), columns.tolist()
 
 
-def test_sm3_is_the_papers_whole_and_in_shares() -> None:
+def test_sm3_is_the_papers_whole_and_in_shares(world: SharedWorld) -> None:
     whole = sm3_of_a_share()
     for ours, papers in zip(whole, sm3_by_hand(gradients(5)), strict=True):
         torch.testing.assert_close(torch.tensor(ours), papers, rtol=1e-6, atol=1e-8)
-    first, second = WORLD.run(sm3_of_a_share, 2)
+    first, second = world.run(sm3_of_a_share, 2)
     assert (first[0] + second[0], first[1], first[2]) == whole and first[1:] == second[1:]

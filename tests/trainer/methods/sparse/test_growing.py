@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.matrix import start
+from tests.harness.engines import start
 from tests.trainer.methods.conformance import overrides
 from trainer.parallel.computing import logits_of, summed_loss
 

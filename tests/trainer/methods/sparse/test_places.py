@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpointing import Piece
-from tests.worlds import WORLD
+from tests.harness.worlds import SharedWorld
 from trainer.choices import Granularity
 from trainer.methods.sparse.layer import at, values_shape
 from trainer.methods.sparse.places import Place, added, assemble, put_back
@@ -73,8 +73,8 @@ def of_two_ranks() -> tuple[list[list[float]], list[float], list[list[float]]]:
     return together.tolist(), read.tolist(), assemble(mine, group, torch.device("cpu")).tolist()
 
 
-def test_ranks_have_together_what_each_has_a_part_of() -> None:
+def test_ranks_have_together_what_each_has_a_part_of(world: SharedWorld) -> None:
     whole = torch.arange(30.0).reshape(SHAPE) * (-1) ** torch.arange(30).reshape(SHAPE)
-    for together, read, twice in WORLD.run(of_two_ranks, 2):
+    for together, read, twice in world.run(of_two_ranks, 2):
         assert together == whole.tolist() and twice == (2 * whole).tolist()
         assert read == whole.view(-1)[[0, 7, 29]].tolist()

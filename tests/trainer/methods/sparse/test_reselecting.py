@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.matrix import start
+from tests.harness.engines import start
 from tests.trainer.methods.conformance import base_model, overrides
 from trainer.choices import Sparse
 from trainer.compose import compose
@@ -28,6 +28,7 @@ def snapshot(started: Any) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
+@pytest.mark.usefixtures("long")
 @pytest.mark.parametrize("method", ["spiel", "spiel_ma"])
 def test_regrowing_drops_the_least_changed_back_to_the_base(method: str) -> None:
     started = start([*overrides(method), "method.rate=0.6"])

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.matrix import LAYOUTS, start
+from tests.harness.engines import LAYOUTS, start
+from tests.harness.worlds import SharedWorld
 from tests.trainer.methods.conformance import base_model, overrides
-from tests.worlds import WORLD
 from trainer.methods.sparse.trained import Known
 
 
@@ -33,11 +33,11 @@ def gathered(layout: str) -> tuple[dict[str, list[list[float]]], bool]:
 
 
 @pytest.mark.parametrize("layout", ["fsdp x tp", "zero 3", "pp"])
-def test_all_ranks_of_a_layer_gather_the_same(layout: str) -> None:
+def test_all_ranks_of_a_layer_gather_the_same(layout: str, world: SharedWorld) -> None:
     alone, _ = gathered("single")
     size, _ = LAYOUTS[layout]
     names: set[str] = set()
-    for found, reverted in WORLD.run(gathered, size, layout):
+    for found, reverted in world.run(gathered, size, layout):
         assert reverted
         names |= found.keys()
         for name, (indices, *rest) in found.items():

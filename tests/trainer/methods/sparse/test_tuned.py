@@ -10,19 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.matrix import LAYOUTS, furthest, start
 from checkpointing import External, MismatchError, Piece, load
+from tests.harness.engines import LAYOUTS, engine_here, furthest, start
+from tests.harness.runs import train
+from tests.harness.worlds import SharedWorld
 from tests.trainer.methods.conformance import base_model, overrides, save_to
-from tests.worlds import WORLD, train
 from trainer.compose import compose
 from trainer.errors import Refused
-from trainer.methods import build
 from trainer.methods.tuned_runs import Tuned
-from trainer.parallel.engine import make_engine
-from trainer.parallel.world import World
-from trainer.plan import resolve_topology
 
 
+@pytest.mark.usefixtures("long")
 def test_entries_that_do_not_train_are_untouched_after_a_thousand_steps_in_bf16() -> None:
     small = ["model.num_layers=1", "train.seq_len=4", "train.global_batch=2", "precision=bf16"]
     started: Any = start([*overrides("random_sparse"), "method.bf16_weights=true", *small, "train.steps=1000"])
@@ -47,9 +45,9 @@ def train_in_bf16(layout: str) -> list[float]:
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "tp", "zero 3", "zero 1"])
-def test_frozen_weights_in_bf16_under_every_kind_of_shard(layout: str) -> None:
+def test_frozen_weights_in_bf16_under_every_kind_of_shard(layout: str, world: SharedWorld) -> None:
     alone = train_in_bf16("single")
-    assert furthest(WORLD.run(train_in_bf16, 2, layout)[0], alone) < 1e-5
+    assert furthest(world.run(train_in_bf16, 2, layout)[0], alone) < 1e-5
     assert furthest(start(overrides("spiel")).train(1, 7), alone) > 1e-7  # the base was rounded
 
 
@@ -62,16 +60,17 @@ def go_on(method: str, before: Path, first: int, last: int) -> list[float]:
 
 @pytest.mark.parametrize("method", ["lt_sft", "sara", "lift", "spt"])
 @pytest.mark.parametrize("at", [3, 7, 8])
-def test_a_checkpoint_of_either_phase_goes_on(method: str, at: int, tmp_path: Path) -> None:
+def test_a_checkpoint_of_either_phase_goes_on(method: str, at: int, tmp_path: Path, world: SharedWorld) -> None:
     """Phases change at step 7, and what was made for a run from scratch has other sizes."""
     undisturbed = start(overrides(method)).train(1, 10)
     started = start(overrides(method))
     started.train(1, at)
     save_to(tmp_path, started, at)
-    found = WORLD.run(go_on, 2, method, tmp_path, at + 1, 10)
+    found = world.run(go_on, 2, method, tmp_path, at + 1, 10)
     assert furthest(found[0], undisturbed[at:]) < 1e-5
 
 
+@pytest.mark.usefixtures("long")
 def test_an_engine_made_for_a_checkpoint_has_the_base_before_and_goes_on_after(tmp_path: Path) -> None:
     """As a run that resumes makes it: of the checkpoint's sizes, without a selection of its own."""
     undisturbed = start(overrides("spiel")).train(1, 8)
@@ -79,8 +78,7 @@ def test_an_engine_made_for_a_checkpoint_has_the_base_before_and_goes_on_after(t
     started.train(1, 3)
     save_to(tmp_path, started, 3)
     config, sizes = started.config, started.engine._trained.sizes
-    topology = resolve_topology(config.parallel, 1)
-    engine: Any = make_engine(config, build(config, sizes=sizes), topology, World(), torch.device("cpu"), sizes)
+    engine: Any = engine_here(config, sizes=sizes)
     manifest = Tuned.open(tmp_path).manifest
     engine.pieces_for(manifest)
     base = dict(base_model(config).named_parameters())
@@ -92,6 +90,7 @@ def test_an_engine_made_for_a_checkpoint_has_the_base_before_and_goes_on_after(t
     assert furthest(again, undisturbed[3:]) == 0
 
 
+@pytest.mark.usefixtures("long")
 def test_loading_into_an_engine_that_has_trained_starts_from_the_base(tmp_path: Path) -> None:
     started: Any = start(overrides("lift"))
     started.train(1, 3)
@@ -107,6 +106,7 @@ def test_loading_into_an_engine_that_has_trained_starts_from_the_base(tmp_path: 
     assert started.train(4, 8) != onward
 
 
+@pytest.mark.usefixtures("long")
 @pytest.mark.parametrize("half", [True, False])
 def test_a_load_that_gave_up_half_way_is_tried_again_from_the_base(half: bool, tmp_path: Path) -> None:
     """As after a damaged generation, of which some originals have been read."""
@@ -154,6 +154,7 @@ def test_values_decay_towards_the_base_and_are_clipped() -> None:
     assert float(clipped.engine.step(1e-3)) == pytest.approx(float(whole), rel=1e-5)
 
 
+@pytest.mark.usefixtures("long")
 def test_activation_checkpointing_and_parts_of_micro_batches_change_nothing() -> None:
     plain = start(overrides("lift")).train(1, 6)
     again = start([*overrides("lift"), "parallel.activation_checkpointing=true", "parallel.local_batch=1"]).train(1, 6)
@@ -162,6 +163,7 @@ def test_activation_checkpointing_and_parts_of_micro_batches_change_nothing() ->
     assert furthest(start([*overrides("spiel"), "parallel.activation_checkpointing=true"]).train(1, 8), spiel) < 1e-6
 
 
+@pytest.mark.usefixtures("long")
 @pytest.mark.parametrize("method", ["spiel", "s2ft"])
 def test_compiled_layers_compute_the_same(method: str) -> None:
     plain = start(overrides(method)).train(1, 8)
@@ -176,6 +178,7 @@ def test_what_was_selected_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert said[1].startswith("selected   step 5: 1,390 of 1,390 entries are new; ")
 
 
+@pytest.mark.usefixtures("long")
 @pytest.mark.parametrize("steps", [4, 7])
 def test_a_run_goes_on_from_its_directory_in_either_phase(steps: int, tmp_path: Path) -> None:
     common = [

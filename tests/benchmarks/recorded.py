@@ -21,7 +21,7 @@ from benchmarks.crash_model import Disk, Operation
 from benchmarks.crash_ranks import NEW, OLD, WITHOUT_SYNC, Recording, save_step, without_sync
 from checkpointing import storage
 from checkpointing.collective import Team
-from tests.threads import ThreadTeam, all_of, on_ranks
+from tests.harness.threads import ThreadTeam, all_of, on_ranks
 
 
 class Recorder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import subprocess
@@ -11,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import kill_tree, wait_for
-from tests.conftest import ROOT
+from tests.harness.forks import Fork
+from tests.harness.processes import ROOT, kill_tree, wait_for
 
 WAIT_S = 300
 # A model that trains in milliseconds, for what does not depend on the model.
@@ -52,17 +53,31 @@ def assert_same_run(a: list[dict[str, Any]], b: list[dict[str, Any]], last: int,
     return worst
 
 
-def trainer(*arguments: str, module: str = "trainer", **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a module of ours to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=options.pop("cwd", ROOT),
-        env=options.pop("env", environment()),
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        **options,
-    )
+def train(overrides: list[str]) -> str:
+    """Run the trainer in this process as it is placed; returns what it printed."""
+    from trainer.compose import compose
+    from trainer.run import run
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert run(compose(overrides)) == 0
+    return output.getvalue()
+
+
+def trainer(
+    *arguments: str, module: str = "trainer", started: bool = False, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a module of ours to its end: forked, or `started` as a person starts it, with all of its imports."""
+    words = [sys.executable, "-m", module, *arguments]
+    options = {"cwd": ROOT, "env": environment(), "stdin": subprocess.DEVNULL, **options}
+    popen = subprocess.Popen if started else Fork
+    with popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
+        try:
+            output, errors = process.communicate(timeout=WAIT_S)
+        finally:
+            if process.poll() is None:
+                kill_tree(process.pid)
+    return subprocess.CompletedProcess(words, process.returncode, output, errors)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -70,22 +85,19 @@ def environment(**more: str) -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}, **more}
 
 
-def launch(num_processes: int, overrides: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return trainer("local", "--nproc", str(num_processes), "--", *overrides, module="launch")
+def launch(num_processes: int, overrides: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    return trainer("local", "--nproc", str(num_processes), "--", *overrides, module="launch", **options)
 
 
 @contextlib.contextmanager
 def launched(
-    num_processes: int, overrides: Sequence[str], log: Path, flags: Sequence[str] = ()
+    num_processes: int, overrides: Sequence[str], log: Path, flags: Sequence[str] = (), *, started: bool = False
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A launch in the background; whatever is left of it is killed at the end."""
+    """A launch in the background, forked or `started`; whatever is left of it is killed at the end."""
+    words = [sys.executable, "-m", "launch", "local", "--nproc", str(num_processes), *flags, "--", *overrides]
     with open(log, "ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "launch", "local", "--nproc", str(num_processes), *flags, "--", *overrides],
-            cwd=ROOT,
-            env=environment(),
-            stdout=output,
-            stderr=output,
+        process = (subprocess.Popen if started else Fork)(
+            words, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
     try:
         yield process

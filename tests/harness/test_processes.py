@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.processes import alive, descendants, kill_tree, wait_for
+from tests.harness.processes import alive, descendants, kill_tree, wait_for
 
 
 @pytest.fixture
@@ -19,6 +19,7 @@ def shells() -> Iterator[list[subprocess.Popen[bytes]]]:
         shell.wait(30)
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_tree_is_found_and_killed(shells: list[subprocess.Popen[bytes]]) -> None:
     doomed, other = shells
     wait_for(lambda: all(len(descendants(shell.pid)) == 2 for shell in shells), 30)

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from benchmarks.peak import Peak
-from tests.worlds import WORLD
+from tests.harness.peak import Peak
+from tests.harness.worlds import SharedWorld
 
 
 def test_the_most_that_lives_at_a_time_is_counted() -> None:
@@ -44,7 +44,7 @@ def of_a_dtensor() -> tuple[int, int]:
     return before, peak.most
 
 
-def test_of_a_dtensor_the_local_part_counts_and_what_it_is_gathered_into() -> None:
-    for before, most in WORLD.run(of_a_dtensor, 2):
+def test_of_a_dtensor_the_local_part_counts_and_what_it_is_gathered_into(world: SharedWorld) -> None:
+    for before, most in world.run(of_a_dtensor, 2):
         assert before == 4000
         assert 4000 * 4 <= most <= 4000 * 6  # its part, the sum's part, and both of that one

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: starting processes and engines, waiting for them, and what they leave."""

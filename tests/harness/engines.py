@@ -1,0 +1,249 @@
+"""Engines started in this process as it is placed, and the layouts that every engine is tried under.
+
+`start(overrides)` is the model, the engine and its feed in one; `engine_here` and `feed_for` are its parts, for a
+configuration, model or dataset of one's own. `train_and_save` and `resume` take one layout's state into another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from checkpointing import Piece, describe, load, parameter_names, save
+from checkpointing.diff import compare
+from checkpointing.generations import newest
+from checkpointing.layouts.zero import describe_zero
+from checkpointing.reader import GenerationReader
+from checkpointing.storage import FileStorage
+from trainer.choices import Lora, Selective
+from trainer.compose import compose
+from trainer.config import Config
+from trainer.data.dataset import Windows
+from trainer.data.feed import Feed
+from trainer.loop import optimize
+from trainer.methods import build
+from trainer.methods.externals import frozen_of, with_external
+from trainer.parallel.deepspeed_engine import DeepSpeedEngine
+from trainer.parallel.engine import TrainingEngine, make_engine
+from trainer.parallel.world import World
+from trainer.plan import resolve_topology
+
+CPU = torch.device("cpu")
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "single": (1, []),
+    "ddp": (2, ["parallel=ddp"]),
+    "fsdp": (2, ["parallel=fsdp"]),
+    "fsdp on 3": (3, ["parallel=fsdp"]),
+    "hsdp 2x2": (4, ["parallel.dp_replicate=2", "parallel.dp_shard=2"]),
+    "tp": (2, ["parallel=tp"]),
+    "tp on 3": (3, ["parallel=tp"]),
+    "fsdp x tp": (4, ["parallel=tp", "parallel.dp_shard=2"]),
+    "ddp x tp": (4, ["parallel=tp", "parallel.dp_replicate=2"]),
+    "pp": (2, ["parallel=pp"]),
+    "pp on 3, gpipe": (3, ["parallel=pp", "parallel.pp_schedule=gpipe"]),
+    "pp x ddp": (4, ["parallel=pp", "parallel.dp_replicate=2"]),
+    "pp x fsdp": (4, ["parallel=pp", "parallel.dp_shard=2"]),
+    "pp x tp": (4, ["parallel=pp", "parallel.tp=2"]),
+    "pp, interleaved": (2, ["parallel=pp", "parallel.pp_schedule=interleaved"]),
+    "accelerate": (2, ["parallel=accelerate"]),
+    "zero 0": (2, ["parallel.engine=deepspeed"]),
+    "zero 1": (2, ["parallel=zero1"]),
+    "zero 2": (2, ["parallel=zero2"]),
+    "zero 3": (2, ["parallel=zero3"]),
+    "zero 3 on 3": (3, ["parallel=zero3"]),
+    "zero 3, offload": (2, ["parallel=zero3", "parallel.offload=true"]),
+}
+# Sizes that no number of ranks here divides, but for the layers that two stages a process need.
+MODEL = [
+    "model.hidden_size=24",
+    "model.intermediate_size=53",
+    "model.num_layers=5",
+    "model.num_heads=6",
+    "model.num_kv_heads=3",
+    "model.vocab_size=257",
+]
+TRAINING = [
+    "train.seq_len=12",
+    "train.global_batch=10",
+    "train.micro_batch=2",
+    "schedule=constant",
+    "schedule.warmup_steps=0",
+]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STEPS = 6
+BARS = {"fp32": 1e-5, "bf16": 1e-2}
+# The learning rate, and how many of the 257 tokens the data has: in bf16 a run must get so far in six steps that what
+# Adam's moments do for it stands out from the rounding.
+LEARNING = {"fp32": (1e-3, 257), "bf16": (1e-2, 8)}
+
+
+@dataclass(frozen=True)
+class Started:
+    """An engine in this process's world, and what it trains on."""
+
+    config: Config
+    engine: TrainingEngine
+    feed: Feed
+
+    def train(self, first: int, last: int) -> list[float]:
+        """The losses of steps first to last."""
+        lr, _ = LEARNING[self.config.precision.compute.name]
+        return [optimize(self.engine, self.feed.step(step), lr, step)[0] for step in range(first, last + 1)]
+
+    def logits(self) -> torch.Tensor:
+        return self.engine.next_logits(torch.arange(24).reshape(2, 12) * 7 % 257).float().cpu()
+
+
+def place() -> World:
+    """This process among the others of its group, all on this machine."""
+    if not dist.is_initialized():
+        return World()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return World(rank, size, rank, size)
+
+
+def engine_here(
+    config: Config, model: nn.Module | None = None, *, device: torch.device = CPU, sizes: dict[str, int] | None = None
+) -> TrainingEngine:
+    """The engine that a configuration asks for, in this process's group; of the model that it names, or of this one."""
+    world = place()
+    made = build(config, sizes=sizes) if model is None else model
+    return make_engine(config, made, resolve_topology(config.parallel, world.size), world, device, sizes)
+
+
+def feed_for(engine: TrainingEngine, config: Config, dataset: Any, seed: int = 1) -> Feed:
+    """This rank's share of every batch."""
+    return Feed(
+        dataset,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        seed=seed,
+        pad=0,
+        num_ranks=engine.data_size,
+        rank=engine.data_rank,
+    )
+
+
+def windows(length: int, num_tokens: int = 256, count: int = 3000) -> Windows:
+    """Random tokens, the same in every process: samples of `length`."""
+    kind = np.uint8 if num_tokens <= 256 else np.uint16
+    return Windows(np.random.default_rng(0).integers(0, num_tokens, count).astype(kind), length)
+
+
+def start(overrides: list[str], full: Path | None = None, seed: int = 0) -> Started:
+    """With a model of random weights, or of those in the checkpoints of a directory."""
+    sizes = () if "model=hf" in overrides else MODEL
+    config = compose([*sizes, *TRAINING, *overrides, f"train.seed={seed}"])
+    model = build(config)
+    if full is not None:
+        frozen = frozen_of(model, config, 0, 1) if isinstance(config.method, Lora | Selective) else []
+        load(full, with_external(describe(model), frozen), only=["model/"])
+    engine = engine_here(config, model)
+    _, num_tokens = LEARNING[config.precision.compute.name]
+    return Started(config, engine, feed_for(engine, config, windows(12, num_tokens)))
+
+
+def train_and_save(overrides: list[str], directory: Path) -> dict[str, Any]:
+    """Six steps under a layout, saved. The losses, and how many tensors differ from what the engine's API gathers."""
+    started = start(overrides)
+    losses = started.train(1, STEPS)
+    save(directory, STEPS, started.engine.pieces())
+    gathered = gather(started.engine)
+    return {"losses": losses, "gathered": len(gathered), "wrong": differing(gathered, directory)}
+
+
+def gather(engine: Any) -> dict[str, torch.Tensor]:
+    """Full parameters and moments by the engine's own API; none where it has none."""
+    named: dict[str, Any] = dict(parameter_names(engine._bare))
+    if isinstance(getattr(engine, "_engine", None), nn.Module):
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        inner = engine._engine
+        if inner.zero_optimization_stage() == 0:  # nothing is taken apart
+            whole = {f"model/{name}": parameter for name, parameter in named.items()}
+            moments = {(n, key): inner.optimizer.state[p][key] for n, p in named.items() for key in MOMENTS}
+        else:
+            if inner.zero_optimization_stage() < 3:  # its links leave out the second param group until made anew
+                inner.optimizer._hp_optimizer_states_linked = False
+                inner.optimizer._lazy_init_hp_params_optimizer_state()
+            whole = {f"model/{name}": safe_get_full_fp32_param(parameter) for name, parameter in named.items()}
+            moments = {(n, key): safe_get_full_optimizer_state(p, key) for n, p in named.items() for key in MOMENTS}
+    elif engine._cuts.held or engine._pipeline is not None:  # what torch gathers is then a part only
+        return {}
+    else:
+        sharded = {name: p for name, p in named.items() if isinstance(p, DTensor)}
+        state = engine._optimizer.state
+        whole = {f"model/{name}": parameter.full_tensor() for name, parameter in sharded.items()}
+        moments = {(n, key): state[p][key].full_tensor() for n, p in sharded.items() for key in MOMENTS}
+    found = {**whole, **{f"optim/{name}/{key}": moment for (name, key), moment in moments.items()}}
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def differing(gathered: dict[str, torch.Tensor], directory: Path) -> list[str]:
+    """Names whose stored content is not bit for bit what was gathered."""
+    targets = {name: torch.full_like(tensor, torch.nan) for name, tensor in gathered.items()}
+    if targets:
+        pieces = [Piece(name, t, (0,) * t.dim(), tuple(t.shape)) for name, t in targets.items()]
+        load(directory, pieces, only=["model/", "optim/"])
+    return [name for name, tensor in gathered.items() if not torch.equal(tensor, targets[name])]
+
+
+def resume(overrides: list[str], source: Path, again: Path, *, control: bool) -> dict[str, Any]:
+    """Load under a layout, save at once, compare the first forward, and train on; the losses, and the control's."""
+    started = start(overrides, seed=1)
+    load(source, started.engine.pieces())
+    started.engine.publish()
+    save(again, STEPS, started.engine.pieces())
+    same = torch.equal(started.logits(), start(overrides, full=source, seed=1).logits())
+    found = {"same_forward": same, "losses": started.train(STEPS + 1, 2 * STEPS)}
+    if control:
+        load(source, started.engine.pieces())
+        with torch.no_grad():
+            for piece in started.engine.pieces():
+                if isinstance(piece, Piece) and piece.name.endswith(("/exp_avg", "/exp_avg_sq")):
+                    piece.tensor.zero_()
+        started.engine.publish()
+        found["control"] = started.train(STEPS + 1, 2 * STEPS)
+    return found
+
+
+def contents_differ(one: Path, other: Path) -> list[str]:
+    """Names of tensors that are not bit-equal in the newest generations of two directories."""
+    readers = []
+    for directory in (one, other):
+        storage = FileStorage(directory)
+        generation = newest(storage)
+        assert generation is not None and generation.manifest is not None
+        readers.append(GenerationReader(storage, generation.manifest))
+    return [found.name for found in compare(*readers) if found.state != "equal"]
+
+
+def furthest(losses: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+
+
+def held_by(engine: TrainingEngine) -> list[torch.Tensor]:
+    """What one of our engines keeps between steps."""
+    if isinstance(engine, DeepSpeedEngine):
+        return held_by_deepspeed(engine._engine)
+    inner: Any = engine
+    held = [piece.tensor for piece in engine.pieces() if isinstance(piece, Piece)]
+    return held + [local_of(parameter) for parameter in inner._bare.parameters()]  # frozen ones are in no checkpoint
+
+
+def held_by_deepspeed(engine: Any) -> list[torch.Tensor]:
+    """Parameters, their masters and moments."""
+    parameters = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in engine.module.parameters()]
+    return [*parameters, *(piece.tensor for piece in describe_zero(engine))]
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of it."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

@@ -1,0 +1,58 @@
+"""Whether whoever started this process is still there: no trainer goes on without somebody who watches over it.
+
+`python -m launch` says in the environment who it is; torchrun is the parent of its processes. A trainer that neither
+started, by a shell or a scheduler, is watched over by nobody, and is not ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from checkpointing.lease import Holder, pid_space
+
+LAUNCHER = "EVERSHARD_LAUNCHER"
+LOOK_S = 1.0
+
+
+def this_launcher() -> str:
+    """What a launcher puts into the environment of what it starts."""
+    return json.dumps(asdict(Holder.this_process()))
+
+
+def find_launcher(environment: Mapping[str, str] = os.environ) -> Callable[[], bool] | None:
+    """Tells whether the launcher lives; None where none of this machine is known."""
+    try:
+        launcher = Holder(**json.loads(environment[LAUNCHER]))
+        if launcher.machine == pid_space():
+            return lambda: launcher.lives
+    except (KeyError, ValueError, TypeError):
+        pass
+    parent = os.getppid()
+    if "TORCHELASTIC_RUN_ID" in environment and parent > 1:
+        return lambda: os.getppid() == parent
+    return None
+
+
+@contextmanager
+def watching(gone: Callable[[], None], environment: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """While it is entered, `gone` is called once, in another thread, when the launcher is not there any more."""
+    lives, ended = find_launcher(environment), threading.Event()
+
+    def watch() -> None:
+        while lives is not None and not ended.wait(LOOK_S):
+            if not lives():
+                gone()
+                return
+
+    thread = threading.Thread(target=watch, name="launcher", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
