@@ -74,6 +74,9 @@ class Client:
         self._closed = threading.Event()
         self.connected = threading.Event()
         self._thread = threading.Thread(target=self._work, name="keeper-client", daemon=True)
+
+    def start(self) -> None:
+        """Once all that `heard` and `lost` touch is there: a keeper may hang up at once."""
         self._thread.start()
 
     def send(self, *messages: Message) -> bool:
@@ -99,7 +102,8 @@ class Client:
     def close(self) -> None:
         self._closed.set()
         self.hang_up()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _work(self) -> None:
         started = time.monotonic() - _log_age(self._root)

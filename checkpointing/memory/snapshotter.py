@@ -122,6 +122,7 @@ class Snapshotter:
             self.memory, greeting, self._heard, starts=self._first, keep_s=keep_s, lost=self._keeper_lost
         )
         self._copier = Copier(self.memory, team.rank, self._first, self._shards, self._client)
+        self._client.start()
         try:
             team.together(self._wait_for_keeper)
         except BaseException:

@@ -107,6 +107,24 @@ def test_a_keeper_that_hangs_costs_one_wait(tmp_path: Path, monkeypatch: pytest.
     wait_for(lambda: not root.exists() and not Path(f"/proc/{pid}").exists(), WAIT_S)
 
 
+def test_a_keeper_that_hangs_up_at_once_is_heard_by_a_whole_snapshotter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first word may come before the constructor's next line, and ended the client's thread then."""
+    root, early = tmp_path / "memory", []
+
+    class Slow(copying.Copier):
+        def __init__(self, *args: Any) -> None:
+            early.extend(thread.name for thread in threading.enumerate() if thread.name == "keeper-client")
+            super().__init__(*args)
+
+    monkeypatch.setattr(snapshotter, "Copier", Slow)
+    snapshots = Snapshotter(None, root)
+    assert early == []
+    snapshots.close(finished=True)
+    wait_for(lambda: not root.exists(), WAIT_S)
+
+
 OLDER = """
 import sys
 from pathlib import Path
