@@ -79,6 +79,7 @@ class Lease:
         self.storage, self.number, self.claim = storage, number, claim
         self._since = since  # it was ours at that time
         self._lost = ""
+        self._failure: Exception | None = None  # of the last look: the heartbeat goes on looking
         self._beats = 0
         self._renewing = threading.Lock()
         self._stop = threading.Event()
@@ -116,9 +117,12 @@ class Lease:
         """Raise `LeaseHeldError` once another process has the lease. Looks `anew`, or where the last look is long ago.
 
         `UnreadableError` or `OSError` where that cannot be told because the storage fails: nothing is lost then, and
-        nothing may be written.
+        nothing may be written. That is said at once where it was the last look's answer, unless it is to look `anew`.
         """
-        if anew or self._lost or _clock() - self._since > GUARD_S:
+        old = _clock() - self._since > GUARD_S
+        if old and not anew and (failure := self._failure) is not None:
+            raise failure
+        if anew or self._lost or old:
             self._renew()
 
     def release(self) -> None:
@@ -136,8 +140,12 @@ class Lease:
                 try:
                     beat = b"%016d" % self._beats  # each takes the place of the one before it
                     self._since = _carry_out(protocol.renew(self.number, self.claim, beat), self.storage)
+                    self._failure = None
                 except LostError:
                     self._lost = f"another process took over {self.storage} while this one did not respond"
+                except (OSError, CheckpointError) as error:
+                    self._failure = error
+                    raise
         if self._lost:
             raise LeaseHeldError(self._lost)
 

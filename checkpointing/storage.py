@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 
@@ -71,14 +71,15 @@ class FileStorage:
         path = self._path(name)
         make_directories(path.parent)
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # no link, and no pipe
-        descriptor = os.open(path, flags, 0o666)
-        try:
-            write_behind(descriptor, chunks)
-            # Not cut off before: a heartbeat that takes the place of the last one needs no room on a full disk.
-            os.ftruncate(descriptor, os.lseek(descriptor, 0, os.SEEK_CUR))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with named(path):
+            descriptor = os.open(path, flags, 0o666)
+            try:
+                write_behind(descriptor, chunks)
+                # Not cut off before: a heartbeat that takes the place of the last one needs no room on a full disk.
+                os.ftruncate(descriptor, os.lseek(descriptor, 0, os.SEEK_CUR))
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
         sync_directory(path.parent)
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[Data]:
@@ -201,12 +202,13 @@ def retried(path: Path, read: Callable[[], Read]) -> Read:
 
 
 def _create(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        _write_all(descriptor, data)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with named(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            _write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _link(draft: Path, path: Path) -> bool | None:
@@ -330,11 +332,23 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    with named(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Errors of calls on a descriptor do not say of which file: whoever reads them asks that first."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 class MemoryStorage:

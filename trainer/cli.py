@@ -10,7 +10,7 @@ import warnings
 
 from checkpointing.errors import CheckpointError
 from trainer.elastic.preemption import listen_no_more, was_warned
-from trainer.errors import AlsoRefused, Refused, TrainingFailed
+from trainer.errors import OF_STORAGE, AlsoRefused, Refused, TrainingFailed
 from trainer.outcome import Outcome, leave
 
 PATIENCE_S = 10  # far more than a launcher takes to end its processes after the first has failed
@@ -44,6 +44,12 @@ def _explain(error: BaseException) -> int:
         return say(error, 2)
     if isinstance(error, TrainingFailed | CheckpointError):
         return say(error, 1)
+    if isinstance(error, OSError) and error.errno in OF_STORAGE:
+        return say(
+            f"{error.filename or 'A file'} cannot be written or read: {error.strerror}. What was saved stays as it is: "
+            "start the same command again when its storage works.",
+            1,
+        )
     if isinstance(error, KeyboardInterrupt):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(

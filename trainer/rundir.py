@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import uuid
 from collections.abc import Iterator, Mapping
@@ -12,16 +11,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpointing import LeaseHeldError
+from checkpointing import LeaseHeldError, UnreadableError
 from checkpointing.errors import first_few
 from checkpointing.lease import Holder, Lease
 from checkpointing.lease_protocol import EXPIRY_S
 from checkpointing.retention import clear_leftovers
 from checkpointing.storage import FileStorage, replace_file
 from trainer.config import Config, as_yaml
-from trainer.errors import Refused
+from trainer.errors import FULL, PASSING, Refused, TrainingFailed
 from trainer.parallel.world import World
-from trainer.resume import Start, own_tiers, turn_away_from
+from trainer.resume import Start, cannot_read, own_tiers, turn_away_from
 from trainer.track.files import SPARE, roll_back
 
 logger = logging.getLogger(__name__)
@@ -90,6 +89,8 @@ def _acquire(directory: str, key: str) -> Lease:
         raise Refused(
             f"Another run uses {directory}: {error}. Wait until it has ended or stop it, or type another run.name."
         ) from None
+    except UnreadableError as error:
+        raise cannot_read(error) from None
     except OSError as error:
         raise cannot_write(directory, key, error) from None
 
@@ -122,10 +123,13 @@ def remove_empty(made: list[Path]) -> None:
                 empty.rmdir()
 
 
-def cannot_write(directory: object, key: str, error: OSError) -> Refused:
-    why = error.strerror or str(error)
-    remedy = "Make room" if error.errno == errno.ENOSPC else "Make it writable"
-    return Refused(f"{directory} cannot be written: {why}. {remedy}, or type {key}=DIRECTORY with one that can.")
+def cannot_write(directory: object, key: str, error: OSError) -> Refused | TrainingFailed:
+    """A refusal where somebody has to do something first: a failure, which a supervisor tries again, where not."""
+    what = f"{directory} cannot be written: {error.strerror or error}."
+    other = f"or type {key}=DIRECTORY with one that can."
+    if error.errno in PASSING:
+        return TrainingFailed(f"{what} Start the same command again when its storage works, {other}")
+    return Refused(f"{what} {'Make room' if error.errno in FULL else 'Make it writable'}, {other}")
 
 
 def bring_back(config: Config, start: Start, step: int) -> list[str]:
@@ -144,6 +148,8 @@ def bring_back(config: Config, start: Start, step: int) -> list[str]:
         run_dir = Path(config.run.dir)
         discarded, last = roll_back(run_dir, step, Path(config.checkpoint.dir) / SPARE)
         replace_file(run_dir / "config.yaml", as_yaml(config).encode())
+    except UnreadableError as error:
+        raise cannot_read(error) from error
     except OSError as error:
         raise cannot_write(config.run.dir, "run.dir", error) from error
     if aside:

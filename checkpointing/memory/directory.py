@@ -21,6 +21,7 @@ SECRET, LOCK, LOG = "keeper.secret", "keeper.lock", "keeper.log"
 RELEASE = "keeper.version"  # of the protocol that the keeper at work speaks
 SECRET_BYTES = 32
 FINISHED = "finished"  # the run needs no memory any more
+DELETE_AGAIN_S = (0.1, 1.0)  # before what could not be deleted is tried again
 _GONE = ".gone-"  # what is being deleted
 _START = "start-"  # a lock file of every start of the trainer; its ranks hold it while they live
 
@@ -106,7 +107,11 @@ def remove(root: Path) -> None:
     aside = root.parent / f"{_GONE}{secrets.token_hex(8)}"
     with suppress(FileNotFoundError):
         root.rename(aside)
-    _delete(aside)
+    for wait in (*DELETE_AGAIN_S, None):
+        _delete(aside)
+        if wait is None or not aside.exists():
+            break
+        time.sleep(wait)
     if root.parent == DEFAULT:
         with suppress(OSError):  # other runs of this user are there
             root.parent.rmdir()
@@ -116,10 +121,13 @@ def _delete(root: Path) -> None:
     """The mark goes last: cut short, what is left can still be told."""
     with suppress(OSError):
         for path in list(root.iterdir()):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.name != SECRET:
-                path.unlink(missing_ok=True)
+            with suppress(OSError):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != SECRET:
+                    path.unlink(missing_ok=True)
+        if {path.name for path in root.iterdir()} - {SECRET}:
+            return
         (root / SECRET).unlink(missing_ok=True)
         root.rmdir()
 

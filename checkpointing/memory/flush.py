@@ -19,7 +19,7 @@ from checkpointing.format import ABANDONED, COMMIT, MANIFEST, Manifest, digest
 from checkpointing.generations import check_files, check_writers, read, read_manifest
 from checkpointing.lease import Hold
 from checkpointing.memory.mapped import MappedStorage
-from checkpointing.storage import Buffer, FileStorage, Storage, make_directories, sync_directory
+from checkpointing.storage import Buffer, FileStorage, Storage, make_directories, named, sync_directory
 
 STEP_BYTES = 16 * 1024 * 1024  # written at a time: what a flush that is to stop still waits for
 PAGE = 4096
@@ -47,21 +47,22 @@ class DirectStorage(FileStorage):
     def put(self, name: str, chunks: Iterable[Buffer]) -> None:
         path = self._path(name)
         make_directories(path.parent)
-        descriptor = _open_direct(path)
-        try:
-            direct = True
-            for part in _parts(chunks):
-                self._check()
-                began = time.monotonic()
-                if direct and not _is_whole_pages(part):  # the end of a file
-                    _no_longer_direct(descriptor)
-                    direct = False
-                _write_all(descriptor, part)
-                if self._rate and (early := len(part) / self._rate - (time.monotonic() - began)) > 0:
-                    time.sleep(early)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with named(path):
+            descriptor = _open_direct(path)
+            try:
+                direct = True
+                for part in _parts(chunks):
+                    self._check()
+                    began = time.monotonic()
+                    if direct and not _is_whole_pages(part):  # the end of a file
+                        _no_longer_direct(descriptor)
+                        direct = False
+                    _write_all(descriptor, part)
+                    if self._rate and (early := len(part) / self._rate - (time.monotonic() - began)) > 0:
+                        time.sleep(early)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
         sync_directory(path.parent)
 
 

@@ -48,7 +48,7 @@ def assert_same_run(a: list[dict[str, Any]], b: list[dict[str, Any]], last: int,
         assert [row["step"] for row in run] == list(range(1, last + 1))
     assert [row["sample_ids"] for row in a] == [row["sample_ids"] for row in b]
     differences = [abs(x["loss"] - y["loss"]) for x, y in zip(a, b, strict=True)]
-    worst = max(differences)
+    worst: float = max(differences)
     assert worst <= tolerance, f"the losses of step {differences.index(worst) + 1} differ by {worst}"
     return worst
 
