@@ -24,7 +24,8 @@ from tests.harness.processes import kill_tree
 
 NAMES = [
     *("main_job", "overhead", "engines", "matrix", "checkpoint", "universal", "planning", "reads", "resident", "scale"),
-    *("memory", "kills", "lease", "crash", "fuzz", "methods", "reselections", "tuning", "daily", "peer_defects"),
+    *("memory", "kills", "lease", "crash", "storage_faults", "fuzz", "methods", "reselections", "tuning"),
+    *("daily", "peer_defects"),
 ]
 LIMIT_S, QUICK_LIMIT_S = 900.0, 60.0
 

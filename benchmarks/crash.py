@@ -1,10 +1,11 @@
-"""Crash consistency of `save`: after a kill or a power loss at any system call, the old generation or the new one.
+"""Crash consistency: after a kill or a power loss at any system call, what was before or what is meant to be.
 
     python -m benchmarks.crash [--json] [--ranks N] [--samples N] [--seed N] [--break sync|order]
 
 Ranks that save a second generation are recorded by strace. For every prefix of their merged operations, the states that
 a crash there may leave are built by `crash_model` and given to the real `load`. Two controls, wrong on purpose, must be
 found out: a save that syncs nothing, and one that writes COMMIT before shards. `--break` runs only that control.
+Then the same of what else a run does to its files (`crash_actions`), each with its control that syncs nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pathlib import Path
 import torch
 import xxhash
 
+from benchmarks.crash_actions import ACTIONS, action, record_actions
+from benchmarks.crash_actions import Judge as ActionJudge
 from benchmarks.crash_model import History, crash_states
 from benchmarks.crash_ranks import (
     COMMIT_FIRST,
@@ -105,7 +108,12 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and tensor_bytes(a) == tensor_bytes(b)
 
 
-def campaign(recording: Recording, samples: int, seed: int = 0) -> Result:
+def campaign(
+    recording: Recording,
+    samples: int,
+    seed: int = 0,
+    judge: Judge | ActionJudge | None = None,
+) -> Result:
     """Crash after every prefix of a recording, and judge all that may be left."""
     history = History(recording.start, recording.operations)
     if (replayed := history.end.listing()) != (found := recording.end.listing()):
@@ -114,7 +122,7 @@ def campaign(recording: Recording, samples: int, seed: int = 0) -> Result:
     returned = [at for at, operation in enumerate(history.operations) if operation.kind == "returned"]
     if len(returned) != recording.num_ranks:
         raise ValueError(f"save returned on {len(returned)} of {recording.num_ranks} ranks")
-    judge, rng = Judge(), random.Random(seed)
+    judge, rng = judge or Judge(), random.Random(seed)
     num_states = 0
     violations = []
     with _quiet():
@@ -122,8 +130,7 @@ def campaign(recording: Recording, samples: int, seed: int = 0) -> Result:
             for how, disk in crash_states(history, length, samples, rng):
                 num_states += 1
                 outcome = judge.outcome(disk.listing())
-                promised = ("new",) if length > returned[0] else ("old", "new")
-                if outcome not in promised:
+                if outcome not in (("new",) if length > returned[0] else ("old", "new")):
                     last = history.operations[length - 1] if length else "nothing"
                     violations.append(f"after {length} operations, the last {last}; {how}: {outcome}")
     return Result(len(history.operations), length + 1, num_states, judge.outcomes, tuple(violations))
@@ -159,6 +166,32 @@ def run(num_ranks: int, cases: Sequence[str], samples: int, seed: int) -> dict[s
         return {case: campaign(recording, samples, seed) for case, recording in recordings.items()}
 
 
+def run_actions(samples: int, seed: int) -> dict[str, Result]:
+    with tempfile.TemporaryDirectory() as directory:
+        top = Path(directory).resolve()
+        cases = [case for name in ACTIONS for case in (name, f"{name}.{WITHOUT_SYNC}")]
+        recordings = record_actions(top, cases)
+        return {
+            case: campaign(recording, samples, seed, ActionJudge(action(top, case)))
+            for case, recording in recordings.items()
+        }
+
+
+def rows_of_actions(results: dict[str, Result]) -> list[Row]:
+    ours = {case: result for case, result in results.items() if case in ACTIONS}
+    missed = [case for case, result in results.items() if case not in ACTIONS and not result.violations]
+    found = [
+        absolute(f"violations, {case}", "", len(result.violations), better="lower", bar=0)
+        for case, result in ours.items()
+    ]
+    distinct = sum(result.num_distinct for result in ours.values())
+    return [
+        absolute("distinct states judged, of what else a run does", "", distinct, better="higher", bar=10 * len(ours)),
+        *found,
+        absolute("of these, without syncs and not found out", "", len(missed), better="lower", bar=0),
+    ]
+
+
 QUICK = {"samples": 2}
 
 
@@ -179,7 +212,11 @@ def main() -> int:
         print(f"{CASES[case]}: {result.num_states} states built; {result.outcomes}", file=sys.stderr)
         for violation in result.violations[:5]:
             print(f"  {violation}", file=sys.stderr)
+    others = {} if arguments.broken else run_actions(arguments.samples, arguments.seed)
+    for case, result in others.items():
+        print(f"{case}: {result.num_states} states built; {result.outcomes}", file=sys.stderr)
     table = [row for case, result in results.items() for row in rows(case, arguments.ranks, result)]
+    table += rows_of_actions(others) if others else []
     return finish("crash", table, as_json=arguments.json)
 
 

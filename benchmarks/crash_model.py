@@ -43,7 +43,7 @@ class Operation:
 @dataclass(frozen=True, slots=True)
 class Write:
     inode: int
-    at: int | None
+    at: int
     data: bytes  # may be empty: then the file only grows to `at`, by zeros
 
     @property
@@ -133,9 +133,8 @@ class Disk:
                     del content(inode)[size:]
                 case Write(inode, at, data):
                     file = content(inode)
-                    start = len(file) if at is None else at
-                    _grow(file, start)
-                    file[start : start + len(data)] = data
+                    _grow(file, at)
+                    file[at : at + len(data)] = data
         return Disk(directories, {**self.contents, **{inode: bytes(data) for inode, data in written.items()}})
 
 
@@ -162,6 +161,7 @@ class History:
         self._directories = {inode: dict(entries) for inode, entries in start.directories.items()}
         self._new = itertools.count(max([*start.directories, *start.contents]) + 1)
         self._created: set[int] = set()
+        self._sizes = {inode: len(content) for inode, content in start.contents.items()}
         self._deleted: dict[str, int] = {}  # by their last path: they may be open and written still
         changes = []
         syncs = []
@@ -206,7 +206,7 @@ class History:
         path = operation.path
         match operation.kind:
             case "open" if self._exists(path):
-                return Resize(self._find(path), 0) if operation.truncate else None
+                return self._resized(self._find(path), 0) if operation.truncate else None
             case "open":
                 self._created.add(inode := next(self._new))
                 return Names((self._entry(path, inode),))
@@ -214,10 +214,14 @@ class History:
                 self._directories[inode := next(self._new)] = {}
                 return Names((self._entry(path, inode),))
             case "write":
-                return Write(self._find(path), operation.at, operation.data)
+                inode = self._find(path)
+                # What appends goes where the file ended then, whatever is lost of what was before it.
+                at = self._sizes.get(inode, 0) if operation.at is None else operation.at
+                self._sizes[inode] = max(self._sizes.get(inode, 0), at + len(operation.data))
+                return Write(inode, at, operation.data)
             case "resize":
                 assert operation.at is not None, "a size"
-                return Resize(self._find(path), operation.at)
+                return self._resized(self._find(path), operation.at)
             case "link":
                 return Names((self._entry(operation.other, self._find(path)),))
             case "rename":
@@ -226,6 +230,10 @@ class History:
                 self._deleted[path] = self._find(path)
                 return Names((self._entry(path, None),))
         return None
+
+    def _resized(self, inode: int, size: int) -> Resize:
+        self._sizes[inode] = size
+        return Resize(inode, size)
 
     def _follow(self, change: Change) -> None:
         if isinstance(change, Names):
@@ -274,20 +282,18 @@ def crash_states(history: History, length: int, samples: int, rng: random.Random
 def _zeros(change: Change) -> Change:
     if not isinstance(change, Write):
         return change
-    if change.at is None:
-        return Write(change.inode, None, bytes(len(change.data)))
     return Write(change.inode, change.at + len(change.data), b"")
 
 
 def torn(write: Write, rng: random.Random) -> list[Change]:
     """A write of which only some sectors reached the disk: the first ones, with or without the new size, or any."""
     grain = rng.choice(SECTORS)
-    first = -(write.at or 0) % grain  # sectors are those of the file, wherever the write begins
+    first = -write.at % grain  # sectors are those of the file, wherever the write begins
     cuts = sorted({0, *range(first, len(write.data), grain), len(write.data)})
     parts = list(itertools.pairwise(cuts))
     reached = rng.randint(0, len(parts))
     kind = rng.choice(("cut short", "zeros behind", "holes"))
-    if write.at is None or kind == "cut short":
+    if kind == "cut short":
         return [Write(write.inode, write.at, write.data[: cuts[min(reached, len(cuts) - 1)]])]
     parts = parts[:reached] if kind == "zeros behind" else [part for part in parts if rng.random() < 0.5]
     kept: list[Change] = [Write(write.inode, write.at + len(write.data), b"")]

@@ -13,8 +13,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -124,16 +125,26 @@ def why_no_strace() -> str | None:
     return f"strace does not work here: {tried.stderr.strip()}" if tried.returncode else None
 
 
-def record(top: Path, num_ranks: int, cases: Sequence[str]) -> dict[str, Recording]:
+def save_old(directory: Path) -> None:
+    save_step(OLD, directory, Team())
+
+
+def record(
+    top: Path,
+    num_ranks: int,
+    cases: Sequence[str],
+    prepare: Callable[[Path], None] = save_old,
+    module: str = "benchmarks.crash_ranks",
+) -> dict[str, Recording]:
     """Save once in every case, all cases in the same processes, and read their traces."""
     top = top.resolve()
     starts = {}
     for case in cases:
-        save_step(OLD, top / case, Team())
+        prepare(top / case)
         starts[case] = Disk.at(top / case)
         (top / "returned" / case).mkdir(parents=True)
     traces = [top / f"trace-{rank}" for rank in range(num_ranks)]
-    _run_ranks(top, traces, cases)
+    _run_ranks(top, traces, cases, module)
     found = [op for rank, trace in enumerate(traces) for op in operations(trace.read_text(), top, rank)]
     recordings = {}
     for case in cases:
@@ -143,26 +154,24 @@ def record(top: Path, num_ranks: int, cases: Sequence[str]) -> dict[str, Recordi
     return recordings
 
 
-def _run_ranks(top: Path, traces: Sequence[Path], cases: Sequence[str]) -> None:
+def _run_ranks(top: Path, traces: Sequence[Path], cases: Sequence[str], module: str) -> None:
     """Start every rank and wait; if one fails or the time is up, none is left."""
     port = str(free_port())
     processes = []
-    errors = [top / f"errors-{rank}" for rank in range(len(traces))]
+    errors = [tempfile.TemporaryFile() for _ in traces]  # noqa: SIM115  # not below `top`, where all is recorded
     try:
         for rank, (trace, error) in enumerate(zip(traces, errors, strict=True)):
-            module = [sys.executable, "-m", __name__ if __name__ != "__main__" else "benchmarks.crash_ranks"]
             arguments = [str(top), str(rank), str(len(traces)), port, *cases]
-            with error.open("wb") as output:
-                processes.append(
-                    subprocess.Popen(
-                        ["strace", *OPTIONS, "-o", str(trace), *module, *arguments],
-                        cwd=ROOT,
-                        env={**os.environ, "OMP_NUM_THREADS": "1"},
-                        stdout=output,
-                        stderr=output,
-                        start_new_session=True,
-                    )
+            processes.append(
+                subprocess.Popen(
+                    ["strace", *OPTIONS, "-o", str(trace), sys.executable, "-m", module, *arguments],
+                    cwd=ROOT,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    stdout=error,
+                    stderr=error,
+                    start_new_session=True,
                 )
+            )
         deadline = time.monotonic() + WAIT_S
         while any(process.poll() is None for process in processes):
             if any(process.returncode for process in processes) or time.monotonic() > deadline:
@@ -173,9 +182,12 @@ def _run_ranks(top: Path, traces: Sequence[Path], cases: Sequence[str]) -> None:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # strace and what it traces
             process.wait()
-    for rank, process in enumerate(processes):
+    for rank, (process, error) in enumerate(zip(processes, errors, strict=True)):
+        error.seek(0)
+        said = error.read().decode(errors="replace")
+        error.close()
         if process.returncode:
-            raise RuntimeError(f"rank {rank} ended with {process.returncode}:\n{errors[rank].read_text()[-4000:]}")
+            raise RuntimeError(f"rank {rank} ended with {process.returncode}:\n{said[-4000:]}")
 
 
 def main(top: str, rank: str, size: str, port: str, *cases: str) -> None:

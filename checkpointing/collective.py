@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from checkpointing import errors
 from checkpointing.errors import CheckpointError, LostError, PeerError
+from checkpointing.patience import finish, patient_group, working
 
 FRAME = 512  # bytes that travel with their length: most texts are short, and need one exchange rather than two
 
@@ -53,7 +55,11 @@ def take_back() -> None:
 
 
 class Team:
-    """The ranks of a process group, or this process alone where there is none."""
+    """The ranks of a process group, or this process alone where there is none.
+
+    Of the default group a rank waits for others as long as they get on (`patience.py`); of one that is given, as long
+    as that one's timeout.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
@@ -61,8 +67,10 @@ class Team:
         self.rank = 0 if self.alone else dist.get_rank(group)
         self.size = 1 if self.alone else dist.get_world_size(group)
 
-    def together(self, action: Callable[[], Any]) -> list[Any]:
+    def together(self, action: Callable[[], Any], *, long: bool = False) -> list[Any]:
         """Run `action` on every rank; return every rank's result, in the order of the ranks.
+
+        One that reads or writes much, or waits for a storage, is `long`: then the others wait as long as it gets on.
 
         Results travel as JSON. If `action` raises anywhere, every rank raises, and all for the same reason, so that
         they go the same way afterwards: the lowest rank that failed its own exception, the others one of the same
@@ -70,8 +78,10 @@ class Team:
         each other: then none knows how the others went on.
         """
         failure = None
+        self._exchanging()  # a group that is not there yet is made while nobody is slow
         try:
-            mine = json.dumps({"value": action()})
+            with working() if long else nullcontext():
+                mine = json.dumps({"value": action()})
         except Exception as error:  # whatever it is, the others must hear of it before it goes on
             failure = error
             mine = json.dumps({"kind": type(failure).__name__, "why": str(failure)})
@@ -155,8 +165,21 @@ class Team:
         whole = mine.new_empty(self.size, len(data))
         rows = list(whole)
         _lend(mine, *rows)
-        dist.all_gather(rows, mine, group=self.group)
+        self._finish(dist.all_gather(rows, mine, group=self._exchanging(), async_op=True))
         return [bytes(row) for row in whole.cpu().numpy()]
+
+    @property
+    def _is_patient(self) -> bool:
+        return self.size > 1 and self.group is None and "cpu" in dist.get_backend_config()
+
+    def _exchanging(self) -> dist.ProcessGroup | None:
+        return patient_group() if self._is_patient else self.group
+
+    def _finish(self, work: Any) -> None:
+        if self._is_patient:
+            finish(work, self.rank, self.size)
+        else:
+            work.wait()
 
     def _device(self) -> torch.device:
         """A device whose tensors this group can gather: the CPU wherever the group has a backend for it."""

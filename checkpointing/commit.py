@@ -81,7 +81,11 @@ def save(
     if check_replicas:
         replicas.check_replicas(team, plan, mine.pieces)
     written = replicas.averaged(team, plan, mine.pieces)
-    start = SaveStart(**team.together(lambda: asdict(begin_save(storage, incarnation)) if team.rank == 0 else None)[0])
+
+    def begin() -> dict[str, Any] | None:
+        return asdict(begin_save(storage, incarnation)) if team.rank == 0 else None
+
+    start = SaveStart(**team.together(begin, long=True)[0])
     name = generation_name(step, start.save_id)
 
     def prepare() -> dict[str, Any] | None:
@@ -111,10 +115,10 @@ def save(
             opened.enter_context(Hold(storage, name, "write"))
 
     with ExitStack() as opened:
-        team.together(hold)
+        team.together(hold, long=True)
         try:
-            prepared = [as_writer(record) for record in team.together(prepare) if record is not None]
-            team.together(lambda: commit(prepared) if team.rank == 0 else None)
+            prepared = [as_writer(record) for record in team.together(prepare, long=True) if record is not None]
+            team.together(lambda: commit(prepared) if team.rank == 0 else None, long=True)
         except LostError:
             raise  # rank 0 may commit what this rank wrote; if not, it is cleared away as a leftover
         except Exception:

@@ -22,7 +22,7 @@ from checkpointing.errors import LayoutError, MismatchError, NotFoundError, firs
 from checkpointing.format import DTYPE_NAMES, DTYPES
 from checkpointing.hub_names import Place, are_fused, hub_names, whole
 from checkpointing.reader import GenerationReader
-from checkpointing.storage import Buffer, write_behind
+from checkpointing.storage import Buffer, sync_directory, write_behind
 from checkpointing.stream import read_each, read_whole
 from checkpointing.tensors import tensor_bytes
 
@@ -73,7 +73,7 @@ def export_hugging_face(
         if not single:
             where = {name: file for file, held in zip(names, files, strict=True) for name in held}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
-            (draft / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+            _write(draft / "model.safetensors.index.json", json.dumps(index, indent=2))
         _describe(description, draft, dtype or DTYPES[reader.manifest.tensors[stored[0]].dtype])
     return sum(place.box.numel for place in tensors.values())
 
@@ -130,6 +130,7 @@ def export_torch(reader: GenerationReader, file: Path, *, dtype: torch.dtype | N
         with open(draft, "rb") as written:
             os.fsync(written.fileno())
         draft.replace(file)
+        sync_directory(file.absolute().parent)
     finally:
         draft.unlink(missing_ok=True)
     return sum(state[_bare(name)].numel() for name in tensors)
@@ -205,7 +206,7 @@ def _write_file(reader: GenerationReader, path: Path, tensors: dict[str, Place],
 
 @contextmanager
 def whole_directory(directory: Path) -> Iterator[Path]:
-    """A directory beside it, which takes its place when all of it is written."""
+    """A directory beside it, which takes its place when all of it is written, durably."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise LayoutError(f"{directory} is there already and not empty. Give another directory, or remove it.")
     directory = directory.absolute()
@@ -214,9 +215,11 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     draft.mkdir()
     try:
         yield draft
+        sync_directory(draft)
         if directory.exists():
             directory.rmdir()
         draft.rename(directory)
+        sync_directory(directory.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -224,9 +227,30 @@ def whole_directory(directory: Path) -> Iterator[Path]:
 def _describe(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Copy everything but weights, and have config.json say what the weights are."""
     for path in source.iterdir():
-        if path.is_file() and not any(path.match(pattern) for pattern in WEIGHTS):
-            shutil.copyfile(path, target / path.name)
+        if not path.is_file() or any(path.match(pattern) for pattern in WEIGHTS):
+            continue
+        if leads_out(path):
+            logger.warning("%s is a link to a file elsewhere, and is not copied", path)
+            continue
+        with open(path, "rb") as file, open(target / path.name, "wb") as copy:
+            shutil.copyfileobj(file, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write(target / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def leads_out(path: Path) -> bool:
+    """Whether a file of a directory is a link to one outside of it, which the store of the hub's cache is not."""
+    home, file = path.parent.resolve(), path.resolve()
+    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    return not any(file.is_relative_to(one) for one in homes)
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -76,7 +76,7 @@ def load(
                 held.enter_context(hold(storages[number], name))
                 return number, name
 
-            number, name = team.together(lambda: choose() if team.rank == 0 else None)[0]
+            number, name = team.together(lambda: choose() if team.rank == 0 else None, long=True)[0]
             storage = storages[number]
             if team.rank and isinstance(storage, MappedStorage) and storage.root.is_dir():  # each node has its own
                 held.enter_context(hold(storage, name))
@@ -100,7 +100,7 @@ def load(
 def _read_together(team: Team, storage: Storage, name: str) -> Manifest:
     """All ranks read it, or all fail."""
     found: list[Manifest] = []
-    team.together(lambda: found.append(read_manifest(storage, name)))
+    team.together(lambda: found.append(read_manifest(storage, name)), long=True)
     return found[0]
 
 
@@ -226,7 +226,7 @@ def _load_one(team: Team, storage: Storage, name: str, wanted: _Wanted, budget: 
         check_complete(pieces, manifest, wanted.cast)
         rows = layout_rows(pieces) if wanted.only is None else []
 
-    team.together(open_and_check)
+    team.together(open_and_check, long=True)
     assert reader is not None
     opened = reader
     if wanted.only is None:
@@ -237,7 +237,7 @@ def _load_one(team: Team, storage: Storage, name: str, wanted: _Wanted, budget: 
         _fill(opened, pieces)
         objects.update(opened.objects)  # read here, where a failure is told to all
 
-    team.together(fill)
+    team.together(fill, long=True)
     return objects
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -25,7 +26,7 @@ from trainer.errors import Refused
 # A machine that is lost is noticed after three heartbeats; one that comes late is waited for this long.
 MEET_S = 60.0  # how long a machine may be out of reach, as one that still boots
 PROBE_S = 10.0  # one of us answers at once
-RENDEZVOUS = "join_timeout=600,last_call_timeout=15,keep_alive_interval=3,keep_alive_max_attempt=3"
+RENDEZVOUS = "last_call_timeout=15,keep_alive_interval=3,keep_alive_max_attempt=3"
 
 
 def check(call: Call) -> None:
@@ -67,7 +68,8 @@ def plan(call: Call) -> Command:
     where = ["--standalone"]
     if options.endpoint:
         where = ["--rdzv-backend=c10d", f"--rdzv-endpoint={options.endpoint}", f"--rdzv-id={options.job}"]
-        where += [f"--rdzv-conf={RENDEZVOUS}", f"--nnodes={least}:{most}"]
+        join = f"join_timeout={math.ceil(call.config.elastic.join_s)}"
+        where += [f"--rdzv-conf={join},{RENDEZVOUS}", f"--nnodes={least}:{most}"]
     rest = [f"--nproc-per-node={options.nproc}", f"--max-restarts={options.restarts}", "--monitor-interval=1"]
     rest += [f"--log-dir={options.log_dir}", "--tee=3"]
     rest += patient(call.config.elastic.signal, grace_s)

@@ -133,6 +133,7 @@ class Memory:
     every: int = option(0, low=0)  # steps; 1: every step; 0: none, and what is durable is saved while training waits
     dir: str = ""  # on a tmpfs, of this user alone; empty: a directory of the run under /dev/shm
     keep_s: float = option(3600, low=1)  # seconds that the memory stays when the run does not come back
+    start_s: float = option(60, low=1)  # that the process that keeps it may take to start
     flush_rate: float = option(0, low=0)  # bytes a second at most from memory to checkpoint.dir; 0: as fast as it goes
     check_fence: bool = False  # find writes to the state while it is copied, at twice the price of a snapshot
 
@@ -151,10 +152,13 @@ class Checkpoint:
 
 @dataclass
 class Elastic:
-    """What happens when this run is told that its machines will be taken away."""
+    """How long others are waited for, and what happens when machines will be taken away."""
 
     grace_s: float = option(30, low=0)  # from the warning to the end: time to finish a step and to save it
     signal: str = "USR1"  # warns, as SIGTERM always does
+    timeout_s: float = option(600, low=1)  # of a collective of the training, and of a process that says nothing
+    patience_s: float = option(3600, low=1)  # that one may move no byte while it saves or loads: its storage hangs
+    join_s: float = option(600, low=1)  # that machines may take to meet, where several are started by torchrun
 
 
 class Tracker(Enum):

@@ -27,6 +27,7 @@ from checkpointing.memory import Snapshotter
 from checkpointing.memory.client import ensure_keeper
 from checkpointing.memory.directory import why_not_private
 from checkpointing.memory.mapped import MappedStorage
+from checkpointing.patience import PATIENCE
 from checkpointing.storage import FileStorage
 from trainer.config import Compute, Config, Implementation
 from trainer.data.conversations import chosen_template
@@ -124,7 +125,10 @@ def run(config: Config, before_step: Callable[[int], None] | None = None) -> int
 def joined(job: Job, preemption: Preemption) -> Iterator[None]:
     """The processes joined. One that is told to end before that ends at once where another one has failed already."""
     preemption.ends_at_once = has_failed
-    with process_group(job.world, job.device, alone=job.config.parallel.uses_deepspeed):
+    options = job.config.elastic
+    PATIENCE.seconds = options.patience_s
+    alone = job.config.parallel.uses_deepspeed
+    with process_group(job.world, job.device, alone=alone, timeout_s=options.timeout_s):
         preemption.ends_at_once = lambda: False
         yield
 
@@ -146,7 +150,7 @@ def begin_together(job: Job, plan: list[tuple[str, str]], held: ExitStack) -> tu
                 return str(error)
         return None
 
-    why = Team().together(begin)[0]
+    why = Team().together(begin, long=True)[0]
     if why is not None:
         raise refused[0] if refused else AlsoRefused(why)
     return start, leases
@@ -461,6 +465,7 @@ def take_snapshots(
             run_id=run_id,
             incarnation=incarnation,
             keep_s=options.keep_s,
+            start_s=options.start_s,
             rate=options.flush_rate,
             check_fence=options.check_fence,
             lease=None if leases is None else leases.checkpoints,

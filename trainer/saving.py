@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 FATAL = (LeaseHeldError, LostError, LayoutError, MismatchError, ReplicaError)  # the next save would fail as well
 LAST_WAITS_S = (1.0, 5.0, 20.0)  # before the last step is tried again
-LAST_S = 600.0  # how long the last step may take from memory to the disk, before it is saved while the run waits
 
 
 @dataclass
@@ -114,7 +113,7 @@ class Saver:
         if self.snapshots is None or self.durable_step == done.step:
             return
         self.settle()
-        self.snapshots.wait_durable(LAST_S)
+        self.snapshots.wait_durable(self.config.elastic.patience_s)
         for one in self.snapshots.durables():
             self._report_durable(one)
         if not all(Team().together(lambda: self.durable_step == done.step)):
@@ -172,7 +171,7 @@ class Saver:
         for wait in (*again, None) if must else (None,):
             began = time.perf_counter()
             try:
-                Team().together(self._make_sure)
+                Team().together(self._make_sure, long=True)
                 generation = self._save(done, metrics)
             except FATAL as error:
                 if isinstance(error, LeaseHeldError):
@@ -225,7 +224,7 @@ class Saver:
         The last step is snapshotted all the same, and saved when the run waits for it.
         """
         try:
-            Team().together(self._make_sure)
+            Team().together(self._make_sure, long=True)
         except FATAL:
             raise
         except (CheckpointError, OSError) as error:

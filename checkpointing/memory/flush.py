@@ -23,7 +23,7 @@ from checkpointing.storage import Buffer, FileStorage, Storage, make_directories
 
 STEP_BYTES = 16 * 1024 * 1024  # written at a time: what a flush that is to stop still waits for
 PAGE = 4096
-WAIT_S = 600.0  # for the other nodes' parts of a generation
+WAIT_S = 600.0  # while nothing is written of the other nodes' parts of a generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,24 +183,39 @@ def _tell(durable: Storage, manifest: Manifest, nodes: Nodes) -> None:
 
 def _gather(durable: Storage, manifest: Manifest, nodes: Nodes, wait_s: float, check: Callable[[], None]) -> Manifest:
     """The manifest of what all nodes wrote. For the first node."""
-    deadline = time.monotonic() + wait_s
-    while len(told := _listed(durable, manifest, "prepared-")) < nodes.count:
-        check()
-        if time.monotonic() > deadline:
-            raise CheckpointError(
-                f"{manifest.generation}: the other nodes did not write their parts within {wait_s:.0f} s"
-            )
-        time.sleep(0.05)
-    return _together(durable, manifest, told)
+
+    def told() -> list[str]:
+        found = _listed(durable, manifest, "prepared-")
+        return found if len(found) == nodes.count else []
+
+    why = f"the other nodes wrote nothing of their parts for {wait_s:.0f} s"
+    return _together(durable, manifest, _awaited(durable, manifest, told, wait_s, check, why))
 
 
 def _wait_for_commit(durable: Storage, manifest: Manifest, wait_s: float, check: Callable[[], None]) -> None:
-    deadline = time.monotonic() + wait_s
-    while not _listed(durable, manifest, COMMIT):
+    why = f"nothing was written of it for {wait_s:.0f} s, and the first node did not commit it"
+    _awaited(durable, manifest, lambda: _listed(durable, manifest, COMMIT), wait_s, check, why)
+
+
+def _awaited(
+    durable: Storage,
+    manifest: Manifest,
+    look: Callable[[], list[str]],
+    wait_s: float,
+    check: Callable[[], None],
+    why: str,
+) -> list[str]:
+    """What `look` finds; it is waited for as long as files of the generation come and grow."""
+    seen, since = dict[str, int](), time.monotonic()
+    while not (found := look()):
         check()
-        if time.monotonic() > deadline:
-            raise CheckpointError(f"{manifest.generation}: the first node did not commit it within {wait_s:.0f} s")
+        files, now = durable.list(f"{manifest.generation}/"), time.monotonic()
+        if files != seen:
+            seen, since = files, now
+        elif now - since > wait_s:
+            raise CheckpointError(f"{manifest.generation}: {why}")
         time.sleep(0.05)
+    return found
 
 
 def _together(durable: Storage, manifest: Manifest, told: list[str]) -> Manifest:

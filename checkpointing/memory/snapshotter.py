@@ -72,6 +72,7 @@ class Snapshotter:
         incarnation: int | None = None,
         arenas: int = 3,
         keep_s: float = KEEP_S,
+        start_s: float = START_S,
         rate: float = 0,
         check_fence: bool = False,
         lease: Lease | None = None,
@@ -79,7 +80,7 @@ class Snapshotter:
         self._team = team = as_team(group)
         self._directory = None if directory is None else Path(directory).resolve()
         self.memory = Path(memory).resolve()  # the keeper has a working directory of its own
-        self._run_id, self._arenas = run_id, arenas
+        self._run_id, self._arenas, self._start_s = run_id, arenas, start_s
         self.check_fence = check_fence
         self.keeper_pid = 0
         self.blocked_s = 0.0  # that training waited for snapshots, in all
@@ -89,7 +90,7 @@ class Snapshotter:
         self._local = [rank for rank, place in enumerate(places) if place == places[team.rank]]
         self._first = team.rank == self._local[0]
         team.together(lambda: make_directory(self.memory) and None)  # its secret does not travel
-        session, start = team.together(lambda: self._look(incarnation) if team.rank == 0 else None)[0]
+        session, start = team.together(lambda: self._look(incarnation) if team.rank == 0 else None, long=True)[0]
         self._session, self._start = session, start
         self._serial, self._parent = start["serial"] - 1, start["parent"]
         self._everywhere = 0  # the last serial that was committed on all nodes
@@ -124,7 +125,7 @@ class Snapshotter:
         self._copier = Copier(self.memory, team.rank, self._first, self._shards, self._client)
         self._client.start()
         try:
-            team.together(self._wait_for_keeper)
+            team.together(self._wait_for_keeper, long=True)
         except BaseException:
             self.close()
             raise
@@ -138,10 +139,10 @@ class Snapshotter:
         return secrets.token_hex(16), asdict(max(starts, key=lambda start: start.serial))
 
     def _wait_for_keeper(self) -> None:
-        if not self._client.connected.wait(START_S):
+        if not self._client.connected.wait(self._start_s):
             raise CheckpointError(
-                f"the keeper of {self.memory} does not answer. What it last said is in {self.memory / LOG}; "
-                "kill it if it hangs, and start the run again."
+                f"the keeper of {self.memory} did not answer within {self._start_s:g} s. What it last said is in "
+                f"{self.memory / LOG}; kill it if it hangs, and start the run again."
             )
 
     # The run's thread.

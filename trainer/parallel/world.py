@@ -59,7 +59,7 @@ def pick_device(world: World) -> torch.device:
 
 
 @contextmanager
-def process_group(world: World, device: torch.device, *, alone: bool = False) -> Iterator[None]:
+def process_group(world: World, device: torch.device, *, alone: bool = False, timeout_s: float = 600) -> Iterator[None]:
     """The processes joined for the time of the context; one alone has nothing to join, unless a group is needed."""
     if world.size == 1 and not alone:
         yield
@@ -70,9 +70,9 @@ def process_group(world: World, device: torch.device, *, alone: bool = False) ->
     elif device.type == "cuda":
         torch.cuda.set_device(device)
         # gloo beside nccl carries what lies on the CPU, such as a checkpoint's plans.
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=10), device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=timeout_s / 60), device_id=device)
     else:
-        dist.init_process_group("gloo", timeout=timedelta(minutes=10))
+        dist.init_process_group("gloo", timeout=timedelta(minutes=timeout_s / 60))
     try:
         yield
     finally:

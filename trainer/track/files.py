@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from checkpointing.storage import open_file, replace_file
+from checkpointing.storage import open_file, replace_file, sync_directory
 
 logger = logging.getLogger(__name__)
 
+APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # no link, and no pipe
 LINES_HELD = 1000  # lines that are not durable yet, before the disk is asked to make them so
 
 
@@ -35,6 +36,7 @@ class JsonLines:
         self._rest = bytearray()  # the end of `lines`, which is not in the file yet
         self._suspect = False  # whether the file may lack what was written since the last sync
         self._failing = False
+        self._has_name = False  # durably
         self._try_to(self._open)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -48,6 +50,9 @@ class JsonLines:
         self._append()
         try:
             os.fsync(self._open())
+            if not self._has_name:
+                sync_directory(self.path.parent)  # a file that is new is lost with its name
+                self._has_name = True
         except OSError:
             self._suspect = True
             raise
@@ -66,8 +71,7 @@ class JsonLines:
         if self._descriptor is None:
             if self.path.exists():
                 _drop_torn_end(self.path)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            self._descriptor = os.open(self.path, flags, 0o666)
+            self._descriptor = os.open(self.path, APPEND, 0o666)
             self._durable = os.fstat(self._descriptor).st_size
         return self._descriptor
 
@@ -211,19 +215,25 @@ def roll_back(run_dir: Path, step: int, spare: Path | None = None) -> tuple[int,
         elif number is not None and number > step and number not in known:
             discarded.append(line)
     if discarded:
-        with open(run_dir / "metrics.discarded.jsonl", "ab") as file:
-            file.writelines(discarded)
-            file.flush()
-            os.fsync(file.fileno())
+        _add(run_dir / "metrics.discarded.jsonl", discarded)
         os.truncate(path, kept_bytes)
-    if home:
-        with open(path, "ab") as file:
-            file.writelines(home)
-            file.flush()
-            os.fsync(file.fileno())
-    if spare is not None:
-        spare.unlink(missing_ok=True)
+    if discarded or home:
+        _add(path, home)
+    if spare is not None and spare.exists():
+        spare.unlink()
+        sync_directory(spare.parent)
     return len(discarded), last
+
+
+def _add(path: Path, lines: list[bytes]) -> None:
+    """Append lines to a file, which is durable with its name and its size when this returns."""
+    if path.exists():
+        _drop_torn_end(path)
+    with os.fdopen(os.open(path, APPEND, 0o666), "ab") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(path.parent)
 
 
 def _step_of(line: bytes) -> int | None:

@@ -105,9 +105,26 @@ def test_what_a_node_tells_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> 
 
 def test_a_node_that_does_not_come_means_no_commit(tmp_path: Path) -> None:
     name = split_over_nodes(tmp_path)
-    with pytest.raises(CheckpointError, match="the other nodes did not write their parts"):
+    with pytest.raises(CheckpointError, match=r"the other nodes wrote nothing of their parts for 0 s"):
         flush(MappedStorage(tmp_path / "node-0"), FileStorage(tmp_path / "disk"), name, Nodes(0, 2), 0.2)
     assert not candidates(FileStorage(tmp_path / "disk"))
+
+
+def test_a_node_that_is_slow_is_waited_for_as_long_as_it_writes(tmp_path: Path) -> None:
+    name, disk = split_over_nodes(tmp_path), FileStorage(tmp_path / "disk")
+    came = threading.Event()
+
+    def other() -> int:
+        for part in range(20):  # for longer than the first waits for a node that writes nothing
+            disk.put(f"{name}/shard-00001.safetensors", [b"x" * (part + 1)])
+            time.sleep(0.05)
+        came.set()
+        return flush(MappedStorage(tmp_path / "node-1"), disk, name, Nodes(1, 2), 30)
+
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(other)
+        assert flush(MappedStorage(tmp_path / "node-0"), disk, name, Nodes(0, 2), 0.5) > 0
+        assert came.is_set() and second.result(60) > 0
 
 
 def test_a_part_is_never_committed_as_the_whole(tmp_path: Path) -> None:
