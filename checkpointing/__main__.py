@@ -38,6 +38,7 @@ from checkpointing.foreign import IMPORTED, describe_foreign
 from checkpointing.format import DTYPES
 from checkpointing.generations import Generation, check_readable, scan
 from checkpointing.lease import hold
+from checkpointing.printing import printable_output
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
 from checkpointing.tensors import scalar_from_hex
@@ -90,6 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     arguments = parser.parse_args(argv)
+    with printable_output():
+        return _answer(arguments)
+
+
+def _answer(arguments: argparse.Namespace) -> int:
+    """The exit status; what went wrong is one paragraph."""
     try:
         status = run(arguments)
         sys.stdout.flush()

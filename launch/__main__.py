@@ -30,7 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.command not in TARGETS:
             listen_no_more()
-            return int(importlib.import_module(f"launch.{options.command}").main(options))
+            from checkpointing.printing import printable_output  # what they tell is what others have written
+
+            with printable_output():
+                return int(importlib.import_module(f"launch.{options.command}").main(options))
         return start(options, overrides)
     except Refused as error:
         print(f"launch: {error}", file=sys.stderr)

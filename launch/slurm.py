@@ -20,6 +20,7 @@ from launch.scheduler import OVER, ask, state_of, submit
 from trainer.choices import SlurmLaunch
 from trainer.config import Elastic
 from trainer.errors import Refused
+from trainer.inside import refuse_links
 
 TEMPLATE = Path(__file__).with_name("job.sbatch")
 ALLOWED = ("partition", "account", "qos")  # without which some clusters take no job
@@ -201,6 +202,8 @@ def hand_in(script: Script) -> str:
     """Write down what the job needs, and submit it; its number."""
     ask("sbatch", "--version")
     home = _home(script.runs) / "launch"
+    for call in script.runs:
+        refuse_links(Path(call.config.run.dir), Path(call.config.checkpoint.dir))
     for directory in dict.fromkeys([home, *(Path(call.config.run.dir).absolute() / "launch" for call in script.runs)]):
         _refuse_second(directory)
     path = home / "job.sbatch"

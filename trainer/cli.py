@@ -9,6 +9,7 @@ import time
 import warnings
 
 from checkpointing.errors import CheckpointError
+from checkpointing.printing import shown
 from trainer.elastic.preemption import listen_no_more, was_warned
 from trainer.errors import OF_STORAGE, AlsoRefused, Refused, TrainingFailed
 from trainer.outcome import Outcome, leave
@@ -97,5 +98,5 @@ def say(what: object, status: int) -> int:
             return status
         time.sleep(PATIENCE_S)
         what = f"local rank {rank}: {what}"
-    print(f"trainer: {what}", file=sys.stderr, flush=True)
+    print(f"trainer: {shown(str(what))}", file=sys.stderr, flush=True)
     return status

@@ -14,15 +14,15 @@ from typing import Any, NoReturn, TextIO
 class Lenient:
     """A stream that drops what cannot be written: a full disk under a log, or `| head`, is no reason not to train."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, translate: Callable[[str], str] = str) -> None:
+        self._stream, self._translate = stream, translate
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError):  # of one that was made for a file, and is a pipe now
                 stream.reconfigure(errors="backslashreplace")  # of letters that a terminal does not have
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
-            self._stream.write(text)
+            self._stream.write(self._translate(text))
         return len(text)
 
     def flush(self) -> None:
@@ -31,6 +31,14 @@ class Lenient:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _shown(text: str) -> str:
+    if all(letter.isprintable() or letter in "\t\n\r" for letter in text):
+        return text
+    from checkpointing.printing import shown  # which brings torch, and a launcher has none
+
+    return shown(text)
 
 
 def run_as_process(main: Callable[[], int]) -> NoReturn:
@@ -42,7 +50,8 @@ def run_as_process(main: Callable[[], int]) -> NoReturn:
     """
     status = 1  # of an exception that nobody caught
 
-    sys.stdout, sys.stderr = Lenient(sys.stdout), Lenient(sys.stderr)
+    # What steers a terminal is our own display's, on stdout.
+    sys.stdout, sys.stderr = Lenient(sys.stdout), Lenient(sys.stderr, _shown)
 
     def end() -> None:
         sys.stdout.flush()

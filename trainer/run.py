@@ -28,6 +28,7 @@ from checkpointing.memory.client import ensure_keeper
 from checkpointing.memory.directory import why_not_private
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.patience import PATIENCE
+from checkpointing.printing import shown
 from checkpointing.storage import FileStorage
 from trainer.config import Compute, Config, Implementation
 from trainer.data.conversations import chosen_template
@@ -206,7 +207,7 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
 
 def say_plan(config: Config, lines: list[tuple[str, str]]) -> None:
     print(f"{config.run.name} in {config.run.dir}")
-    print("\n".join(f"  {label:10} {text}" for label, text in lines), flush=True)
+    print("\n".join(f"  {label:10} {shown(text)}" for label, text in lines), flush=True)
 
 
 def train_together(job: Job, start: Start, leases: Leases | None, preemption: Preemption) -> int:
@@ -232,7 +233,9 @@ def train_together(job: Job, start: Start, leases: Leases | None, preemption: Pr
     if status == 0 and evaluation.writer is not None:
         text = evaluation.writer.last or evaluation.write()  # as of a run that was finished before
         if text is not None and job.world.rank == 0:
-            print(f"\nAfter this text the model writes:\n{text[0]}\n--- goes on ---\n{text[1]}", flush=True)
+            print(
+                f"\nAfter this text the model writes:\n{shown(text[0])}\n--- goes on ---\n{shown(text[1])}", flush=True
+            )
     return status
 
 
@@ -319,7 +322,7 @@ def train_and_finish(
     )[0]
     for line in come_back(config, start, done.step, world, memory):
         if world.rank == 0:
-            print(f"  {'start':10} {line}", flush=True)
+            print(f"  {'start':10} {shown(line)}", flush=True)
     if world.rank == 0:
         try:
             template = chosen_template(config.data)

@@ -19,6 +19,7 @@ from checkpointing.retention import clear_leftovers
 from checkpointing.storage import FileStorage, replace_file
 from trainer.config import Config, as_yaml
 from trainer.errors import FULL, PASSING, Refused, TrainingFailed
+from trainer.inside import refuse_links
 from trainer.parallel.world import World
 from trainer.resume import Start, cannot_read, own_tiers, turn_away_from
 from trainer.track.files import SPARE, roll_back
@@ -97,6 +98,7 @@ def _acquire(directory: str, key: str) -> Lease:
 
 def make_directories(config: Config) -> list[Path]:
     """Create what a run writes into, and see that it can be written; returns those that were not there."""
+    refuse_links(Path(config.run.dir), Path(config.checkpoint.dir))
     made = []
     for key, name in directories(config).items():
         directory = Path(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import time
@@ -33,6 +34,8 @@ from checkpointing.memory.messages import VERSION, Message
 from checkpointing.memory.room import check_room
 from checkpointing.plan import RankPlan
 from checkpointing.storage import FileStorage
+
+logger = logging.getLogger("checkpointing")
 
 START_S = 60.0  # that a keeper may take to start
 
@@ -325,7 +328,12 @@ class Snapshotter:
         if snapshot is not None:
             snapshot.settled.wait(SETTLE_S)
         if finished and self._first and self.memory.is_dir():
-            (self.memory / FINISHED).touch()
+            try:
+                (self.memory / FINISHED).touch()
+            except OSError as error:  # all that was to be kept is: the memory goes when its time is over
+                logger.warning(
+                    "%s is freed later: its keeper does not hear that the run has ended: %s", self.memory, error
+                )
         self._client.close()
         self._shards.close()
         self._alive.close()

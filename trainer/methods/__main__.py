@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from checkpointing import CheckpointError, parameter_names
+from checkpointing.printing import printable_output
 from trainer.errors import Refused
 from trainer.methods.deltas import Applied, Delta, compose, take_out
 from trainer.methods.statistics import as_rows, changes, compare
@@ -57,11 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     added.add_argument("files", type=Path, nargs="+", metavar="FILE", help="the last one is written")
     arguments = parser.parse_args(argv)
     logging.disable_progress_bar()  # an error is one paragraph
-    try:
-        return int(_COMMANDS[arguments.command](arguments) or 0)
-    except (Refused, CheckpointError, OSError) as error:
-        print(f"trainer.methods: {error}", file=sys.stderr)
-        return 2
+    with printable_output():
+        try:
+            return int(_COMMANDS[arguments.command](arguments) or 0)
+        except (Refused, CheckpointError, OSError) as error:
+            print(f"trainer.methods: {error}", file=sys.stderr)
+            return 2
 
 
 def _add_base(command: argparse.ArgumentParser) -> None:

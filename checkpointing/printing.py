@@ -1,0 +1,42 @@
+"""Text that somebody else wrote, printed: what would steer a terminal is spelled out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+_KEPT = "\t\n\r"
+# Control characters, and those that change the order in which the characters after them are shown.
+_STEERING = [*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
+_SHOWN = {code: ascii(chr(code))[1:-1] for code in _STEERING if chr(code) not in _KEPT}
+
+
+def shown(text: str) -> str:
+    """The text with `\\\\x1b` and its kind as these four characters; lines stay lines."""
+    return text.translate(_SHOWN)
+
+
+class Printable:
+    """A stream that spells out what would steer a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(shown(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def printable_output() -> Iterator[None]:
+    """All that is printed in the context, by `print` or as a warning."""
+    kept = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Printable(sys.stdout), Printable(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = kept

@@ -1,0 +1,33 @@
+"""Links in a run's directory that lead out of it: somebody else's run must not make this one write elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from trainer.errors import Refused
+
+DEPTH = 2  # of the directories that a run writes into below its own; generations are not entered
+
+
+def refuse_links(run_dir: Path, checkpoints: Path) -> None:
+    """`Refused` where something that the run would write into is a link to a place outside of its directory."""
+    for top, depth in ((run_dir, DEPTH), (checkpoints, 1)):
+        home = top.resolve()
+        for path in _links(home, depth):
+            if not path.resolve().is_relative_to(home):
+                raise Refused(
+                    f"{path} is a link to {os.readlink(path)}, and a run writes into its own directory only. Remove "
+                    "the link if you know it; for checkpoints elsewhere type checkpoint.dir=DIRECTORY."
+                )
+
+
+def _links(directory: Path, depth: int) -> Iterator[Path]:
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                yield Path(entry.path)
+            elif depth > 1 and not entry.name.startswith("step-") and entry.is_dir(follow_symlinks=False):
+                yield from _links(Path(entry.path), depth - 1)
