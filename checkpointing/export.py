@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from checkpointing.errors import LayoutError, MismatchError, NotFoundError, first_few
+from checkpointing.errors import DamagedError, LayoutError, MismatchError, NotFoundError, first_few
 from checkpointing.format import DTYPE_NAMES, DTYPES
 from checkpointing.hub_names import Place, are_fused, hub_names, whole
 from checkpointing.reader import GenerationReader
-from checkpointing.storage import Buffer, sync_directory, write_behind
+from checkpointing.storage import Buffer, read_json, sync_directory, write_behind
 from checkpointing.stream import read_each, read_whole
 from checkpointing.tensors import tensor_bytes
 
@@ -52,11 +52,12 @@ def export_hugging_face(
     the model has as one tensor are taken apart as transformers does it.
     """
     stored = parameters(reader)
-    if not (description / "config.json").is_file():
+    if not (description / "config.json").is_file() or leads_out(description / "config.json"):
         raise NotFoundError(
             f"{description} has no config.json, so nothing says what model this is. Type --config DIR with a directory "
             "of that model."
         )
+    _config(description)
     tensors = _named(reader, stored, description)
     sizes = {
         name: place.box.numel * _stored_as(reader, place.tensor, dtype).itemsize for name, place in tensors.items()
@@ -236,10 +237,21 @@ def _describe(source: Path, target: Path, dtype: torch.dtype) -> None:
             shutil.copyfileobj(file, copy)
             copy.flush()
             os.fsync(copy.fileno())
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = _config(source)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     _write(target / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _config(description: Path) -> dict[str, Any]:
+    path = description / "config.json"
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise DamagedError(f"{path} is no JSON: {error}. Type --config DIR with a directory of that model.") from error
+    if not isinstance(found, dict):
+        raise DamagedError(f"{path} is no JSON object. Type --config DIR with a directory of that model.")
+    return found
 
 
 def leads_out(path: Path) -> bool:

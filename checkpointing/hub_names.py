@@ -6,7 +6,6 @@ takes the tensors apart without their values, and every result says where it lie
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpointing.errors import MismatchError
 from checkpointing.geometry import Box, Shape
+from checkpointing.storage import read_json
 from checkpointing.stream import boxes
 
 # Names that only a model with experts has: in memory, and in a directory.
@@ -97,7 +97,7 @@ def _skeleton(description: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     """The model without values, and what its state dict holds, each with a storage of its own."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if "auto_map" in json.loads((description / "config.json").read_text(encoding="utf-8")):
+    if "auto_map" in read_json(description / "config.json"):
         raise ValueError("the model has code of its own")
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(description, trust_remote_code=False)

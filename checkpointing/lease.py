@@ -37,7 +37,7 @@ from checkpointing.lease_protocol import (
     Verdict,
     Wait,
 )
-from checkpointing.storage import FileStorage, Storage
+from checkpointing.storage import SMALL_FILE_BYTES, FileStorage, Storage
 
 logger = logging.getLogger("checkpointing")
 
@@ -332,7 +332,8 @@ def _parse_holder(data: bytes | None) -> Holder | None:
 
 def _read(storage: Storage, name: str) -> bytes | None:
     try:
-        return bytes(storage.read_ranges(name, [(0, storage.list(name)[name])])[0])
+        nbytes = min(storage.list(name)[name], SMALL_FILE_BYTES)  # what is larger is no claim, and no beat
+        return bytes(storage.read_ranges(name, [(0, nbytes)])[0])
     except (KeyError, NotFoundError, DamagedError):
         return None
 

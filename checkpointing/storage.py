@@ -7,6 +7,7 @@ Names are relative and use `/`, such as `step-00000030-9f3a61c2/manifest.json`.
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import secrets
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 
@@ -317,6 +318,33 @@ def read_small(path: Path) -> bytes:
     if len(data) > SMALL_FILE_BYTES:
         raise DamagedError(f"{path} has more than {SMALL_FILE_BYTES:,} bytes, and is not what its name says")
     return data
+
+
+DOCUMENT_BYTES = 64 * 1024 * 1024
+
+
+def read_text(path: Path) -> str:
+    """A document that somebody else may have written, also behind a link.
+
+    `OSError` for what is no file, such as a pipe, and for what is too large for a document; `ValueError` for bytes that
+    are no text.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.ENXIO, "not a file", str(path))
+        if about.st_size > DOCUMENT_BYTES:
+            raise OSError(errno.EFBIG, "too large for what it should be", str(path))
+        return file.read(DOCUMENT_BYTES).decode("utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """As `read_text`, parsed; `ValueError` where it is no JSON, or too deep."""
+    try:
+        return json.loads(read_text(path))
+    except RecursionError as error:
+        raise ValueError("it is too deep") from error
 
 
 def replace_file(path: Path, data: bytes) -> None:

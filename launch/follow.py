@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from checkpointing.storage import read_text
 from launch.job import ATTEMPTS
 from launch.scheduler import OVER, release, state_of
 from launch.status import Status
@@ -65,6 +66,6 @@ def how(run: Path, state: str) -> int:
 
 def job_of(run: Path) -> str:
     try:
-        return (run / "launch" / "job").read_text(encoding="utf-8").strip()
-    except OSError:
+        return read_text(run / "launch" / "job").strip()
+    except (OSError, ValueError):
         raise Refused(f"{run} was not handed to SLURM from here: it has no launch/job. Type its directory.") from None

@@ -189,8 +189,11 @@ def run(call: Call, script: Script) -> int:
 
 def _refuse_second(directory: Path) -> None:
     """Two jobs of one run would take each other's attempts for their own."""
-    with contextlib.suppress(OSError):
-        job = (directory / "job").read_text(encoding="utf-8").strip()
+    with contextlib.suppress(OSError, ValueError):
+        if not (directory / "job").is_file():
+            return
+        with open(directory / "job", encoding="utf-8") as file:
+            job = file.read(100).strip()
         if (state := state_of(job)[0]) not in OVER:
             raise Refused(
                 f"{directory.parent} has a job already: {job} is {state}. `python -m launch cancel {directory.parent}` "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from yaml import YAMLError
 from checkpointing import CheckpointError
 from checkpointing.generations import newest
 from checkpointing.lease import holder_of
-from checkpointing.storage import FileStorage
+from checkpointing.storage import FileStorage, read_json, read_text
 from trainer.errors import Refused
 from trainer.track.files import read_lines
 
@@ -112,7 +111,11 @@ def main(options: argparse.Namespace) -> int:
 def summary(home: Path) -> str:
     """A line for every point of a sweep, the best held-out loss first."""
     found = []
-    for point in json.loads((home / POINTS).read_text(encoding="utf-8")):
+    try:
+        points = read_json(home / POINTS)
+    except (OSError, ValueError) as error:
+        raise Refused(f"{home / POINTS} cannot be read: {error}. Type the directory of a sweep, or of a run.") from None
+    for point in points:
         try:
             status = Status.of(home / point["dir"])
         except Refused:
@@ -147,11 +150,13 @@ def _differing(points: list[list[str]]) -> list[str]:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    with contextlib.suppress(OSError, ValueError):
+        return read_text(path).strip()
+    return ""
 
 
 def _option(run: Path, key: str) -> Any:
     """Of the run's resolved configuration; None where that cannot be read."""
-    with contextlib.suppress(OSError, ValueError, OmegaConfBaseException, YAMLError):
-        return OmegaConf.select(OmegaConf.load(run / "config.yaml"), key)
+    with contextlib.suppress(OSError, ValueError, RecursionError, OmegaConfBaseException, YAMLError):
+        return OmegaConf.select(OmegaConf.create(read_text(run / "config.yaml")), key)
     return None

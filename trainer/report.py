@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import html
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from checkpointing.storage import read_text
 from trainer.errors import Refused
 from trainer.track.files import read_lines
 
@@ -79,7 +81,9 @@ class Run:
                 "runs/main."
             )
         config = directory / "config.yaml"
-        text = config.read_text(encoding="utf-8") if config.is_file() else ""
+        text = ""
+        with contextlib.suppress(OSError, ValueError):
+            text = read_text(config)
         return Run(directory, rows, read_lines(directory / "metrics.discarded.jsonl"), events, text)
 
     def of(self, key: str, rows: Iterable[dict[str, Any]] | None = None, scale: float = 1) -> list[tuple[float, float]]:
@@ -101,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     out = arguments.out or arguments.run / "report.html"
     try:
+        if arguments.out is None and out.is_symlink():
+            raise Refused(f"{out} is a link to {os.readlink(out)}. Type another file: python -m trainer.report RUN OUT")
         text = page(Run.read(arguments.run))
         out.write_text(text, encoding="utf-8")
     except Refused as error:

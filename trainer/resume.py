@@ -27,11 +27,12 @@ from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage, open_file, read_small, replace_file, sync_directory
 from trainer.choices import CHOICES, Full, Sparse, Stdlib, Text
 from trainer.config import Config, Implementation, as_json, choice_of, flatten
-from trainer.errors import Refused, TrainingFailed
+from trainer.errors import PASSING, Refused, TrainingFailed
 from trainer.identity import came_from, identify, recorded
 from trainer.methods import build
 from trainer.methods.sparse.attach import grows_by_gradient, sizes_in
 from trainer.models import architecture, draws_randomness
+from trainer.track.files import lines_of
 
 logger = logging.getLogger(__name__)
 
@@ -329,16 +330,22 @@ def _incarnations(config: Config, generations: list[Generation]) -> list[int]:
 
 def _events(config: Config) -> list[dict[str, Any]]:
     """The run's events; lines that a crash cut short, or that are none, are passed over."""
+    path = Path(config.run.dir) / "events.jsonl"
+    found = []
     try:
-        with open_file(Path(config.run.dir) / "events.jsonl") as file:
-            lines = file.read().decode(errors="replace").splitlines()
+        with open_file(path) as file:
+            for line in lines_of(file):
+                with contextlib.suppress(ValueError, RecursionError):
+                    if isinstance(event := json.loads(line), dict):
+                        found.append(event)
     except FileNotFoundError:
         return []
-    found = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            if isinstance(event := json.loads(line), dict):
-                found.append(event)
+    except OSError as error:
+        if error.errno in PASSING:
+            raise
+        raise Refused(
+            f"{path} is no record of a run: {error.strerror}. Move it away, or type another run.dir."
+        ) from None
     return found
 
 

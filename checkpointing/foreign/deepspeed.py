@@ -20,6 +20,7 @@ from checkpointing.errors import DamagedError, MismatchError, NotFoundError, fir
 from checkpointing.foreign.archive import Mapped, read_archive
 from checkpointing.foreign.state import Foreign, bare, under_all_names
 from checkpointing.geometry import Piece, Shape
+from checkpointing.storage import read_text
 
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<model>\d+)_optim_states\.pt$")
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<model>\d+)_model_states\.pt$")
@@ -33,7 +34,10 @@ def newest_tag(directory: Path) -> Path | None:
         return directory
     latest = directory / "latest"
     if latest.is_file():
-        tag = directory / latest.read_text(encoding="utf-8", errors="replace").strip()
+        try:
+            tag = directory / read_text(latest).strip()
+        except ValueError as error:
+            raise DamagedError(f"{latest} is no text: {error}") from error
         if tag.parent == directory and tag.is_dir():
             return tag
         raise NotFoundError(f"{latest} names {tag.name}, which is not there. Give the directory of one checkpoint.")

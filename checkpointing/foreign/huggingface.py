@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from checkpointing.foreign.archive import Mapped, read_archive
 from checkpointing.foreign.state import Foreign, as_buffers_too
 from checkpointing.geometry import Piece
 from checkpointing.hub_names import HubNames, are_apart, hub_names, whole
+from checkpointing.storage import read_json
 
 logger = logging.getLogger("checkpointing")
 
@@ -68,7 +68,7 @@ def describe_hugging_face(directory: Path) -> Foreign:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
+        read = read_json(path)
     except ValueError as error:
         raise DamagedError(f"{path} is no JSON: {error}") from error
     if not isinstance(read, dict):

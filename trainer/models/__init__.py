@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 
 import torch
@@ -79,6 +80,9 @@ def leave_description(
     """
     inside = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
     directory.mkdir(parents=True, exist_ok=True)
+    for path in directory.iterdir():
+        if not stat.S_ISREG(path.lstat().st_mode) and not path.is_dir():
+            path.unlink()  # a pipe would never end
     inside.config.save_pretrained(directory)
     if inside._auto_class is not None:  # of code that came with the model, which goes on with it
         custom_object_save(inside, str(directory), config=inside.config)

@@ -6,13 +6,14 @@ A disk that is full, or fails, does not end training: lines that it does not tak
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from checkpointing.storage import open_file, replace_file, sync_directory
 
@@ -163,19 +164,35 @@ class Events(JsonLines):
 
 
 def read_lines(path: Path, tail: int = 0) -> list[dict[str, Any]]:
-    """The objects of a file, or of its last `tail` bytes; what is no whole line is passed over."""
+    """The objects of a file, or of its last `tail` bytes; what is no whole line is passed over.
+
+    Of a file that cannot be read, or is none, there are none.
+    """
+    found = []
     try:
         with open_file(path) as file:
             file.seek(max(0, path.stat().st_size - tail) if tail else 0)
-            data = file.read()
+            for line in lines_of(file):
+                with contextlib.suppress(ValueError, RecursionError):
+                    if isinstance(one := json.loads(line), dict):
+                        found.append(one)
     except OSError:
-        return []
-    found = []
-    for line in data.splitlines():
-        with contextlib.suppress(ValueError):
-            if isinstance(one := json.loads(line), dict):
-                found.append(one)
+        return found
     return found
+
+
+LONGEST = 16 * 2**20  # bytes of a line: what is longer was not written by a run
+MOST = 8 * 2**30  # of a file
+
+
+def lines_of(file: BinaryIO) -> Iterator[bytes]:
+    """Line by line; `OSError` where one has no end in sight, or where they go on for ever."""
+    read = 0
+    while line := file.readline(LONGEST):
+        read += len(line)
+        if (len(line) == LONGEST and not line.endswith(b"\n")) or read > MOST:
+            raise OSError(errno.EFBIG, "it has more than a run writes", file.name)
+        yield line
 
 
 SPARE = "metrics.late.jsonl"  # beside the checkpoints
@@ -191,7 +208,7 @@ def roll_back(run_dir: Path, step: int, spare: Path | None = None) -> tuple[int,
     late = list[bytes]()
     if spare is not None and spare.exists():
         with open_file(spare) as file:
-            late = file.readlines()
+            late = list(lines_of(file))
     if path.exists():
         _drop_torn_end(path)
     elif late:
@@ -201,7 +218,7 @@ def roll_back(run_dir: Path, step: int, spare: Path | None = None) -> tuple[int,
     kept_bytes, last = 0, 0
     discarded, home = list[bytes](), list[bytes]()
     with open_file(path) as file:
-        for line in file:
+        for line in lines_of(file):
             number = _step_of(line)
             if not discarded and number is not None and number <= step:
                 kept_bytes, last = kept_bytes + len(line), number
@@ -240,13 +257,17 @@ def _step_of(line: bytes) -> int | None:
     """None for a line that a crash of the machine has left unreadable."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
         return None
 
 
 def _drop_torn_end(path: Path) -> None:
     with open_file(path) as file:
-        data = file.read()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - LONGEST))
+        end = file.read()
+    whole = end.rfind(b"\n") + 1
+    if whole == 0 and size > LONGEST:
+        raise OSError(errno.EFBIG, "it has more than a run writes", str(path))
+    if whole < len(end):
+        os.truncate(path, size - len(end) + whole)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from checkpointing.storage import read_text
 from trainer.track.guarded import Guarded
 
 LOGGED = "logged"  # in wandb's directory: the run's id, and the last step that it was told
@@ -79,7 +80,7 @@ class WandbRun(Guarded):
 
     def _logged(self) -> int:
         try:
-            run_id, step = self._mark.read_text().split()
+            run_id, step = read_text(self._mark).split()
             return int(step) if run_id == self._id else 0
         except (OSError, ValueError):
             return 0
