@@ -189,16 +189,16 @@ def run(call: Call, script: Script) -> int:
 
 def _refuse_second(directory: Path) -> None:
     """Two jobs of one run would take each other's attempts for their own."""
-    with contextlib.suppress(OSError, ValueError):
-        if not (directory / "job").is_file():
-            return
-        with open(directory / "job", encoding="utf-8") as file:
-            job = file.read(100).strip()
-        if (state := state_of(job)[0]) not in OVER:
-            raise Refused(
-                f"{directory.parent} has a job already: {job} is {state}. `python -m launch cancel {directory.parent}` "
-                "ends it, and `follow` prints what it prints."
-            )
+    job = ""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if (directory / "job").is_file():
+            with open(directory / "job", encoding="utf-8") as file:
+                job = file.read(100).strip()
+    if job and (state := state_of(job)[0]) not in OVER:
+        raise Refused(
+            f"{directory.parent} has a job already: {job} is {state}. `python -m launch cancel {directory.parent}` "
+            "ends it, and `follow` prints what it prints."
+        )
 
 
 def hand_in(script: Script) -> str:

@@ -196,6 +196,9 @@ def test_a_storage_that_fails_loses_no_lease(tmp_path: Path, monkeypatch: pytest
         patch.setattr(lease, "_clock", lambda: now + 3600)
         with pytest.raises(OSError, match="Input/output error"):
             held.check()
+        patch.setattr(FileStorage, "put", lambda *_: pytest.fail("it looks again, and a line of metrics waits for it"))
+        with pytest.raises(OSError, match="Input/output error"):
+            held.check()  # as the last look said: the heartbeat goes on looking
     held.check(anew=True)
     held.release()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -57,6 +58,16 @@ def test_the_launcher_starts_ours_from_anywhere(decoy: Path) -> None:
     assert done.returncode == 0 and "DECOY" not in done.stdout and "parameters" in done.stdout, done.stderr
 
 
+def test_an_error_that_no_storage_gives_is_a_mistake_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: object) -> int:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(sys, "argv", ["trainer"])
+    monkeypatch.setattr(run, "run", fail)
+    with pytest.raises(OSError, match="Bad file"):
+        cli.main()
+
+
 @pytest.mark.smoke
 def test_a_refusal_is_one_paragraph_and_status_2() -> None:
     done = trainer("train.stepz=1")
@@ -68,7 +79,11 @@ def test_a_refusal_is_one_paragraph_and_status_2() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(Refused("no"), 2), (TrainingFailed("nan"), 1), (KeyboardInterrupt(), 130)]
+    ("error", "status"),
+    [
+        *((Refused("no"), 2), (TrainingFailed("nan"), 1), (KeyboardInterrupt(), 130)),
+        *((OSError(errno.ESTALE, "Stale file handle", "/x"), 1), (OSError(errno.ENOSPC, "No space left"), 1)),
+    ],
 )
 def test_statuses(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, status: int
@@ -89,7 +104,9 @@ def test_statuses(
     if status == 130:
         assert not waited and capsys.readouterr().err == ""
     else:
-        assert waited == [cli.PATIENCE_S] and capsys.readouterr().err == f"trainer: local rank 1: {error}\n"
+        said = capsys.readouterr().err
+        assert waited == [cli.PATIENCE_S] and said.startswith("trainer: local rank 1: ") and said.count("\n") == 1
+        assert str(getattr(error, "strerror", None) or error) in said
         # The launcher has ended it while it read its data: the first has spoken.
         monkeypatch.setattr(cli, "was_warned", lambda: True)
         assert cli.main() == status

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from checkpointing.storage import FileStorage
 from trainer import rundir
 from trainer.compose import compose
 from trainer.config import Config
-from trainer.errors import Refused
+from trainer.errors import Refused, TrainingFailed
 from trainer.parallel.world import World
 from trainer.resume import Start
 from trainer.rundir import bring_back, hold_run_directory
@@ -141,6 +142,29 @@ def test_a_full_disk_is_one_paragraph_and_room_is_made_first(tmp_path: Path, mon
         (leftover / "shard-00000.safetensors").write_bytes(b"never committed")
         with pytest.raises(Refused, match=r"cannot be written: No space left on device\. Make room, or type run\.dir="):
             bring_back(config, Start(4, config.checkpoint.dir, own=True), 4)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "remedy"),
+    [
+        (errno.EIO, TrainingFailed, "Start the same command again"),
+        (errno.ESTALE, TrainingFailed, "Start the same command again"),
+        (errno.EDQUOT, Refused, "Make room"),
+        (errno.EROFS, Refused, "Make it writable"),
+    ],
+)
+def test_what_may_pass_by_itself_is_a_failure_and_the_rest_a_refusal(
+    number: int, kind: type[Exception], remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A supervisor tries the one again, and not the other."""
+
+    def fails(run_dir: Path, step: int, spare: Path) -> tuple[int, int]:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(rundir, "roll_back", fails)
+    config = configure(tmp_path)
+    with hold_run_directory(config, World()), pytest.raises(kind, match=f"cannot be written: .*{remedy}.*, or type"):
+        bring_back(config, Start(4, config.checkpoint.dir, own=True), 4)
 
 
 def test_another_runs_checkpoint_sets_all_of_ones_own_aside(tmp_path: Path) -> None:
