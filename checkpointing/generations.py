@@ -67,9 +67,12 @@ def scan(storage: Storage, *, remembered: bool = False) -> list[Generation]:
         known = _known.get(place, {}) if remembered else {}
         stamps = {name: stamp for name, stamp in storage.directories().items() if _NAME.fullmatch(name)}
         seen = {name: _remembered(storage, name, stamp, known) for name, stamp in stamps.items()}
-        _known[place] = {name: (stamps[name], _head(generation)) for name, generation in seen.items()}
+        _known[place] = {
+            name: known[name] if name in known and generation is known[name][1] else (stamps[name], _head(generation))
+            for name, generation in seen.items()
+        }
         found = [generation for generation in seen.values() if generation.files]
-    return sorted(found, key=lambda g: (g.order, g.name), reverse=True)
+    return sorted(found, key=lambda g: (*g.order, g.name), reverse=True)
 
 
 # What was found last, by storage and name, with the stamp of its directory.
@@ -93,16 +96,21 @@ def _remembered(storage: FileStorage, name: str, stamp: int, known: dict[str, tu
 def look(storage: Storage, name: str) -> Generation:
     """The generation of this name, as it is now."""
     step = int(_NAME.fullmatch(name)[1])  # type: ignore[index]  # whoever calls this has matched it
-    content = {path.partition("/")[2]: size for path, size in storage.list(f"{name}/").items()}
-    content = {file: size for file, size in content.items() if "/" not in file}
+    content = _content(storage, name)
     manifest, damage = None, None
     if COMMIT in content:
         try:
-            manifest = read_manifest(storage, name)
+            manifest = read_manifest(storage, name, content)
             check_files(manifest, content)
         except CheckpointError as error:
             damage = error
     return Generation(name, step, content, manifest, damage)
+
+
+def _content(storage: Storage, name: str) -> dict[str, int]:
+    """The files right in a generation's directory, with their sizes."""
+    files = {path.partition("/")[2]: size for path, size in storage.list(f"{name}/").items()}
+    return {file: size for file, size in files.items() if "/" not in file}
 
 
 def candidates(storage: Storage) -> list[Generation]:
@@ -144,10 +152,14 @@ def check_writers(manifest: Manifest) -> None:
         raise DamagedError(f"{manifest.generation}: rank {missing[0]} wrote to it, and is not among its writers")
 
 
-def read_manifest(storage: Storage, name: str) -> Manifest:
-    """The manifest of a committed generation, checked against COMMIT and against the directory's name."""
-    commit = read(storage, f"{name}/{COMMIT}")
-    data = read(storage, f"{name}/{MANIFEST}")
+def read_manifest(storage: Storage, name: str, files: dict[str, int] | None = None) -> Manifest:
+    """The manifest of a committed generation, checked against COMMIT and against the directory's name.
+
+    `files` is what lies in it, with sizes, where that was looked up already.
+    """
+    files = _content(storage, name) if files is None else files
+    commit = _read(storage, f"{name}/{COMMIT}", files.get(COMMIT))
+    data = _read(storage, f"{name}/{MANIFEST}", files.get(MANIFEST))
     if commit.decode("ascii", "replace").strip() != digest(data):
         raise DamagedError(f"{name}/{MANIFEST} is not the manifest that was committed")
     manifest = decode_manifest(data, f"{name}/{MANIFEST}")
@@ -168,7 +180,10 @@ def read_index(storage: Storage, manifest: Manifest, position: int) -> Index:
 
 def read(storage: Storage, name: str) -> bytes:
     """A whole small object. `DamagedError` if it is missing, or is none of ours by its size."""
-    size = storage.list(name).get(name)
+    return _read(storage, name, storage.list(name).get(name))
+
+
+def _read(storage: Storage, name: str, size: int | None) -> bytes:
     if size is None:
         raise DamagedError(f"{name} is missing")
     if size > METADATA_BYTES:

@@ -84,7 +84,7 @@ class FileStorage:
         sync_directory(path.parent)
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[Data]:
-        path = self._path(name)
+        path = f"{self.root}/{_inside(name, str(self.root))}"
 
         def read() -> list[Data]:  # opened anew each time: a handle may be what is stale
             descriptor = os.open(path, READ_FLAGS)
@@ -98,7 +98,8 @@ class FileStorage:
     def list(self, prefix: str = "") -> dict[str, int]:
         """What cannot be listed must not pass for empty, or a run would start over; what is not there is empty."""
         above = _inside(prefix, str(self.root)).rpartition("/")[0]
-        return dict(sorted(retried(self.root / above, lambda: self._sizes(above, prefix)).items()))
+        where = f"{self.root}/{above}" if above else str(self.root)
+        return dict(sorted(retried(where, lambda: self._sizes(above, prefix)).items()))
 
     def _sizes(self, above: str, prefix: str) -> dict[str, int]:
         """The size of every file below `above` whose name starts with `prefix`; no other directory is entered."""
@@ -106,7 +107,8 @@ class FileStorage:
         directories = [above]
         while directories:
             directory = directories.pop()
-            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / directory) as entries:
+            where = f"{self.root}/{directory}" if directory else str(self.root)
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(where) as entries:
                 for entry in entries:
                     name = f"{directory}/{entry.name}" if directory else entry.name
                     if entry.is_dir(follow_symlinks=False):
@@ -182,7 +184,7 @@ _NO_FILE = {errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENODEV, errno.ESPIPE} 
 _FOR_GOOD = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 
 
-def retried(path: Path, read: Callable[[], Read]) -> Read:
+def retried(path: Path | str, read: Callable[[], Read]) -> Read:
     """What `read` returns; it is called again where the storage fails, and raises OSError then.
 
     `NotFoundError` without the file, `DamagedError` where something else lies there, `UnreadableError` in the end.
@@ -272,7 +274,7 @@ def _write_all(descriptor: int, chunk: Buffer) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
-def _read_range(descriptor: int, start: int, stop: int, path: Path) -> memoryview:
+def _read_range(descriptor: int, start: int, stop: int, path: str) -> memoryview:
     data = memoryview(np.empty(stop - start, np.uint8))  # type: ignore[arg-type]  # arrays are buffers; not zeroed first
     position = start
     while position < stop:
