@@ -514,23 +514,26 @@ def changed_at_random(rng: random.Random) -> Case:
     return Case(f"changed by {seed}", prepare, [words])
 
 
+WAYS = (
+    "bytes",
+    "bytes",
+    "bytes",
+    "cut",
+    "empty",
+    "link",
+    "directory link",
+    "pipe",
+    "directory",
+    "deep",
+    "large",
+    "word",
+)
+
+
 def _change(path: Path, scene: Scene, rng: random.Random) -> None:
-    how = rng.choice(
-        (
-            "bytes",
-            "bytes",
-            "bytes",
-            "cut",
-            "empty",
-            "link",
-            "link to a directory",
-            "pipe",
-            "directory",
-            "deep",
-            "large",
-            "word",
-        )
-    )
+    if not path.is_file() or path.is_symlink():
+        return  # changed already
+    how = rng.choice(WAYS)
     data = path.read_bytes() if path.is_file() and path.stat().st_size < 2**24 else b""
     if how == "bytes" and data:
         changed = bytearray(data)
@@ -545,7 +548,7 @@ def _change(path: Path, scene: Scene, rng: random.Random) -> None:
             [b"null", b"-1", b"1e999", b"9" * 40, b"../../victim/key", b"${oc.env:HOME}", ESCAPE.encode()]
         )
         path.write_bytes(data[:at] + word + data[at + rng.randrange(8) :])
-    elif how in ("link", "link to a directory"):
+    elif how in ("link", "directory link"):
         _link(path, scene.victim / "key" if how == "link" else scene.victim)
     elif how == "pipe":
         _pipe(path)

@@ -170,7 +170,7 @@ class Team:
 
     @property
     def _is_patient(self) -> bool:
-        return self.size > 1 and self.group is None and "cpu" in dist.get_backend_config()
+        return not self.alone and self.size > 1 and self.group is None and "cpu" in dist.get_backend_config()
 
     def _exchanging(self) -> dist.ProcessGroup | None:
         return patient_group() if self._is_patient else self.group
