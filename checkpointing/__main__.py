@@ -38,7 +38,7 @@ from checkpointing.foreign import IMPORTED, describe_foreign
 from checkpointing.format import DTYPES
 from checkpointing.generations import Generation, check_readable, scan
 from checkpointing.lease import hold
-from checkpointing.printing import printable_output
+from checkpointing.printing import printable_output, unprinted
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
 from checkpointing.tensors import scalar_from_hex
@@ -352,7 +352,7 @@ def _verify_one(storage: FileStorage, generation: Generation) -> dict[str, Any]:
                 if sys.stderr.isatty() and checked >= shown + PROGRESS_BYTES:
                     shown = checked
                     progress = f"{human_bytes(checked)} of {human_bytes(generation.manifest.nbytes)}"
-                    print(f"\r{progress}", end="\r", file=sys.stderr)
+                    print(f"\r{progress}", end="\r", file=unprinted(sys.stderr))
     except UnreadableError as error:
         unreadable = str(error)
     except CheckpointError as error:
@@ -383,12 +383,18 @@ def _object_lines(value: dict[str, Any], indent: str = "  ") -> list[str]:
     lines = []
     for key, item in value.items():
         if isinstance(item, dict) and any(isinstance(v, dict) for v in item.values()):
-            lines += [f"{indent}{key}", *_object_lines(item, indent + "  ")]
+            lines += [f"{indent}{_key(key)}", *_object_lines(item, indent + "  ")]
         elif isinstance(item, dict):
-            lines.append(f"{indent}{key}: " + (", ".join(f"{k} {json.dumps(v)}" for k, v in item.items()) or "-"))
+            plain = ", ".join(f"{_key(k)} {json.dumps(v)}" for k, v in item.items())
+            lines.append(f"{indent}{_key(key)}: {plain or '-'}")
         else:
-            lines.append(f"{indent}{key}: {json.dumps(item)}")
+            lines.append(f"{indent}{_key(key)}: {json.dumps(item)}")
     return lines
+
+
+def _key(text: str) -> str:
+    """On one line, whatever it says."""
+    return text.replace("\n", "\\n").replace("\t", "\\t")
 
 
 if __name__ == "__main__":

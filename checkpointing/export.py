@@ -22,7 +22,7 @@ from checkpointing.errors import DamagedError, LayoutError, MismatchError, NotFo
 from checkpointing.format import DTYPE_NAMES, DTYPES
 from checkpointing.hub_names import Place, are_fused, hub_names, whole
 from checkpointing.reader import GenerationReader
-from checkpointing.storage import Buffer, read_json, sync_directory, write_behind
+from checkpointing.storage import DOCUMENT_BYTES, Buffer, read_json, sync_directory, write_behind
 from checkpointing.stream import read_each, read_whole
 from checkpointing.tensors import tensor_bytes
 
@@ -232,6 +232,9 @@ def _describe(source: Path, target: Path, dtype: torch.dtype) -> None:
             continue
         if leads_out(path):
             logger.warning("%s is a link to a file elsewhere, and is not copied", path)
+            continue
+        if path.stat().st_size > DOCUMENT_BYTES:
+            logger.warning("%s is too large to describe a model, and is not copied", path)
             continue
         with open(path, "rb") as file, open(target / path.name, "wb") as copy:
             shutil.copyfileobj(file, copy)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import threading
@@ -37,7 +38,7 @@ from checkpointing.lease_protocol import (
     Verdict,
     Wait,
 )
-from checkpointing.storage import SMALL_FILE_BYTES, FileStorage, Storage
+from checkpointing.storage import SMALL_FILE_BYTES, FileStorage, Storage, retried
 
 logger = logging.getLogger("checkpointing")
 
@@ -78,6 +79,7 @@ class Lease:
     def __init__(self, storage: Storage, number: int, claim: bytes, since: float) -> None:
         self.storage, self.number, self.claim = storage, number, claim
         self._since = since  # it was ours at that time
+        self._place = _place(storage)
         self._lost = ""
         self._failure: Exception | None = None  # of the last look: the heartbeat goes on looking
         self._beats = 0
@@ -135,6 +137,8 @@ class Lease:
 
     def _renew(self) -> None:
         with self._renewing:
+            if not self._lost and _place(self.storage) != self._place:
+                self._lost = f"{self.storage} was moved, deleted or replaced while this process held it"
             if not self._lost:
                 self._beats += 1
                 try:
@@ -159,6 +163,19 @@ class Lease:
                 continue  # a filesystem that hiccups costs a beat
             except RuntimeError:
                 return  # Python is ending, and starts no threads any more
+
+
+def _place(storage: Storage) -> tuple[int, int] | None:
+    """Which directory it is, whatever lies under its path by now; None where it is gone, or is none.
+
+    Without it a beat would make it anew, and what this process still has open would be written elsewhere.
+    """
+    if not isinstance(storage, FileStorage):
+        return None
+    with suppress(FileNotFoundError, NotADirectoryError):
+        found = os.stat(storage.root)
+        return found.st_dev, found.st_ino
+    return None
 
 
 def still_holds(storage: Storage, number: int, claim: bytes) -> bool:
@@ -198,7 +215,7 @@ def _is_copied(holder: Holder, where: str) -> bool:
     """
     try:
         return bool(holder.where and where) and not os.path.samefile(holder.where, where)
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
@@ -219,7 +236,8 @@ def _carry_out(steps: Steps, storage: Storage, waiting: Callable[[Holder | None]
         elif isinstance(operation, Put):
             storage.put(operation.name, [operation.data])
         elif isinstance(operation, Delete):
-            storage.delete(operation.names)
+            with suppress(OSError):  # a claim with a lower number than another one says nothing any more
+                storage.delete(operation.names)
         elif isinstance(operation, Now):
             answer = _clock()
         elif isinstance(operation, Wait):
@@ -339,8 +357,19 @@ def _read(storage: Storage, name: str) -> bytes | None:
 
 
 def _numbers(storage: Storage) -> list[int]:
-    names = (name.removeprefix("lease-").removesuffix(".json") for name in storage.list("lease-"))
-    return sorted(int(name) for name in names if name.isdigit())
+    """Of all claims, whatever lies under their names: what is no file is one of a process that cannot be told."""
+    names = _names(storage.root) if isinstance(storage, FileStorage) else list(storage.list("lease-"))
+    return sorted(int(found[1]) for name in names if (found := _CLAIM.fullmatch(name)))
+
+
+_CLAIM = re.compile(r"lease-([0-9]{6,18})\.json", re.ASCII)
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return retried(directory, lambda: os.listdir(directory))
+    except NotFoundError:
+        return []
 
 
 def this_machine() -> tuple[str, str]:

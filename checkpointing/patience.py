@@ -26,6 +26,7 @@ logger = logging.getLogger("checkpointing")
 
 LOOK_S = 1.0  # between one look at the others and the next
 BEAT_S = 5.0  # at most, between one word of a rank that works and the next
+JOIN_S = 10.0  # for a store that does not answer: the next exchange says so
 WARN_S = 60.0  # without a byte, before it is said who is waited for
 MOVED_BYTES = 4096  # between two words: less is what looking itself reads
 WORKED_S = 0.05  # of computing between two words: less is what threads cost that only wait
@@ -93,7 +94,7 @@ def working() -> Iterator[None]:
     finally:
         _level.depth = 0
         ended.set()
-        thread.join()
+        thread.join(JOIN_S)
 
 
 def _beat(store: Any, key: str, beat_s: float, ended: threading.Event) -> None:
@@ -103,7 +104,7 @@ def _beat(store: Any, key: str, beat_s: float, ended: threading.Event) -> None:
             store.set(key, f"{progress.now()} {time.time():.3f}")
             said = True
         if said:
-            store.delete_key(key)
+            store.set(key, "")  # not deleted: whoever has seen the key and asks for it would wait for it
 
 
 def _store() -> Any:
@@ -137,7 +138,12 @@ class Wait:
             raise LostError(f"rank {self._rank} has heard nothing of {who} for {limit:.0f} s")
         if said and still > PATIENCE.seconds:
             raise LostError(f"{who} moved nothing for {still:.0f} s: its storage hangs")
-        if said and still > WARN_S and not self._warned and self._rank == min(set(range(self._size)) - set(said)):
+        if (
+            said
+            and still > WARN_S
+            and not self._warned
+            and self._rank == min(set(range(self._size)) - set(said), default=0)
+        ):
             self._warned = True
             logger.warning("waiting for %s, whose storage has moved nothing for %.0f s", who, still)
 
@@ -146,8 +152,8 @@ def _working(size: int) -> dict[int, str]:
     store, found = _store(), dict[int, str]()
     for rank in range(size):
         key = f"{KEY}/{rank}"
-        if store.check([key]):
-            found[rank] = store.get(key).decode()
+        if store.check([key]) and (text := store.get(key).decode()):
+            found[rank] = text
     return found
 
 
@@ -167,7 +173,11 @@ def finish(work: Any, rank: int, size: int) -> None:
                 work.wait()  # ended meanwhile, or with an error, such as of a connection that broke
                 return
         wait = wait or Wait(rank, size)
-        wait.look()
+        try:
+            wait.look()
+        except LostError:
+            if not work.is_completed():
+                raise
 
 
 _groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by the world that it is a group of

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-_KEPT = "\t\n\r"
+_KEPT = "\t\n"
 # Control characters, and those that change the order in which the characters after them are shown.
 _STEERING = [*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
 _SHOWN = {code: ascii(chr(code))[1:-1] for code in _STEERING if chr(code) not in _KEPT}
@@ -29,6 +29,11 @@ class Printable:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def unprinted(stream: Any) -> Any:
+    """The stream below, for what is our own, such as a line of progress that is written over."""
+    return stream._stream if isinstance(stream, Printable) else stream
 
 
 @contextmanager

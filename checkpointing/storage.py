@@ -210,6 +210,9 @@ def _create(path: Path, data: bytes) -> None:
         try:
             _write_all(descriptor, data)
             os.fsync(descriptor)
+        except BaseException:
+            path.unlink(missing_ok=True)  # it is this call's, and half of it must not pass for the whole
+            raise
         finally:
             os.close(descriptor)
 

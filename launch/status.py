@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+import yaml
 
 from checkpointing import CheckpointError
 from checkpointing.generations import newest
@@ -55,26 +53,27 @@ class Status:
             raise Refused(f"{run} is no run: it has no events.jsonl. Type the directory of one, such as runs/main.")
         rows = read_lines(run / "metrics.jsonl", TAIL)
         row: dict[str, Any] = rows[-1] if rows else {}
-        snapshots = [e["step"] for e in events if e["event"] == "snapshot" and e.get("generation")]
-        ends = [e for e in events if e["event"] in ("start", "resume", "finish", "preempt", "failure")]
+        snapshots = [_whole(e, "step") for e in events if e.get("event") == "snapshot" and e.get("generation")]
+        ends = [e for e in events if e.get("event") in ("start", "resume", "finish", "preempt", "failure")]
         alive = holder_of(FileStorage(run / ".lease")) is not None
         last = ends[-1]["event"] if ends else ""
         words = {"finish": "finished", "preempt": "preempted", "failure": "failed"}
-        checkpoints, found = Path(_option(run, "checkpoint.dir") or "-"), None
+        checkpoints, found = Path(str(_option(run, "checkpoint.dir") or "-")), None
         with contextlib.suppress(CheckpointError, OSError):
             found = newest(FileStorage(checkpoints if checkpoints.is_dir() else run / "checkpoints"))
-        evaluated = [one["eval_loss"] for one in rows if "eval_loss" in one]
+        evaluated = [loss for one in rows if (loss := _number(one, "eval_loss")) is not None]
+        total = _option(run, "train.steps")
         return Status(
             "running" if alive else words.get(last, "dead"),
-            row.get("step", 0),
-            _option(run, "train.steps") or 0,
-            row.get("loss"),
+            _whole(row, "step"),
+            total if isinstance(total, int) else 0,
+            _number(row, "loss"),
             evaluated[-1] if evaluated else None,
-            row.get("tokens_per_s", 0.0),
+            _number(row, "tokens_per_s") or 0.0,
             time.time() - (run / "metrics.jsonl").stat().st_mtime if rows else 0.0,
             snapshots[-1] if snapshots else None,
             found.step if found is not None else None,
-            max(0, sum(e["event"] in ("start", "resume") for e in events) - 1),
+            max(0, sum(e.get("event") in ("start", "resume") for e in events) - 1),
             job,
             str(ends[-1].get("reason") or ends[-1].get("abandoned") or "") if ends else "",
         )
@@ -115,7 +114,7 @@ def summary(home: Path) -> str:
         points = read_json(home / POINTS)
     except (OSError, ValueError) as error:
         raise Refused(f"{home / POINTS} cannot be read: {error}. Type the directory of a sweep, or of a run.") from None
-    for point in points:
+    for point in filter(_is_point, points if isinstance(points, list) else []):
         try:
             status = Status.of(home / point["dir"])
         except Refused:
@@ -132,6 +131,15 @@ def summary(home: Path) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def _is_point(point: Any) -> bool:
+    """As a sweep writes them: a directory right below its own, and words."""
+    if not isinstance(point, dict) or not isinstance(name := point.get("dir"), str):
+        return False
+    words = point.get("overrides")
+    plain = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    return plain and Path(name).name == name and name not in ("", ".", "..")
 
 
 def _loss(status: Status) -> float:
@@ -155,8 +163,30 @@ def _text(path: Path) -> str:
     return ""
 
 
+def _number(row: dict[str, Any], key: str) -> float | None:
+    value = row.get(key)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _whole(row: dict[str, Any], key: str) -> int:
+    value = row.get(key)
+    return value if isinstance(value, int) else 0
+
+
+class _Plain(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML without aliases, by which a small file becomes a large one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias, which no configuration of a run has")
+        return super().compose_node(parent, index)
+
+
 def _option(run: Path, key: str) -> Any:
-    """Of the run's resolved configuration; None where that cannot be read."""
-    with contextlib.suppress(OSError, ValueError, RecursionError, OmegaConfBaseException, YAMLError):
-        return OmegaConf.select(OmegaConf.create(read_text(run / "config.yaml")), key)
-    return None
+    """Of the run's configuration, as it stands there: nothing in it is resolved. None where that cannot be read."""
+    found: Any = None
+    with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+        found = yaml.load(read_text(run / "config.yaml"), _Plain)  # a safe loader
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found

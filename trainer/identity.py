@@ -30,7 +30,7 @@ def recorded(run_dir: Path) -> Identity | None:
     try:
         found = json.loads(read_small(run_dir / NAME))
         return Identity(str(found["directory"]), int(found["inode"]), str(found["run_id"]))
-    except (NotFoundError, DamagedError, ValueError, KeyError, TypeError):
+    except (NotFoundError, DamagedError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

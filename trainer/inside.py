@@ -17,11 +17,18 @@ def refuse_links(run_dir: Path, checkpoints: Path) -> None:
     for top, depth in ((run_dir, DEPTH), (checkpoints, 1)):
         home = top.resolve()
         for path in _links(home, depth):
-            if not path.resolve().is_relative_to(home):
+            if not _stays(path, home):
                 raise Refused(
                     f"{path} is a link to {os.readlink(path)}, and a run writes into its own directory only. Remove "
                     "the link if you know it; for checkpoints elsewhere type checkpoint.dir=DIRECTORY."
                 )
+
+
+def _stays(path: Path, home: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(home)
+    except (OSError, RuntimeError):  # it leads to itself
+        return False
 
 
 def _links(directory: Path, depth: int) -> Iterator[Path]:

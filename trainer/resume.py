@@ -318,13 +318,16 @@ def _find(path: Path) -> tuple[FileStorage, list[Generation], str | None]:
     return parent, found, top.name
 
 
+MOST_STARTS = 2**32  # what is more was written by nobody who started that often
+
+
 def _incarnations(config: Config, generations: list[Generation]) -> list[int]:
     """Those seen so far: of starts that saved something, and of starts that did not get that far."""
     seen = [g.manifest.incarnation for g in generations if g.manifest]
     for event in _events(config):
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            if event["event"] in ("start", "resume"):
-                seen.append(int(event["incarnation"]))
+        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
+            if event["event"] in ("start", "resume") and 0 <= (number := int(event["incarnation"])) < MOST_STARTS:
+                seen.append(number)
     return seen
 
 

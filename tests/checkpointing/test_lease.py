@@ -114,6 +114,53 @@ def test_of_several_that_replace_a_dead_one_one_wins(tmp_path: Path) -> None:
     won[0].release()
 
 
+@pytest.mark.parametrize("how", ["moved", "deleted", "replaced by a copy"])
+def test_a_directory_that_goes_away_is_said_and_is_not_made_anew(how: str, tmp_path: Path) -> None:
+    """What the run still has open would be written elsewhere, and looked for here."""
+    root = tmp_path / "run" / ".lease"
+    held = Lease.acquire(FileStorage(root))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    if how == "deleted":
+        shutil.rmtree(tmp_path / "moved")
+    elif how == "replaced by a copy":
+        shutil.copytree(tmp_path / "moved", tmp_path / "run")
+    with pytest.raises(LeaseHeldError, match="was moved, deleted or replaced"):
+        held.check(anew=True)
+    held.release()
+    assert root.exists() == (how == "replaced by a copy")
+
+
+@pytest.mark.parametrize("what", ["pipe", "directory", "link"])
+def test_a_claim_that_is_no_file_is_one_of_a_process_that_cannot_be_told(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = tmp_path / "lease-000001.json"
+    if what == "pipe":
+        os.mkfifo(claim)
+    elif what == "directory":
+        claim.mkdir()
+    else:
+        claim.symlink_to("/nowhere")
+    waited: list[Holder | None] = []
+    held = Lease.acquire(FileStorage(tmp_path), expiry_s=0.2, waiting=waited.append)
+    assert held.number == 2 and waited == [None]
+    held.release()
+
+
+def test_names_that_are_nearly_claims_are_none(tmp_path: Path) -> None:
+    for name in (
+        "lease-\u00b25.json",
+        "lease-1.json",
+        f"lease-{'9' * 200}.json",
+        "lease-000001.json.old",
+        "lease-x.json",
+    ):
+        (tmp_path / name).write_text("{}")
+    held = Lease.acquire(FileStorage(tmp_path))
+    assert held.number == 1
+    held.release()
+
+
 def test_a_replaced_holder_finds_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.02)
     sleeper = Lease.acquire(FileStorage(tmp_path))

@@ -100,6 +100,19 @@ def test_who_is_waited_for_is_said_once_and_by_one(
         waits[1].look()
 
 
+def test_work_that_ends_while_it_is_looked_at_is_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its key stays, without a word: whoever asks for one that is gone waits for it."""
+    store = FakeStore()
+    monkeypatch.setattr(patience, "_store", lambda: store)
+    monkeypatch.setattr(patience, "silence_s", lambda: 600.0)
+    store.said[f"{patience.KEY}/1"] = ""
+    assert patience._working(2) == {}
+    Wait(0, 2).look()
+    store.said = {f"{patience.KEY}/{rank}": "1 1.0" for rank in range(2)}
+    monkeypatch.setattr(patience, "WARN_S", -1.0)
+    Wait(0, 2).look()  # where all say that they work
+
+
 def test_a_store_that_is_gone_is_a_world_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone() -> Any:
         raise RuntimeError("Connection reset by peer")

@@ -16,7 +16,7 @@ EVIL = "a\x1b]0;owned\x07b\x9bc\u202ed\rline\x00"
 
 
 def test_what_steers_a_terminal_is_spelled_out_and_the_rest_stays() -> None:
-    assert shown(EVIL) == r"a\x1b]0;owned\x07b\x9bc\u202ed" + "\rline" + r"\x00"
+    assert shown(EVIL) == r"a\x1b]0;owned\x07b\x9bc\u202ed\rline\x00"
     plain = "größer als 10 µs → ok\n\tzwei 漢字 🙂\n"
     assert shown(plain) == plain
 

@@ -352,3 +352,42 @@ def test_holds_come_and_go_beside_each_other(tmp_path: Path) -> None:
     for thread in threads:
         thread.join(60)
     assert failures == [] and list(tmp_path.iterdir()) == []
+
+
+def test_half_of_an_object_without_hard_links_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would pass for a commit, or for a claim."""
+
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    real, calls = storage_module._write_all, []
+
+    def full(descriptor: int, chunk: Any) -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor, chunk)
+
+    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(storage_module, "_write_all", full)
+    with pytest.raises(OSError, match="No space left"):
+        FileStorage(tmp_path).create_if_absent("step/COMMIT", b"digest")
+    assert len(calls) == 2 and list((tmp_path / "step").iterdir()) == []
+
+
+def test_documents_are_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a": [1]}')
+    (tmp_path / "link").symlink_to(path)
+    assert storage_module.read_json(path) == storage_module.read_json(tmp_path / "link") == {"a": [1]}
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="too deep"):
+        storage_module.read_json(path)
+    with open(path, "wb") as file:
+        file.truncate(storage_module.DOCUMENT_BYTES + 1)
+    with pytest.raises(OSError, match="too large"):
+        storage_module.read_text(path)
+    os.mkfifo(tmp_path / "pipe")
+    for none in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(OSError):
+            storage_module.read_text(none)

@@ -9,6 +9,7 @@ import pytest
 
 from checkpointing.lease import Lease
 from checkpointing.storage import FileStorage
+from launch import status
 from launch.__main__ import main
 from launch.status import POINTS, Status, summary
 from tests.harness.runs import SMALL, train
@@ -58,3 +59,32 @@ def test_a_sweep_as_a_table(tmp_path: Path) -> None:
     assert lines[0] == ["point", "state", "step", "loss", "held", "out", "optimizer.lr"]
     assert lines[1] == ["1", "finished", "3/0", "9.0000", "1.5000", "2"]
     assert lines[2][0] == "0" and lines[3] == ["2", "not", "started", "0/0", "3"]
+
+
+def test_what_somebody_else_wrote_is_shown_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is resolved, unfolded or believed to have a type."""
+    monkeypatch.setenv("A_SECRET", "of the reader")
+    (tmp_path / "events.jsonl").write_text('{"x": 1}\n{"event": "snapshot", "generation": "g", "step": "no"}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": [], "loss": "low", "tokens_per_s": null, "eval_loss": {}}\n')
+    bomb = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9 if n else ['x'] * 9)}]" for n in range(9))
+    for text in (
+        "train: {steps: '${oc.env:A_SECRET}'}\ncheckpoint: {dir: [1]}\n",
+        bomb,
+        "[" * 50_000,
+        "a: b: c",
+        "\x00",
+    ):
+        (tmp_path / "config.yaml").write_text(text)
+        assert "of the reader" not in str(Status.of(tmp_path))
+
+
+def test_points_of_a_sweep_lie_right_below_it() -> None:
+    assert status._is_point({"dir": "0", "overrides": ["a=1"]})
+    for odd in (
+        1,
+        {},
+        {"dir": "../x", "overrides": []},
+        {"dir": "..", "overrides": []},
+        {"dir": "0", "overrides": [1]},
+    ):
+        assert not status._is_point(odd)

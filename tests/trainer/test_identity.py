@@ -67,3 +67,11 @@ def test_a_record_elsewhere_is_not_followed(run: Path) -> None:
     (run.parent / "b").mkdir()
     (run.parent / "b" / NAME).symlink_to(run / NAME)
     assert recorded(run.parent / "b") is None
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 60_000, '{"directory": "/x", "inode": 1e999, "run_id": "r"}', "{}", "\\x00", "[1]"]
+)
+def test_a_record_that_is_none_says_nothing(content: str, tmp_path: Path) -> None:
+    (tmp_path / ".identity.json").write_text(content)
+    assert recorded(tmp_path) is None
