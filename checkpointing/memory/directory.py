@@ -105,11 +105,14 @@ def remove(root: Path) -> None:
     if not is_of_a_run(root):
         return
     aside = root.parent / f"{_GONE}{secrets.token_hex(8)}"
-    with suppress(FileNotFoundError):
-        root.rename(aside)
+    renamed = False
     for wait in (*DELETE_AGAIN_S, None):
+        with suppress(OSError):
+            if not renamed and root.exists():
+                root.rename(aside)
+            renamed = True  # once: a trainer that comes back makes the name anew
         _delete(aside)
-        if wait is None or not aside.exists():
+        if wait is None or (renamed and not aside.exists()):
             break
         time.sleep(wait)
     if root.parent == DEFAULT:

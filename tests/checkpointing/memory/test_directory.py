@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,6 +98,24 @@ def test_a_deletion_that_is_cut_short_is_ended_later(tmp_path: Path, monkeypatch
     assert left.name.startswith(".gone-") and (left / "arena-1").is_dir()
     clear_forgotten(tmp_path / "all")
     assert not list((tmp_path / "all").iterdir())
+
+
+@pytest.mark.parametrize("call", ["rename", "unlink", "rmdir", "stat"])
+def test_a_deletion_that_fails_once_is_tried_again(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory, "DELETE_AGAIN_S", (0.0,))
+    make_directory(tmp_path / "run")
+    (tmp_path / "run" / "keeper.log").write_text("said")
+    real, failed = getattr(os, call), []
+
+    def once(*arguments: Any, **more: Any) -> Any:
+        if not failed:
+            failed.append(1)
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(os, call, once)
+    remove(tmp_path / "run")
+    assert failed and list(tmp_path.iterdir()) == []
 
 
 def test_what_was_forgotten_is_cleared_and_nothing_else(tmp_path: Path) -> None:
