@@ -79,7 +79,8 @@ class Lease:
     def __init__(self, storage: Storage, number: int, claim: bytes, since: float) -> None:
         self.storage, self.number, self.claim = storage, number, claim
         self._since = since  # it was ours at that time
-        self._place = _place(storage)
+        # Held open, which keeps its inode's number what it is on filesystems that make numbers up.
+        self._place = os.open(storage.root, os.O_RDONLY | os.O_DIRECTORY) if isinstance(storage, FileStorage) else None
         self._lost = ""
         self._failure: Exception | None = None  # of the last look: the heartbeat goes on looking
         self._beats = 0
@@ -134,10 +135,13 @@ class Lease:
         with suppress(OSError, CheckpointError):
             if not self._lost and not self._thread.is_alive():
                 _carry_out(protocol.release(self.number), self.storage)
+        if self._place is not None and not self._thread.is_alive():
+            os.close(self._place)
+            self._place = None
 
     def _renew(self) -> None:
         with self._renewing:
-            if not self._lost and _place(self.storage) != self._place:
+            if not self._lost and self._place is not None and not _leads_to(self.storage, self._place):
                 self._lost = f"{self.storage} was moved, deleted or replaced while this process held it"
             if not self._lost:
                 self._beats += 1
@@ -165,17 +169,16 @@ class Lease:
                 return  # Python is ending, and starts no threads any more
 
 
-def _place(storage: Storage) -> tuple[int, int] | None:
-    """Which directory it is, whatever lies under its path by now; None where it is gone, or is none.
+def _leads_to(storage: Storage, directory: int) -> bool:
+    """Whether a storage's path still leads to the directory that is open.
 
-    Without it a beat would make it anew, and what this process still has open would be written elsewhere.
+    Otherwise a beat would make it anew, and what this process has open would be written elsewhere.
     """
-    if not isinstance(storage, FileStorage):
-        return None
-    with suppress(FileNotFoundError, NotADirectoryError):
-        found = os.stat(storage.root)
-        return found.st_dev, found.st_ino
-    return None
+    assert isinstance(storage, FileStorage)
+    try:
+        return os.path.samestat(os.stat(storage.root), os.fstat(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def still_holds(storage: Storage, number: int, claim: bytes) -> bool:
