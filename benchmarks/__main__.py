@@ -25,7 +25,7 @@ from tests.harness.processes import kill_tree
 NAMES = [
     *("main_job", "overhead", "engines", "matrix", "checkpoint", "universal", "planning", "reads", "resident", "scale"),
     *("memory", "kills", "lease", "crash", "storage_faults", "fuzz", "methods", "reselections", "tuning"),
-    *("daily", "peer_defects"),
+    *("daily", "peer_defects", "hostile"),
 ]
 LIMIT_S, QUICK_LIMIT_S = 900.0, 60.0
 

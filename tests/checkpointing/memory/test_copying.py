@@ -53,9 +53,9 @@ def test_the_background_takes_part_in_no_collective(tmp_path: Path) -> None:
     callers = set[str]()
 
     class Watched(Team):
-        def together(self, function: Any) -> Any:
+        def together(self, function: Any, *, long: bool = False) -> Any:
             callers.add(threading.current_thread().name)
-            return super().together(function)
+            return super().together(function, long=long)
 
     with keeping(tmp_path / "memory"):
         snapshots = Snapshotter(tmp_path / "disk", tmp_path / "memory", Watched())
