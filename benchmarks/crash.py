@@ -148,14 +148,21 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def rows(case: str, num_ranks: int, result: Result) -> list[Row]:
+def rows(case: str, num_ranks: int, result: Result, *, full: bool = True) -> list[Row]:
     what = f"{CASES[case]}, {num_ranks} rank{'s' * (num_ranks > 1)}"
     if case != SOUND:
         return [absolute(f"violations found, {what}", "", len(result.violations), better="higher", bar=1)]
     return [
         absolute(f"operations recorded, {what}", "", result.num_operations, better="higher", bar=5 * num_ranks),
         absolute(f"prefixes replayed, {what}", "", result.num_prefixes, better="higher", bar=result.num_operations + 1),
-        absolute(f"distinct states loaded, {what}", "", result.num_distinct, better="higher", bar=result.num_prefixes),
+        absolute(
+            f"distinct states loaded, {what}",
+            "",
+            result.num_distinct,
+            better="higher",
+            bar=result.num_prefixes,
+            full=full,
+        ),
         absolute(f"violations, {what}", "", len(result.violations), better="lower", bar=0),
     ]
 
@@ -215,7 +222,8 @@ def main() -> int:
     others = {} if arguments.broken else run_actions(arguments.samples, arguments.seed)
     for case, result in others.items():
         print(f"{case}: {result.num_states} states built; {result.outcomes}", file=sys.stderr)
-    table = [row for case, result in results.items() for row in rows(case, arguments.ranks, result)]
+    full = arguments.samples >= 8  # fewer may make fewer states than there are prefixes
+    table = [row for case, result in results.items() for row in rows(case, arguments.ranks, result, full=full)]
     table += rows_of_actions(others) if others else []
     return finish("crash", table, as_json=arguments.json)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from trainer.errors import Refused
@@ -32,9 +31,23 @@ def _stays(path: Path, home: Path) -> bool:
 
 
 def _links(directory: Path, depth: int) -> Iterator[Path]:
-    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.is_symlink():
-                yield Path(entry.path)
-            elif depth > 1 and not entry.name.startswith("step-") and entry.is_dir(follow_symlinks=False):
-                yield from _links(Path(entry.path), depth - 1)
+    for entry in _entries(directory):
+        if entry.is_symlink():
+            yield Path(entry.path)
+        elif depth > 1 and not entry.name.startswith("step-") and entry.is_dir(follow_symlinks=False):
+            yield from _links(Path(entry.path), depth - 1)
+
+
+def _entries(directory: Path) -> list[os.DirEntry[str]]:
+    def look() -> list[os.DirEntry[str]]:
+        with os.scandir(directory) as entries:
+            return list(entries)
+
+    try:
+        return look()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError:
+        from checkpointing.storage import retried  # which brings torch, and a launcher has none
+
+        return retried(directory, look)
