@@ -166,7 +166,7 @@ def _config(directory: Path) -> Config:
 
 
 def _prepare_copy(directory: Path) -> None:
-    """Of a run that lives elsewhere, with memory."""
+    """The directory of a copy: its run lives elsewhere, with memory."""
     directory.mkdir()
     (directory / ".identity.json").write_text(json.dumps(asdict(Identity("/elsewhere", 1, "before"))))
     (directory / "memory-id").write_text("before-0123456789ab\n")

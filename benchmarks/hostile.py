@@ -247,7 +247,7 @@ def _with(act: Callable[[Scene, str], object], name: str, scene: Scene) -> None:
 
 
 def corpus() -> list[Case]:
-    """Of every kind of thing that somebody else may have written."""
+    """Every kind of thing that somebody else may have written."""
     return [*runs(), *generations(), *models(), *archives(), *names()]
 
 
@@ -361,7 +361,7 @@ def archives() -> list[Case]:
 
 
 def names() -> list[Case]:
-    """Of runs, in a job's script."""
+    """Names of runs, which a job's script holds."""
     return [
         Case(
             f"a run of the name {name!r}",
@@ -416,7 +416,7 @@ def _filled(word: str, names: dict[str, Path]) -> str:
 
 
 def _be(words: Sequence[str], said: Path, top: Path) -> None:
-    """In the fork: one command, bounded, with all that it says in a file."""
+    """Become one command, in the fork: bounded, with all that it says in a file."""
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -98,7 +98,7 @@ def differences(a: Path, b: Path) -> list[str]:
     for key in ("step", "sample_ids", "loss", "grad_norm"):
         if [row[key] for row in left] != [row[key] for row in right]:
             found.append(key)
-    states = [_state(directory / "checkpoints") for directory in (a, b)]
+    states = [final_state(directory / "checkpoints") for directory in (a, b)]
     if states[0].keys() != states[1].keys():
         found.append("names of tensors")
     found += [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
@@ -112,7 +112,7 @@ def memory_of(*runs: Path) -> list[Path]:
     return [path for path in found if path is not None]
 
 
-def _state(directory: Path) -> dict[str, torch.Tensor]:
+def final_state(directory: Path) -> dict[str, torch.Tensor]:
     storage = FileStorage(directory)
     generation = newest(storage)
     assert generation is not None and generation.manifest is not None

@@ -45,7 +45,7 @@ SAVE_ID = "70" * 16
 
 @lru_cache(1)
 def tensors(writers: int) -> dict[str, LogicalTensor]:
-    """Of Llama's shapes at 70 billion parameters: 80 layers of 8192, grouped queries."""
+    """Llama's shapes at 70 billion parameters: 80 layers of 8192, grouped queries."""
     hidden, inner, kv, vocabulary = 8192, 28672, 1024, 128256
     shapes = {"embed": (vocabulary, hidden), "head": (vocabulary, hidden), "norm": (hidden,)}
     for n in range(80):

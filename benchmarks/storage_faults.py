@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kills import _state as final_state
+from benchmarks.kills import final_state
 from benchmarks.report import absolute, finish, options_of
 from checkpointing import CheckpointError
 from checkpointing.generations import candidates, scan

@@ -278,7 +278,7 @@ def work(rank: int, ports: Ports, barrier: Barrier, directory: str, megabytes: i
 
 
 def import_seconds(module: str) -> float:
-    """Of a process that starts, imports a module and ends."""
+    """Seconds of a process that starts, imports a module and ends."""
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", f"import {module}"], check=True, capture_output=True, timeout=WAIT_S)
     return time.perf_counter() - began

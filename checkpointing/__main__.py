@@ -393,7 +393,7 @@ def _object_lines(value: dict[str, Any], indent: str = "  ") -> list[str]:
 
 
 def _key(text: str) -> str:
-    """On one line, whatever it says."""
+    """A key on one line, whatever it says."""
     return text.replace("\n", "\\n").replace("\t", "\\t")
 
 

@@ -268,7 +268,7 @@ def _discard(storage: Storage, name: str, rank: int) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of what wrote a generation."""
+    """Releases of what writes a generation."""
     return dict(_versions())
 
 

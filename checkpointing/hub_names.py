@@ -68,7 +68,7 @@ class HubNames:
 
 
 def hub_names(description: Path) -> HubNames:
-    """For the model of a directory's config.json. Nothing of code that comes with a model is run.
+    """Names for the model of a directory's config.json. Nothing of code that comes with a model is run.
 
     `MismatchError` where transformers does not know the model, or makes numbers of others.
     """

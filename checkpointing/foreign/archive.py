@@ -29,7 +29,7 @@ LOCAL_HEADER = 30  # bytes of a file's header inside an archive, before its name
 
 
 class Inert:
-    """In the place of an object whose class is not known here: what it was made from, and nothing else."""
+    """Stands for an object whose class is not known here: what it was made from, and nothing else."""
 
     def __init__(self, *arguments: Any, **_: Any) -> None:
         self.arguments = arguments
@@ -186,7 +186,7 @@ def _tensor(storage: torch.Tensor, offset: int, size: Sequence[int], stride: Seq
 
 
 def _typed(storage: torch.Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *more: Any) -> torch.Tensor:
-    """As newer releases write it: with a dtype of its own."""
+    """A tensor as newer releases write it, with a dtype of its own."""
     dtype = next((one for one in more if isinstance(one, torch.dtype)), storage.dtype)
     return _tensor(storage.view(dtype), offset, size, stride)
 

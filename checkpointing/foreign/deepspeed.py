@@ -149,7 +149,7 @@ def _sizes(ranks: Sequence[Mapping[str, Any]], groups: int) -> list[int]:
 
 
 def _moments(state: Mapping[str, Any], group: int) -> dict[str, Any]:
-    """Of a flat partition. The optimizer numbers them in their order."""
+    """The moments of a flat partition. The optimizer numbers them in their order."""
     base = state.get("base_optimizer_state", state.get("optimizer_state_dict")) or {}
     if not isinstance(base, dict):
         raise MismatchError(
