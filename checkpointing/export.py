@@ -22,7 +22,7 @@ from checkpointing.errors import DamagedError, LayoutError, MismatchError, NotFo
 from checkpointing.format import DTYPE_NAMES, DTYPES
 from checkpointing.hub_names import Place, are_fused, hub_names, whole
 from checkpointing.reader import GenerationReader
-from checkpointing.storage import DOCUMENT_BYTES, Buffer, read_json, sync_directory, write_behind
+from checkpointing.storage import DOCUMENT_BYTES, Buffer, read_object, sync_directory, write_behind
 from checkpointing.stream import read_each, read_whole
 from checkpointing.tensors import tensor_bytes
 
@@ -247,14 +247,10 @@ def _describe(source: Path, target: Path, dtype: torch.dtype) -> None:
 
 
 def _config(description: Path) -> dict[str, Any]:
-    path = description / "config.json"
     try:
-        found = read_json(path)
-    except ValueError as error:
-        raise DamagedError(f"{path} is no JSON: {error}. Type --config DIR with a directory of that model.") from error
-    if not isinstance(found, dict):
-        raise DamagedError(f"{path} is no JSON object. Type --config DIR with a directory of that model.")
-    return found
+        return read_object(description / "config.json")
+    except DamagedError as error:
+        raise DamagedError(f"{error}. Type --config DIR with a directory of that model.") from error
 
 
 def leads_out(path: Path) -> bool:

@@ -352,6 +352,17 @@ def read_json(path: Path) -> Any:
         raise ValueError("it is too deep") from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A document that is one JSON object. `DamagedError` where it is not."""
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise DamagedError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DamagedError(f"{path} is no JSON object")
+    return found
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Write a small file, durable when this returns. At any moment it holds all of the old content, or of the new."""
     draft = path.parent / f"{DRAFT}{secrets.token_hex(8)}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,7 +13,7 @@ from checkpointing.foreign.archive import Mapped, read_archive
 from checkpointing.foreign.state import Foreign, as_buffers_too
 from checkpointing.geometry import Piece
 from checkpointing.hub_names import HubNames, are_apart, hub_names, whole
-from checkpointing.storage import read_json
+from checkpointing.storage import read_object
 
 logger = logging.getLogger("checkpointing")
 
@@ -26,7 +25,7 @@ def weight_files(directory: Path) -> list[Path]:
     for name in (SAFE, TORCH):
         index = directory / f"{name}.index.json"
         if index.is_file():
-            return sorted({directory / Path(file).name for file in _read(index)["weight_map"].values()})
+            return sorted({directory / Path(file).name for file in read_object(index)["weight_map"].values()})
         if (directory / name).is_file():
             return [directory / name]
     return []
@@ -59,21 +58,11 @@ def describe_hugging_face(directory: Path) -> Foreign:
         whole_shape = shape if place.box.size == shape else names.shapes[place.tensor]
         pieces.append(Piece(f"model/{place.tensor}", tensor.reshape(place.box.size), place.box.offset, whole_shape))
     state = directory / "trainer_state.json"
-    step = _read(state).get("global_step") if state.is_file() else None
+    step = read_object(state).get("global_step") if state.is_file() else None
     left_out = [name for name in ("optimizer.pt", "scheduler.pt") if (directory / name).is_file()]
     return Foreign(
         f"Hugging Face directory, {len(files)} file{'s' * (len(files) > 1)}", step, as_buffers_too(pieces), left_out
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        read = read_json(path)
-    except ValueError as error:
-        raise DamagedError(f"{path} is no JSON: {error}") from error
-    if not isinstance(read, dict):
-        raise DamagedError(f"{path} is no JSON object")
-    return read
 
 
 def _safe(path: Path) -> dict[str, torch.Tensor]:

@@ -35,6 +35,13 @@ def test_what_an_enemy_made_is_data(name: str, material: Material) -> None:
     assert material.run(case) == []
 
 
+def test_every_command_succeeds_on_what_nobody_has_changed(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise one that is mistyped would pass for one that refuses."""
+    monkeypatch.setattr(hostile, "STATUSES", (0,))
+    commands = [*hostile.READING, *hostile.RESUMING, *hostile.USING]
+    assert material.run(Case("untouched", lambda scene: None, commands)) == []
+
+
 def test_the_corpus_is_of_many_kinds_and_its_names_tell_them_apart() -> None:
     names = [case.name for case in corpus()]
     assert len(names) == len(set(names)) > 80
