@@ -330,8 +330,9 @@ def export_one(how: str, directory: Path) -> None:
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from checkpointing.__main__ import find, open_newest
+    from checkpointing.commands import open_newest
     from checkpointing.export import export_hugging_face
+    from checkpointing.listing import find
 
     assert transformers.core_model_loading and AutoConfig and AutoModelForCausalLM  # imported, as far as they are lazy
     target = directory / f"{how}.out"

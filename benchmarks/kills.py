@@ -25,11 +25,11 @@ import torch
 
 from benchmarks.kill_points import POINTS
 from benchmarks.report import absolute, finish, options_of
-from checkpointing.format import DTYPES
 from checkpointing.generations import newest, read_index
 from checkpointing.geometry import Piece
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
+from checkpointing.tensors import DTYPES
 from tests.harness.processes import kill_tree, wait_for
 from trainer.compose import compose
 from trainer.resume import memory_directory

@@ -5,37 +5,45 @@ from checkpointing import Piece, describe, save, load
 pieces = describe(model, optimizer)
 save(directory, step, pieces, objects={"step": step})   # collective
 objects = load(directory, pieces)                       # collective; fills the tensors in place
+
+A name is imported when it is first asked for: what only lists generations needs no torch.
 """
 
-from checkpointing.commit import save
-from checkpointing.errors import (
-    CheckpointError,
-    DamagedError,
-    LayoutError,
-    LeaseHeldError,
-    LostError,
-    MismatchError,
-    NotFoundError,
-    PeerError,
-    ReplicaError,
-    UnreadableError,
-    VersionError,
-)
-from checkpointing.geometry import Box, External, Piece
-from checkpointing.layouts import (
-    Held,
-    describe,
-    describe_zero,
-    materialize,
-    param_groups,
-    parameter_names,
-    pieces_of,
-    publish_zero,
-    restore_param_groups,
-)
-from checkpointing.restore import load
-from checkpointing.retention import Keep, prune
-from checkpointing.tensors import external_of
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from checkpointing.commit import save
+    from checkpointing.errors import (
+        CheckpointError,
+        DamagedError,
+        LayoutError,
+        LeaseHeldError,
+        LostError,
+        MismatchError,
+        NotFoundError,
+        PeerError,
+        ReplicaError,
+        UnreadableError,
+        VersionError,
+    )
+    from checkpointing.geometry import Box, External, Piece
+    from checkpointing.layouts import (
+        Held,
+        describe,
+        describe_zero,
+        materialize,
+        param_groups,
+        parameter_names,
+        pieces_of,
+        publish_zero,
+        restore_param_groups,
+    )
+    from checkpointing.restore import load
+    from checkpointing.retention import Keep, prune
+    from checkpointing.tensors import external_of
 
 __all__ = [
     "Box",
@@ -67,3 +75,26 @@ __all__ = [
     "restore_param_groups",
     "save",
 ]
+
+_ELSEWHERE = {
+    "Box": "geometry",
+    "External": "geometry",
+    "Keep": "retention",
+    "Piece": "geometry",
+    "external_of": "tensors",
+    "load": "restore",
+    "prune": "retention",
+    "save": "commit",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _ELSEWHERE.get(name) or ("errors" if name.endswith("Error") else "layouts")
+    found = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

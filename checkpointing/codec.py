@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 from checkpointing.errors import DamagedError, VersionError
 from checkpointing.format import (
-    DTYPES,
     FORMAT,
+    ITEM_BYTES,
     VERSION,
     ExternalTensor,
     Index,
@@ -251,7 +251,7 @@ def _global_shape(value: Any) -> Shape:
 
 
 def _dtype(value: Any) -> str:
-    if _text(value) not in DTYPES:
+    if _text(value) not in ITEM_BYTES:
         raise ValueError(f"unknown dtype {value!r}")
     return str(value)
 

@@ -22,7 +22,6 @@ from checkpointing.collective import Team, as_team
 from checkpointing.errors import CheckpointError, LayoutError, LostError, first_few
 from checkpointing.format import (
     COMMIT,
-    DTYPE_NAMES,
     MANIFEST,
     METADATA_BYTES,
     ExternalTensor,
@@ -40,6 +39,7 @@ from checkpointing.lease import Hold
 from checkpointing.plan import RankPlan, Row, layout_rows, split
 from checkpointing.planner import agree_on_plan
 from checkpointing.storage import FileStorage, Storage
+from checkpointing.tensors import DTYPE_NAMES
 from checkpointing.writer import DEFAULT_BUDGET, LEAST_BUDGET, write_shard
 
 

@@ -19,12 +19,11 @@ from typing import Any
 import torch
 
 from checkpointing.errors import DamagedError, LayoutError, MismatchError, NotFoundError, first_few
-from checkpointing.format import DTYPE_NAMES, DTYPES
 from checkpointing.hub_names import Place, are_fused, hub_names, whole
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import DOCUMENT_BYTES, Buffer, read_object, sync_directory, write_behind
 from checkpointing.stream import read_each, read_whole
-from checkpointing.tensors import tensor_bytes
+from checkpointing.tensors import DTYPE_NAMES, DTYPES, tensor_bytes
 
 logger = logging.getLogger("checkpointing")
 

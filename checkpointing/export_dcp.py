@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from checkpointing.errors import LayoutError
 from checkpointing.export import BUFFER, MODEL, whole_directory
 from checkpointing.export import parameters as parameters_of
-from checkpointing.format import DTYPES
 from checkpointing.reader import GenerationReader
 from checkpointing.stream import read_whole
+from checkpointing.tensors import DTYPES
 
 OPTIM = "optim/"
 

@@ -12,7 +12,6 @@ from itertools import pairwise
 from math import prod
 from typing import Any
 
-import torch
 import xxhash
 
 from checkpointing.geometry import Box, Shape, panel_lines, panels
@@ -30,28 +29,13 @@ PAGE = 4096  # shard data starts on a page, so that it can be mapped and written
 PACK_BELOW = 64 * 1024  # smaller pieces share one entry per dtype: a header line each would cost more than the data
 CHECKSUMS = "@checksums"  # the last entry of every shard file
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+# The names of dtypes, those of safetensors, with the bytes of an element; `tensors.DTYPES` has torch's own.
+ITEM_BYTES = {
+    **dict.fromkeys(("F64", "C64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "I8", "U8", "BOOL"), 1),
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def shard_name(rank: int) -> str:
@@ -94,7 +78,7 @@ class LogicalTensor:
 
     @property
     def itemsize(self) -> int:
-        return DTYPES[self.dtype].itemsize
+        return ITEM_BYTES[self.dtype]
 
     @property
     def nbytes(self) -> int:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, product
 from math import isfinite, prod
 from operator import index
-
-import torch
+from typing import TYPE_CHECKING
 
 from checkpointing.errors import LayoutError
+
+if TYPE_CHECKING:
+    import torch
 
 Shape = tuple[int, ...]
 Interval = tuple[int, int]  # start and length, in elements of one dimension
@@ -177,6 +179,8 @@ class Piece:
     volatile: bool = False
 
     def __post_init__(self) -> None:
+        import torch  # here, where there is a tensor: commands that only list generations do without it
+
         if not isinstance(self.name, str):
             raise LayoutError(f"{self.name!r} is no name of a tensor: names are strings")
         for name in ("offset", "global_shape"):  # numpy's integers and lists are welcome

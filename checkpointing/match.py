@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from checkpointing.errors import LayoutError, MismatchError, first_few
-from checkpointing.format import DTYPE_NAMES, DTYPES, Manifest
+from checkpointing.format import Manifest
 from checkpointing.geometry import Box, External, Piece, find_hole
 from checkpointing.plan import Row
-from checkpointing.tensors import can_cast, keeps_values
+from checkpointing.tensors import DTYPE_NAMES, DTYPES, can_cast, keeps_values
 
 
 def check_nothing_left(layouts: Sequence[Sequence[Row]], manifest: Manifest) -> None:

@@ -15,7 +15,6 @@ import torch
 
 from checkpointing.errors import DamagedError, LayoutError, first_few
 from checkpointing.format import (
-    DTYPE_NAMES,
     FEW_WRITERS,
     Cover,
     Index,
@@ -28,6 +27,7 @@ from checkpointing.format import (
     stored_panels,
 )
 from checkpointing.geometry import Box, External, Piece, check_tiling, find_hole, intersect
+from checkpointing.tensors import DTYPE_NAMES
 
 
 def split(given: Iterable[Piece | External]) -> tuple[list[Piece], list[External]]:

@@ -16,7 +16,6 @@ import torch
 
 from checkpointing.errors import CheckpointError, DamagedError, LayoutError
 from checkpointing.format import (
-    DTYPES,
     HEADER_BYTES,
     MANIFEST,
     METADATA_BYTES,
@@ -46,7 +45,7 @@ from checkpointing.plan import (
     writers_needed,
 )
 from checkpointing.storage import Storage
-from checkpointing.tensors import divided, scalar_from_hex, tensor_over
+from checkpointing.tensors import DTYPES, divided, scalar_from_hex, tensor_over
 from checkpointing.writer import DEFAULT_BUDGET
 
 # Of the load before this one: save id, boxes, the writers needed, and reads with the position of their piece.

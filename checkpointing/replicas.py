@@ -13,10 +13,9 @@ import xxhash
 
 from checkpointing.collective import Team
 from checkpointing.errors import ReplicaError, first_few
-from checkpointing.format import DTYPES
 from checkpointing.geometry import Box, Piece
 from checkpointing.plan import Mean, RankPlan
-from checkpointing.tensors import multiplied, row_bytes, tensor_bytes
+from checkpointing.tensors import DTYPES, multiplied, row_bytes, tensor_bytes
 
 EXCHANGED_BYTES = 16 * 1024 * 1024  # of all ranks together, at a time
 

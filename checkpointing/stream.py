@@ -7,9 +7,9 @@ from math import prod
 
 import torch
 
-from checkpointing.format import DTYPES
 from checkpointing.geometry import Box, Piece
 from checkpointing.reader import GenerationReader
+from checkpointing.tensors import DTYPES
 
 PART_BYTES = 64 * 1024 * 1024
 TOGETHER_BYTES = 16 * 1024 * 1024  # of small tensors that are read at a time: more would leave the processor's cache

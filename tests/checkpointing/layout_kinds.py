@@ -16,9 +16,9 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from checkpointing import Piece
-from checkpointing.format import DTYPES
 from checkpointing.geometry import Box
 from checkpointing.layouts.dtensor import held_intervals
+from checkpointing.tensors import DTYPES
 from tests.checkpointing.layouts_for_tests import Logical, bits
 
 ARITHMETIC = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # small integers are exact in all of them

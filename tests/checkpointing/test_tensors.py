@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from checkpointing import DamagedError, LayoutError
-from checkpointing.format import DTYPES
+from checkpointing.format import ITEM_BYTES
 from checkpointing.tensors import (
+    DTYPES,
     divided,
     external_of,
     keeps_values,
@@ -111,3 +112,7 @@ def test_a_sharded_tensor_has_no_hash_of_its_own() -> None:
 
     with pytest.raises(LayoutError, match="of a whole plain tensor, not of a Sharded"):
         external_of("w", torch.zeros(2).as_subclass(Sharded), "x")
+
+
+def test_the_format_knows_the_bytes_of_an_element_of_every_dtype() -> None:
+    assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == ITEM_BYTES

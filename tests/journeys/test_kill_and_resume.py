@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from checkpointing import Piece, load, save
-from checkpointing.format import DTYPES
 from checkpointing.generations import newest
 from checkpointing.storage import FileStorage
+from checkpointing.tensors import DTYPES
 from tests.harness.runs import assert_same_run, events, kill_when, launch, rows
 from trainer.choices import Jsonl
 from trainer.data.order import samples_of_step

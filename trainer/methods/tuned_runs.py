@@ -13,10 +13,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from checkpointing import CheckpointError, Piece, describe, external_of, parameter_names
-from checkpointing.format import DTYPES, Manifest
+from checkpointing.format import Manifest
 from checkpointing.generations import newest, read_index, read_manifest, scan
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
+from checkpointing.tensors import DTYPES
 from trainer.choices import Granularity, HuggingFace, Lora, Sparse
 from trainer.config import Config, from_json, method_name
 from trainer.errors import Refused
