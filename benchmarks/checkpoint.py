@@ -212,7 +212,7 @@ def main() -> int:
         "planning": lambda a: planning.run(planning.RANKS, planning.TENSORS, min(a.rounds, 3)),
         "reads": lambda _: reads.run(reads.LARGEST),
         "resident": lambda a: resident.run(a.megabytes),
-        "scale": lambda _: scale.run(scale.WRITERS),
+        "scale": lambda _: scale.run(scale.WRITERS, scale.GENERATIONS),
     }
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="which (default all)")
     arguments = options_of(parser, QUICK)

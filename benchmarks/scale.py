@@ -1,31 +1,41 @@
-"""A checkpoint of a model of 70 billion parameters from 1,024 writers, without its data: what describes it.
+"""What grows: a checkpoint of 70 billion parameters from 1,024 writers, and a directory of 10,000 generations.
 
-    python -m benchmarks.scale [--json] [--writers N]
+    python -m benchmarks.scale [--json] [--quick] [--writers N] [--generations N]
 
+The first without its data: what describes it.
 Manifest and indexes of fp32 parameters and both moments of Adam, sharded along the first dimension, are encoded, hashed
 and written with as many checksums as the real ones have; then one rank of 1,000 reads the manifest and the indexes it
 needs, and plans its load. Writers are independent, so as many work at a time as there are cores.
+
+The second is a run that keeps everything: what one more save, one retention and `ls` take, in a process that has looked
+at the directory before, as that of a run has, and `ls` in a new one.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import resource
+import secrets
+import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.report import Row, absolute, cores, finish, options_of
-from checkpointing import Piece
+from checkpointing import Keep, Piece, prune, save
 from checkpointing.codec import decode_index, decode_manifest, encode_index, encode_manifest
 from checkpointing.format import (
+    COMMIT,
     FEW_WRITERS,
+    MANIFEST,
     Index,
     LogicalTensor,
     Manifest,
@@ -36,10 +46,13 @@ from checkpointing.format import (
     digest,
     index_name,
 )
+from checkpointing.generations import newest
 from checkpointing.geometry import Box
 from checkpointing.plan import plan_load, stored_by_name, writers_needed
+from checkpointing.storage import FileStorage
 
 WRITERS, READERS = 1024, 1000
+GENERATIONS = 10_000
 SAVE_ID = "70" * 16
 
 
@@ -121,11 +134,42 @@ def plan_one(directory: str) -> int:
     return len(plan_load(pieces, stored_by_name(indexes), manifest.tensors))
 
 
-def run(writers: int) -> list[Row]:
+def keep(directory: Path, generations: int) -> tuple[float, float, float]:
+    """Seconds of one more save, of retention, and of `ls` where a run has kept so many generations."""
+    pieces = [Piece("model/w", torch.ones(8), (0,), (8,))]
+    save(directory, 0, pieces)
+    first = newest(FileStorage(directory))
+    assert first is not None and first.manifest is not None
+    for step in range(1, generations):
+        manifest = replace(first.manifest, step=step, save_id=secrets.token_hex(16), serial=step + 1)
+        copy = directory / manifest.generation
+        copy.mkdir()
+        for name in first.files.keys() - {MANIFEST, COMMIT}:
+            os.link(directory / first.name / name, copy / name)
+        data = encode_manifest(manifest)
+        (copy / MANIFEST).write_bytes(data)
+        (copy / COMMIT).write_text(digest(data))
+    time.sleep(2)  # a directory that changed within a second or so may change again under the same stamp
+    save(directory, generations, pieces)  # the first in this process looks at each
+    began = time.perf_counter()
+    save(directory, generations + 1, pieces)
+    saved = time.perf_counter()
+    assert prune(FileStorage(directory), Keep(last=2, every=1)) == []
+    pruned = time.perf_counter()
+    command = [sys.executable, "-m", "checkpointing", "ls", str(directory)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert listed.stdout.count(" committed\n") == generations + 2
+    return saved - began, pruned - saved, time.perf_counter() - pruned
+
+
+def run(writers: int, generations: int) -> list[Row]:
     spawned = multiprocessing.get_context("spawn")  # new processes, whose memory is that of this measurement alone
     with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(1, spawned) as pool:
         wrote, planned, boxes, peak = pool.submit(measure, directory, writers).result()
-    full = writers == WRITERS
+    with tempfile.TemporaryDirectory() as directory:
+        saved, pruned, listed = keep(Path(directory), generations)
+    full = writers == WRITERS and generations == GENERATIONS
+    kept = f"{generations:,} generations"
     what = f"70B Adam from {writers:,} writers, {boxes / 1e6:.1f} million boxes"
     return [
         absolute(
@@ -138,19 +182,23 @@ def run(writers: int) -> list[Row]:
         ),
         absolute(f"{what}: of it parsed and planned", "s", planned, better="lower", bar=5.0, full=full),
         absolute(f"{what}: memory of the largest process", "GB", peak, better="lower", bar=2.0, full=full),
+        absolute(f"{kept}: one more save", "s", saved, better="lower", bar=0.3, full=full),
+        absolute(f"{kept}: retention", "s", pruned, better="lower", bar=0.3, full=full),
+        absolute(f"{kept}: ls", "s", listed, better="lower", bar=3.0, full=full),
     ]
 
 
-QUICK = {"writers": 256}
+QUICK = {"writers": 256, "generations": 1000}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("--writers", type=int, default=WRITERS, help=f"ranks that wrote it (default {WRITERS})")
+    parser.add_argument("--generations", type=int, default=GENERATIONS, help=f"kept (default {GENERATIONS})")
     arguments = options_of(parser, QUICK)
-    if arguments.writers < 1:
-        parser.error("--writers must be 1 at least")
-    return finish("scale", run(arguments.writers), as_json=arguments.json)
+    if min(arguments.writers, arguments.generations) < 1:
+        parser.error("--writers and --generations must be 1 at least")
+    return finish("scale", run(arguments.writers, arguments.generations), as_json=arguments.json)
 
 
 if __name__ == "__main__":

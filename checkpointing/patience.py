@@ -111,13 +111,22 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
+@dataclass
+class _Other:
+    """What one rank that works has said last, and when that was new."""
+
+    word: str = ""
+    heard: float = 0.0
+    moved: float = 0.0
+
+
 class Wait:
-    """One wait of this rank for others of a world of `size`; `look()` raises where they are to be given up."""
+    """One wait of this rank for others of a world of `size`; `look()` raises where one of them is to be given up."""
 
     def __init__(self, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
-        self._began = self._heard = self._moved = time.monotonic()
-        self._said: dict[int, str] = {}
+        self._others: dict[int, _Other] = {}
+        self._alone = time.monotonic()  # since when nobody has said anything
         self._warned = False
 
     def look(self) -> None:
@@ -126,26 +135,33 @@ class Wait:
         except Exception as error:  # its server went with the rank that ran it
             raise LostError(f"rank {self._rank} cannot reach the others: {error}") from error
         now = time.monotonic()
-        if said != self._said:
-            self._heard = now
-        counts, before = _counts(said), _counts(self._said)
-        if any(before.get(rank) != count for rank, count in counts.items()):
-            self._moved, self._warned = now, False
-        self._said = said
-        silent, still = now - self._heard, now - self._moved
-        who = ", ".join(f"rank {rank}" for rank in sorted(said)) or "the others"
-        if silent > (limit := silence_s()):
-            raise LostError(f"rank {self._rank} has heard nothing of {who} for {limit:.0f} s")
-        if said and still > PATIENCE.seconds:
-            raise LostError(f"{who} moved nothing for {still:.0f} s: its storage hangs")
-        if (
-            said
-            and still > WARN_S
-            and not self._warned
-            and self._rank == min(set(range(self._size)) - set(said), default=0)
-        ):
+        if said.keys() != self._others.keys():
+            self._alone = now
+        others = {rank: self._others.get(rank) or _Other(heard=now, moved=now) for rank in said}
+        for rank, other in others.items():
+            if said[rank] != other.word:
+                other.heard = now
+            if _count(said[rank]) != _count(other.word):
+                other.moved, self._warned = now, False
+            other.word = said[rank]
+        self._others = others
+        limit = silence_s()
+        if not others and now - self._alone > limit:
+            raise LostError(f"rank {self._rank} has heard nothing of the others for {limit:.0f} s")
+        for rank, other in sorted(others.items()):
+            if now - other.heard > limit:
+                raise LostError(f"rank {self._rank} has heard nothing of rank {rank} for {limit:.0f} s")
+            if now - other.moved > PATIENCE.seconds:
+                raise LostError(f"rank {rank} moved nothing for {now - other.moved:.0f} s: its storage hangs")
+        self._warn(now)
+
+    def _warn(self, now: float) -> None:
+        """Once, and by one rank: the first of those that wait."""
+        still = {rank: now - other.moved for rank, other in self._others.items() if now - other.moved > WARN_S}
+        if still and not self._warned and self._rank == min(set(range(self._size)) - self._others.keys(), default=0):
             self._warned = True
-            logger.warning("waiting for %s, whose storage has moved nothing for %.0f s", who, still)
+            who = ", ".join(f"rank {rank}" for rank in sorted(still))
+            logger.warning("waiting for %s, whose storage has moved nothing for %.0f s", who, min(still.values()))
 
 
 def _working(size: int) -> dict[int, str]:
@@ -157,8 +173,8 @@ def _working(size: int) -> dict[int, str]:
     return found
 
 
-def _counts(said: dict[int, str]) -> dict[int, str]:
-    return {rank: text.partition(" ")[0] for rank, text in said.items()}
+def _count(word: str) -> str:
+    return word.partition(" ")[0]
 
 
 def finish(work: Any, rank: int, size: int) -> None:

@@ -5,12 +5,10 @@ Nothing here writes, until `turn_away_from` marks what a run has left behind.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,15 +22,15 @@ from checkpointing.format import Manifest
 from checkpointing.generations import Generation, abandon, candidates, read_index, scan
 from checkpointing.memory.directory import DEFAULT, why_not_private
 from checkpointing.memory.mapped import MappedStorage
-from checkpointing.storage import FileStorage, open_file, read_small, replace_file, sync_directory
+from checkpointing.storage import FileStorage, read_small, replace_file, sync_directory
 from trainer.choices import CHOICES, Full, Sparse, Stdlib, Text
 from trainer.config import Config, Implementation, as_json, choice_of, flatten
-from trainer.errors import PASSING, Refused, TrainingFailed
+from trainer.errors import Refused, TrainingFailed
 from trainer.identity import came_from, identify, recorded
 from trainer.methods import build
 from trainer.methods.sparse.attach import grows_by_gradient, sizes_in
 from trainer.models import architecture, draws_randomness
-from trainer.track.files import lines_of
+from trainer.track.history import History
 
 logger = logging.getLogger(__name__)
 
@@ -86,17 +84,19 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     `fingerprint` is the training data's; `model` may be on the device meta.
     """
     tiers = own_tiers(config)
-    incarnation = 1 + max(_incarnations(config, [g for tier in tiers for g in scan(tier)]), default=0)
+    past = History.of(Path(config.run.dir))
+    seen = [g.manifest.incarnation for tier in tiers for g in scan(tier) if g.manifest]  # of starts that saved
+    incarnation = 1 + max(past.incarnation, *seen, 0)
     if config.resume == "none":
         return Start(incarnation=incarnation, lines=["from scratch (resume=none)"])
     named: str | None = None
     notes: list[str] = []
     if config.resume == "auto":
-        found, notes = _own_candidates(config, tiers)
+        found, notes = _own_candidates(tiers, past.run_ids)
         if not found:
             if not scan(FileStorage(Path(config.checkpoint.dir))):  # not even one that was abandoned
-                _check_nothing_was_saved(config)
-            return Start(incarnation=incarnation, lines=["from scratch", *_what_memory_held(config), *notes])
+                _check_nothing_was_saved(config, past)
+            return Start(incarnation=incarnation, lines=["from scratch", *_what_memory_held(past), *notes])
     else:
         storage, others, named = _find(Path(config.resume))
         found = [(storage, generation) for generation in others]
@@ -203,9 +203,11 @@ def become_itself(config: Config, own: bool, saved: str | None) -> str:
     return identify(run_dir, None if not own else saved if known is None else known.run_id)
 
 
-def _own_candidates(config: Config, tiers: list[FileStorage]) -> tuple[list[tuple[FileStorage, Generation]], list[str]]:
+def _own_candidates(
+    tiers: list[FileStorage], known: Set[str]
+) -> tuple[list[tuple[FileStorage, Generation]], list[str]]:
     """The run's committed generations over all tiers, newest first; and what is said of those that are not its own."""
-    found, notes, known = [], [], _known_runs(config)
+    found, notes = [], []
     for number, tier in enumerate(tiers):
         here = candidates(tier)
         strangers = [g.name for g in here if g.manifest and g.manifest.run_id not in known]
@@ -215,11 +217,6 @@ def _own_candidates(config: Config, tiers: list[FileStorage]) -> tuple[list[tupl
             found += [(-number, tier, generation) for generation in here]
     found.sort(key=lambda one: (one[2].order, one[2].name, one[0]), reverse=True)
     return [(tier, generation) for _, tier, generation in found], notes
-
-
-def _known_runs(config: Config) -> set[str]:
-    """Ids that this run had, by its events."""
-    return {str(event["run_id"]) for event in _events(config) if "run_id" in event}
 
 
 def check_state(
@@ -318,51 +315,16 @@ def _find(path: Path) -> tuple[FileStorage, list[Generation], str | None]:
     return parent, found, top.name
 
 
-MOST_STARTS = 2**32  # what is more was written by nobody who started that often
-
-
-def _incarnations(config: Config, generations: list[Generation]) -> list[int]:
-    """Those seen so far: of starts that saved something, and of starts that did not get that far."""
-    seen = [g.manifest.incarnation for g in generations if g.manifest]
-    for event in _events(config):
-        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
-            if event["event"] in ("start", "resume") and 0 <= (number := int(event["incarnation"])) < MOST_STARTS:
-                seen.append(number)
-    return seen
-
-
-def _events(config: Config) -> list[dict[str, Any]]:
-    """The run's events; lines that a crash cut short, or that are none, are passed over."""
-    path = Path(config.run.dir) / "events.jsonl"
-    found = []
-    try:
-        with open_file(path) as file:
-            for line in lines_of(file):
-                with contextlib.suppress(ValueError, RecursionError):
-                    if isinstance(event := json.loads(line), dict):
-                        found.append(event)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        if error.errno in PASSING:
-            raise
-        raise Refused(
-            f"{path} is no record of a run: {error.strerror}. Move it away, or type another run.dir."
-        ) from None
-    return found
-
-
-def _what_memory_held(config: Config) -> list[str]:
+def _what_memory_held(past: History) -> list[str]:
     """What is said of a run that had snapshots in memory and nothing else, and has lost them."""
-    snapshots = [event for event in _events(config) if event.get("event") == "snapshot" and event.get("generation")]
-    if not snapshots:
+    if past.in_memory is None:
         return []
-    return [f"snapshots up to step {snapshots[-1].get('step')} were in memory, which is gone, and none was durable"]
+    return [f"snapshots up to step {past.in_memory} were in memory, which is gone, and none was durable"]
 
 
-def _check_nothing_was_saved(config: Config) -> None:
+def _check_nothing_was_saved(config: Config, past: History) -> None:
     """A run that did commit must not start over because its checkpoints are out of sight, as after a failed mount."""
-    if any(event.get("event") == "commit" and event.get("generation") for event in _events(config)):
+    if past.committed:
         raise Refused(
             f"{config.run.dir} has saved checkpoints before, and {config.checkpoint.dir} holds none. "
             "Put them back, or type resume=none to start over."

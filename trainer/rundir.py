@@ -14,9 +14,9 @@ from pathlib import Path
 from checkpointing import LeaseHeldError, UnreadableError
 from checkpointing.errors import first_few
 from checkpointing.lease import Holder, Lease
-from checkpointing.lease_protocol import EXPIRY_S
+from checkpointing.lease_protocol import EXPIRY_S, RELEASED
 from checkpointing.retention import clear_leftovers
-from checkpointing.storage import FileStorage, replace_file
+from checkpointing.storage import FileStorage, read_small, replace_file
 from trainer.config import Config, as_yaml
 from trainer.errors import FULL, PASSING, Refused, TrainingFailed
 from trainer.inside import refuse_links
@@ -117,8 +117,8 @@ def make_directories(config: Config) -> list[Path]:
 def remove_empty(made: list[Path]) -> None:
     """A refused command leaves no directories behind, as under a name with a typo."""
     for directory in reversed(made):
-        if {path.name for path in directory.iterdir()} <= {".lease"}:  # held by nobody else since it was made
-            for claim in (directory / ".lease").glob("lease-*"):
+        for claim in (directory / ".lease").glob("lease-*.json"):
+            if read_small(claim) == RELEASED:  # that of a run that has come since keeps the directory
                 claim.unlink(missing_ok=True)
         for empty in (directory / ".lease", directory):
             with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from pathlib import Path
@@ -98,6 +99,34 @@ def test_who_is_waited_for_is_said_once_and_by_one(
     clock[0] += 700  # it says no more
     with pytest.raises(LostError, match=r"rank 1 has heard nothing of rank 2 for 600 s"):
         waits[1].look()
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ({2: "7 silent"}, r"rank 0 has heard nothing of rank 2 for 600 s"),
+        ({2: "7 {now}"}, r"rank 2 moved nothing for 3\d\d\d s: its storage hangs"),
+        ({2: "{now} {now}"}, None),
+    ],
+)
+def test_one_that_gets_on_does_not_speak_for_another(
+    words: dict[int, str], why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, clock = FakeStore(), [100.0]
+    monkeypatch.setattr(patience, "_store", lambda: store)
+    monkeypatch.setattr(patience, "silence_s", lambda: 600.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    wait, given_up = Wait(0, 3), None
+    for _ in range(800):
+        clock[0] += 5
+        store.said = {f"{patience.KEY}/{rank}": word.format(now=clock[0]) for rank, word in words.items()}
+        store.said[f"{patience.KEY}/1"] = f"{clock[0]} {clock[0]}"
+        try:
+            wait.look()
+        except LostError as error:
+            given_up = str(error)
+            break
+    assert given_up is None if why is None else re.fullmatch(why, given_up or "")
 
 
 def test_work_that_ends_while_it_is_looked_at_is_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 from checkpointing import Piece, save
 from checkpointing.generations import candidates, scan
+from checkpointing.lease import Lease
 from checkpointing.storage import FileStorage
 from trainer import rundir
 from trainer.compose import compose
@@ -185,6 +186,27 @@ def test_a_refused_command_leaves_no_directories_behind(tmp_path: Path) -> None:
     with pytest.raises(KeyError), hold_run_directory(configure(tmp_path / "failed"), World()):
         raise KeyError
     assert (tmp_path / "failed" / "checkpoints").exists()
+
+
+def test_a_refused_command_leaves_a_run_that_has_come_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes between the end of the lease and the clearing up."""
+    config, others = configure(tmp_path / "run"), list[Lease]()
+    release = Lease.release
+
+    def released(lease: Lease) -> None:
+        release(lease)
+        others.append(Lease.acquire(lease.storage))
+
+    monkeypatch.setattr(Lease, "release", released)
+    with pytest.raises(Refused), hold_run_directory(config, World()):
+        raise Refused("no")
+    monkeypatch.undo()
+    for other in others:
+        other.check(anew=True)
+        other.release()
+    assert len(others) == 2
 
 
 def test_one_directory_may_serve_for_both(tmp_path: Path) -> None:

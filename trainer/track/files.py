@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -185,17 +186,18 @@ LONGEST = 16 * 2**20  # bytes of a line: what is longer was not written by a run
 MOST = 8 * 2**30  # of a file
 
 
-def lines_of(file: BinaryIO) -> Iterator[bytes]:
-    """Line by line; `OSError` where one has no end in sight, or where they go on for ever."""
+def lines_of(file: BinaryIO, most: int = MOST) -> Iterator[bytes]:
+    """Line by line; `OSError` where one has no end in sight, or where they go on for more than `most` bytes."""
     read = 0
     while line := file.readline(LONGEST):
         read += len(line)
-        if (len(line) == LONGEST and not line.endswith(b"\n")) or read > MOST:
+        if (len(line) == LONGEST and not line.endswith(b"\n")) or read > most:
             raise OSError(errno.EFBIG, "it has more than a run writes", file.name)
         yield line
 
 
 SPARE = "metrics.late.jsonl"  # beside the checkpoints
+MOST_SPARE = 2**28  # bytes of it: lines that a run held in its memory
 
 
 def roll_back(run_dir: Path, step: int, spare: Path | None = None) -> tuple[int, int]:
@@ -205,49 +207,53 @@ def roll_back(run_dir: Path, step: int, spare: Path | None = None) -> tuple[int,
     this order no line is lost: appended and synced there before it is cut off here.
     """
     path = run_dir / "metrics.jsonl"
-    late = list[bytes]()
+    late = dict[int, bytes]()
     if spare is not None and spare.exists():
         with open_file(spare) as file:
-            late = list(lines_of(file))
+            for line in lines_of(file, MOST_SPARE):
+                if (number := _step_of(line)) is not None:
+                    late.setdefault(number, line)
     if path.exists():
         _drop_torn_end(path)
     elif late:
         path.touch()
     else:
         return 0, 0
-    kept_bytes, last = 0, 0
-    discarded, home = list[bytes](), list[bytes]()
+    kept_bytes, last, cut = 0, 0, 0  # of those that are cut off, the file may have any number
     with open_file(path) as file:
         for line in lines_of(file):
             number = _step_of(line)
-            if not discarded and number is not None and number <= step:
+            if not cut and number is not None and number <= step:
                 kept_bytes, last = kept_bytes + len(line), number
             else:
-                discarded.append(line)
-    known = {_step_of(line) for line in discarded}
-    for line in late:
-        if (number := _step_of(line)) is not None and last < number <= step:
-            home.append(line)
-            last = number
-        elif number is not None and number > step and number not in known:
-            discarded.append(line)
-    if discarded:
-        _add(run_dir / "metrics.discarded.jsonl", discarded)
+                cut += 1
+                if number is not None and number > step:
+                    late.pop(number, None)
+    home = [number for number in sorted(late) if last < number <= step]
+    lost = [number for number in sorted(late) if number > step]
+    discarded = run_dir / "metrics.discarded.jsonl"
+    if cut:
+        with open_file(path) as file:
+            file.seek(kept_bytes)
+            _add(discarded, iter(partial(file.read, 2**18), b""))
+    if lost:
+        _add(discarded, map(late.__getitem__, lost))
+    if cut:
         os.truncate(path, kept_bytes)
-    if discarded or home:
-        _add(path, home)
+    if cut or home:
+        _add(path, map(late.__getitem__, home))
     if spare is not None and spare.exists():
         spare.unlink()
         sync_directory(spare.parent)
-    return len(discarded), last
+    return cut + len(lost), max([last, *home])
 
 
-def _add(path: Path, lines: list[bytes]) -> None:
+def _add(path: Path, parts: Iterable[bytes]) -> None:
     """Append lines to a file, which is durable with its name and its size when this returns."""
     if path.exists():
         _drop_torn_end(path)
     with os.fdopen(os.open(path, APPEND, 0o666), "ab") as file:
-        file.writelines(lines)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
     sync_directory(path.parent)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,21 @@ def test_from_the_first_unreadable_line_on_all_moves_aside(tmp_path: Path) -> No
     path.write_bytes(path.read_bytes() + b"\0" * 20 + b'\n{"step": 4}\n')
     assert roll_back(tmp_path, 5) == (2, 2)
     assert steps(path) == [1, 2]
+
+
+def test_what_is_rolled_back_is_moved_without_being_held(tmp_path: Path) -> None:
+    """Somebody else's file may have any number of lines."""
+    path, discarded = tmp_path / "metrics.jsonl", tmp_path / "metrics.discarded.jsonl"
+    write(path, 1)
+    rest = b"[null]\n" * 40_000 + b'{"step": 9}\n'
+    path.write_bytes(path.read_bytes() + rest)
+    tracemalloc.start()
+    try:
+        assert roll_back(tmp_path, 20)[1] == 1
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert discarded.read_bytes() == rest and steps(path) == [1]
 
 
 def test_a_torn_last_line_is_dropped_before_appending(tmp_path: Path) -> None:
