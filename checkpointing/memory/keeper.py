@@ -312,8 +312,10 @@ class Keeper:
         """Whether the directory is still the one that this keeper started in."""
         try:
             return self.root.stat().st_ino == self._inode
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError:  # a look that fails says nothing of what is there
+            return True
 
     def _over(self) -> bool:
         if not self._is_there:

@@ -327,9 +327,11 @@ class Snapshotter:
         self._copier.close()
         if snapshot is not None:
             snapshot.settled.wait(SETTLE_S)
-        if finished and self._first and self.memory.is_dir():
+        if finished and self._first:
             try:
                 (self.memory / FINISHED).touch()
+            except FileNotFoundError:  # with the directory: there is nothing to free
+                pass
             except OSError as error:  # all that was to be kept is: the memory goes when its time is over
                 logger.warning(
                     "%s is freed later: its keeper does not hear that the run has ended: %s", self.memory, error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -279,6 +280,38 @@ def test_whose_directory_was_deleted_ends_and_leaves_its_successor_alone(tmp_pat
         with keeping(root):
             snapshots_of(root, range(1, 2))
             assert_equal(loaded(root)[0], rows_of(0, 1, 1))
+
+
+@pytest.mark.parametrize(("number", "there"), [(errno.ESTALE, True), (errno.EIO, True), (errno.ENOENT, False)])
+def test_a_look_that_fails_does_not_end_it(
+    number: int, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take the memory of a living run with it."""
+    with keeping(tmp_path / "memory") as keeper_at_work:
+
+        def fails(path: Path, **_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "stat", fails)
+            assert keeper_at_work._is_there is there
+
+
+def test_the_end_of_a_run_is_none_of_a_memory_that_cannot_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "memory"
+    with keeping(root):
+        snapshots = Snapshotter(None, root)
+
+        def fails(path: Path, *_: object, **__: object) -> None:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+        with monkeypatch.context() as patch:
+            for name in ("stat", "touch"):
+                patch.setattr(Path, name, fails)
+            snapshots.close(finished=True)
+    assert "is freed later" in caplog.text
 
 
 def test_files_of_another_size_than_was_told_are_not_committed(tmp_path: Path) -> None:
