@@ -31,11 +31,11 @@ from checkpointing.patience import PATIENCE
 from checkpointing.printing import shown
 from checkpointing.storage import FileStorage
 from trainer.config import Compute, Config, Implementation
-from trainer.data.conversations import chosen_template
 from trainer.data.dataset import Dataset
 from trainer.data.feed import Feed
 from trainer.data.order import steps_of
 from trainer.data.sources import Corpus, load_corpus, load_sets
+from trainer.data.templates import chosen_template
 from trainer.data.tokenizer import Tokenizer
 from trainer.elastic.launcher import watching
 from trainer.elastic.preemption import AGAIN, Preemption, warnings_of
@@ -170,7 +170,7 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
         steps = steps_of(config.train.epochs, dataset_size=size, global_batch=config.train.global_batch, ratio=ratio)
         config = replace(config, train=replace(config.train, steps=steps))
     model = build(config, "meta")
-    check_vocabulary([corpus.train, corpus.held_out, *sets.values()], model)
+    check_vocabulary([corpus.train, corpus.held_out, *sets.values()], model, tokenizer.eos)
     if config.data.pack:
         check_packing(model)
     lr_scales(model, config.optimizer)
@@ -326,7 +326,8 @@ def train_and_finish(
     if world.rank == 0:
         try:
             template = chosen_template(config.data)
-            leave_description(config.model, job.shapes, job.tokenizer, template, Path(config.run.dir) / "hf")
+            place = Path(config.run.dir) / "hf"
+            leave_description(config.model, job.shapes, job.tokenizer, template, place, job.corpus.endings)
         except Exception as error:  # of libraries and of models' own code: an export is no reason not to train
             logger.warning("%s/hf is not whole, and an export will need --config: %s", config.run.dir, error)
     compute, peak = config.precision.compute, config.tracking.peak_tflops
@@ -498,9 +499,15 @@ def begin(
         tracker.emit("resize", step=state["step"], was=was, world_size=world_size)
 
 
-def check_vocabulary(datasets: Sequence[Dataset], model: nn.Module) -> None:
+def check_vocabulary(datasets: Sequence[Dataset], model: nn.Module, pad: int) -> None:
+    """`Refused` where the model has no row for a token of the data, or for the one that fills rows up."""
     size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]  # every transformers model has it
     if (largest := max(dataset.largest_token for dataset in datasets)) >= size:
         raise Refused(
             f"The data holds token {largest}, and the model knows {size} tokens. Give the model its own tokenizer."
+        )
+    if pad >= size:
+        raise Refused(
+            f"The token that ends and fills up is number {pad}, and the model knows {size} tokens. Name one that it "
+            "knows as eos_token in its tokenizer_config.json, or give the model more rows (resize_token_embeddings)."
         )

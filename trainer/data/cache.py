@@ -35,7 +35,7 @@ from trainer.errors import Refused
 logger = logging.getLogger(__name__)
 
 PART = 2000  # records
-VERSION = 1  # of the files, and of what is made of a record: one more with every change of either
+VERSION = 2  # of the files, and of what is made of a record: one more with every change of either
 DONE = "done.json"
 SIDES = ("train", "held_out")
 # Where a record stands, the record, and whether it is held out.

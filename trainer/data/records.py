@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +26,10 @@ class RecordReader(Protocol):
     def samples(self, where: str, record: Record) -> list[Sample]:
         """None for a record that holds nothing to learn. `Refused` names `where` it is malformed."""
 
+    @property
+    def endings(self) -> Set[str]:
+        """Tokens that end what was learned of conversations so far."""
+
     def notes(self) -> list[str]:
         """What had to be cut or left out so far."""
 
@@ -36,6 +41,7 @@ class Fields:
         self.text, self.prompt, self.completion = text, prompt, completion
         self.tokenizer, self.seq_len = tokenizer, seq_len
         self.tally: Counter[str] = Counter()
+        self.endings: Set[str] = frozenset()
 
     @property
     def key(self) -> str:
@@ -50,9 +56,16 @@ class Fields:
             )
         if self.tally["empty"]:
             found.append(f"{self.tally['empty']} empty records are left out")
-        return found
+        if self.tally["alone"]:
+            found.append(
+                f"{self.tally['alone']} records are left out: of them nothing but a first token has room in "
+                f"train.seq_len={self.seq_len}, and that is predicted from nothing"
+            )
+        return [*found, *mendings(self.tally)]
 
     def samples(self, where: str, record: Record) -> list[Sample]:
+        record = mended(record, self.tally)
+        check_learning(where, record)
         if self.prompt in record and self.completion in record:
             return self._pair(*(string(record, key, where) for key in (self.prompt, self.completion)))
         if self.text in record:
@@ -74,32 +87,113 @@ class Fields:
         return [predicted(tokens[start : start + self.seq_len + 1]) for start in starts]
 
     def _pair(self, prompt: str, completion: str) -> list[Sample]:
-        """A prompt, without loss, and its completion with its end. The completion has the first claim to the room."""
+        """A prompt, without loss, and its completion with its end. The completion has the first claim to the room.
+
+        They are one text for the tokenizer, as they are for a model that goes on with the prompt; a token over the seam
+        is the completion's.
+        """
         if not completion:
             self.tally["empty"] += 1
             return []
-        given = self.tokenizer.encode(prompt)
-        wanted = append(self.tokenizer.encode(completion, start=len(given) == 0), self.tokenizer.eos)
+        given, wanted = self._apart(prompt, completion)
+        wanted = append(wanted, self.tokenizer.eos)
         if len(given) + len(wanted) > self.seq_len + 1:
             self.tally["truncated"] += 1
         wanted = wanted[: self.seq_len]
         given = given[max(0, len(given) - (self.seq_len + 1 - len(wanted))) :]
-        if len(given) == 0 and len(wanted) < 2:  # seq_len is 1: nothing precedes the only token
-            self.tally["empty"] += 1
+        if len(given) == 0 and len(wanted) < 2:
+            self.tally["alone"] += 1
             return []
         return [predicted(np.concatenate([given, wanted]), len(given))]
+
+    def _apart(self, prompt: str, completion: str) -> tuple[Tokens, Tokens]:
+        if self.tokenizer.tells_spans:
+            tokens, spans = self.tokenizer.encode_at(prompt + completion, start=True)
+            first = int(np.argmax(np.append(spans[:, 1] > len(prompt), True)))
+        else:
+            tokens, alone = self.tokenizer.encode(prompt + completion), self.tokenizer.encode(prompt)
+            common = min(len(tokens), len(alone))
+            first = int(np.argmax(np.append(tokens[:common] != alone[:common], True)))
+        return tokens[:first], tokens[first:]
 
 
 def conversational(record: Record) -> bool:
     """Whether a record looks like one that data=chat reads."""
-    return "messages" in record or "conversations" in record or {"instruction", "output"} <= set(record)
+    listed = isinstance(record.get("prompt"), list) and isinstance(record.get("completion"), list)
+    return listed or "messages" in record or "conversations" in record or {"instruction", "output"} <= set(record)
+
+
+# What is to be learned, as other trainers read it: flags of a record or a turn, and lists with an entry a token.
+FLAGS = ("weight", "train", "training", "trainable", "loss")
+MASKS = ("labels", "loss_mask", "assistant_masks", "completion_mask", "train_detail", "training_detail", "segments")
+
+
+def is_learned(where: str, given: Record) -> bool | None:
+    """What the flags of a record or a turn say; None where there are none. `Refused` for what is neither yes nor no."""
+    said = {key: given[key] for key in FLAGS if given.get(key) is not None}
+    if wrong := [key for key, value in said.items() if not isinstance(value, int | float) or value not in (0, 1)]:
+        raise Refused(
+            f"{where}: {wrong[0]} is {said[wrong[0]]!r}, and something is learned (1, true) or not (0, false). Mend or "
+            "remove it."
+        )
+    if len({bool(value) for value in said.values()}) > 1:
+        raise Refused(f"{where}: {' and '.join(said)} contradict each other. Mend or remove one of them.")
+    return bool(next(iter(said.values()))) if said else None
+
+
+def check_learning(where: str, record: Record) -> None:
+    """`Refused` where a record says something of what is to be learned that is not read."""
+    if record.get("chosen") is not None and record.get("rejected") is not None:
+        raise Refused(
+            f"{where} holds a choice between two answers (chosen, rejected), and one answer is what is learned from "
+            "here. Keep it alone, as the completion of a prompt or as the last of messages."
+        )
+    if masks := [key for key in MASKS if isinstance(record.get(key), list)]:
+        raise Refused(
+            f"{where} says in {' and '.join(masks)} which part of it is to be learned, which is not read. Remove it, "
+            'or give messages, where "weight": 0 leaves a turn out.'
+        )
+    if is_learned(where, record) is False:
+        raise Refused(f"{where} says that it is not to be learned ({', '.join(FLAGS)}). Remove the record.")
+
+
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+def mended(record: Record, tally: Counter[str]) -> Record:
+    """With U+FFFD for each half of a surrogate pair, as of an emoji that was cut: no tokenizer reads it."""
+    halves = 0
+
+    def mend(value: Any) -> Any:
+        nonlocal halves
+        if isinstance(value, str):
+            if value.isascii() or not _HALF.search(value):
+                return value
+            halves += 1
+            return _HALF.sub("\N{REPLACEMENT CHARACTER}", value)
+        if isinstance(value, list):
+            return [mend(one) for one in value]
+        return {key: mend(one) for key, one in value.items()} if isinstance(value, Mapping) else value
+
+    found = {key: mend(value) for key, value in record.items()}
+    tally["mended"] += halves > 0
+    return found
+
+
+def mendings(tally: Counter[str]) -> list[str]:
+    if not tally["mended"]:
+        return []
+    return [f"{tally['mended']} records hold halves of characters (lone surrogates), which are read as U+FFFD"]
 
 
 def string(record: Record, key: str, where: str) -> str:
     value = record[key]
-    if not isinstance(value, str):
-        raise Refused(f"{where}: the field {key} is a {type(value).__name__}, not a text. Mend or remove it.")
-    return value
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(one, Mapping) and "role" in one for one in value):
+        raise Refused(f"{where}: the field {key} is a list of messages. Type data=chat, which reads those.")
+    kind = "null" if value is None else f"a {type(value).__name__}"
+    raise Refused(f"{where}: the field {key} is {kind}, not a text. Mend or remove it.")
 
 
 def append(tokens: Tokens, token: int) -> Tokens:

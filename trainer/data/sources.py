@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from trainer.choices import Chat, Data, Hub, Jsonl, Mix, Stdlib, Text
 from trainer.data import cache, hub
 from trainer.data.conversations import Conversations
 from trainer.data.dataset import Dataset, Records, Windows
+from trainer.data.files import files, read_text, records, unreadable
 from trainer.data.mixture import Mixture, counts_of
 from trainer.data.packing import Packed
 from trainer.data.records import Fields, Record, RecordReader, append, conversational
@@ -49,6 +49,7 @@ class Corpus:
     held_out: Dataset
     name: str
     notes: list[str] = field(default_factory=list)
+    endings: Set[str] = frozenset()  # tokens that end the turns of conversations
 
 
 def load_corpus(config: Data, tokenizer: Tokenizer, seq_len: int) -> Corpus:
@@ -110,6 +111,7 @@ def _mixed(config: Mix, tokenizer: Tokenizer, seq_len: int) -> Corpus:
         Mixture(held_out, [len(one) for one in held_out]),
         f"a mixture of {len(corpora)} sources",
         notes,
+        frozenset().union(*(corpus.endings for corpus in corpora)),
     )
 
 
@@ -179,9 +181,9 @@ def held_out_files(sizes: dict[str, int]) -> set[str]:
 
 
 def _text(config: Text, tokenizer: Tokenizer, seq_len: int) -> Corpus:
-    tokens = _join(tokenizer, map(_read_text, _files(config.path, config.pattern, "data.path")))
+    tokens = _join(tokenizer, map(read_text, files(config.path, config.pattern, "data.path")))
     if config.eval_path is not None:
-        test = _join(tokenizer, map(_read_text, _files(config.eval_path, config.pattern, "data.eval_path")))
+        test = _join(tokenizer, map(read_text, files(config.eval_path, config.pattern, "data.eval_path")))
     else:
         cut = len(tokens) - int(len(tokens) * config.eval_fraction)
         tokens, test = tokens[:cut], tokens[cut:]
@@ -212,7 +214,7 @@ Stand = Iterator[tuple[str, bytes, Record]]  # where a record stands, what tells
 
 def _corpus(
     config: Jsonl | Chat | Hub,
-    records: Callable[[], Stand],
+    found: Callable[[], Stand],
     apart: Callable[[], Stand] | None,
     reader: RecordReader,
     seq_len: int,
@@ -220,7 +222,7 @@ def _corpus(
     """Of records that are read as often as it takes; those `apart` are held out, or a part of the others."""
 
     def rows() -> Iterator[cache.Row]:
-        for where, content, record in records():
+        for where, content, record in found():
             # By content, so that a record that is there twice does not land on both sides.
             held_out = apart is None and xxhash.xxh3_64_intdigest(content) / 2**64 < config.eval_fraction
             yield where, record, held_out
@@ -228,84 +230,24 @@ def _corpus(
             yield where, record, True
 
     if config.cache is None:
-        train, test = cache.tokenize(reader, rows())
-        return Corpus(Records(train, seq_len), Records(test, seq_len), config.path, reader.notes())
-    fraction = config.eval_fraction if apart is None else None
-    told, count = xxhash.xxh3_128(f"{reader.key} {fraction} {transformers.__version__} {cache.PART}".encode()), 0
-    for source in (records, apart):
-        told.update(b"|")
-        for _, content, _ in source() if source is not None else ():
-            told.update(len(content).to_bytes(8, "little") + content)
-            count += 1
-    place = Path(config.cache).expanduser()
-    made = cache.tokenized(place, told.hexdigest(), rows, count, reader, config.workers)
-    reader.tally = made.tally
-    return Corpus(Records(made.train, seq_len), Records(made.held_out, seq_len), config.path, reader.notes())
+        train, test = (Records(side, seq_len) for side in cache.tokenize(reader, rows()))
+    else:
+        fraction = config.eval_fraction if apart is None else None
+        told, count = xxhash.xxh3_128(f"{reader.key} {fraction} {transformers.__version__} {cache.PART}".encode()), 0
+        for source in (found, apart):
+            told.update(b"|")
+            for _, content, _ in source() if source is not None else ():
+                told.update(len(content).to_bytes(8, "little") + content)
+                count += 1
+        place = Path(config.cache).expanduser()
+        made = cache.tokenized(place, told.hexdigest(), rows, count, reader, config.workers)
+        train, test, reader.tally = Records(made.train, seq_len), Records(made.held_out, seq_len), made.tally
+    return Corpus(train, test, config.path, reader.notes(), reader.endings)
 
 
 def _parsed(path: str, key: str) -> Stand:
-    for number, line in _lines(path, key):
-        where = f"{path}, line {number}"
-        yield where, line, _parse(where, line)
-
-
-def _parse(where: str, line: bytes) -> Record:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        # Of a syntax error the column alone: its own "line 1" is not the file's.
-        why = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise Refused(f"{where} is not JSON: {why}. Mend or remove the line; nothing was started.") from None
-    if not isinstance(record, dict):
-        raise Refused(f'{where} is a JSON {type(record).__name__}, not an object such as {{"text": ...}}.')
-    return record
-
-
-def _lines(path: str, key: str) -> Iterable[tuple[int, bytes]]:
-    """The lines of a file with their numbers, blank ones left out."""
-    (file,) = _files(path, "", key)
-    try:
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, line.strip()
-    except OSError as error:
-        raise _unreadable(file, error) from None
-
-
-def _files(path: str, pattern: str, key: str) -> Sequence[Path]:
-    top = Path(path).expanduser()
-    if top.is_file():
-        return [top]
-    if not top.exists():
-        raise Refused(f"{key}={path} does not exist (looked in {Path.cwd()}). Type {key}=FILE.")
-    if not pattern:
-        raise Refused(f"{key}={path} is not a file. Type {key}=FILE.")
-    try:
-        files = sorted(p for p in top.glob(pattern) if p.is_file())
-    except (ValueError, NotImplementedError) as error:
-        raise Refused(
-            f"data.pattern={pattern} is no pattern of files below {key}: {error}. Type data.pattern='**/*.txt'."
-        ) from None
-    except OSError as error:
-        raise _unreadable(top, error) from None
-    if not files:
-        raise Refused(
-            f"No file in {key}={path} matches data.pattern={pattern}. Type data.pattern='**/*' for all files."
-        )
-    return files
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    except UnicodeDecodeError as error:
-        raise Refused(
-            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}. "
-            "Convert it, for example with `iconv -f latin1 -t utf-8`."
-        ) from None
+    (file,) = files(path, "", key)
+    yield from records(file, path)
 
 
 def _read_source(path: Path) -> str:
@@ -313,11 +255,7 @@ def _read_source(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8", "replace")
     except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: OSError) -> Refused:
-    return Refused(f"{path} cannot be read: {error.strerror}. Give another file, or the right to read it.")
+        raise unreadable(path, error) from None
 
 
 def _join(tokenizer: Tokenizer, documents: Iterable[str]) -> Tokens:

@@ -23,6 +23,7 @@ class Tokenizer(Protocol):
     eos: int  # ends a document, and pads
     unit: str  # what one token is called where a loss is printed
     chat_template: str | None  # Jinja, as transformers has it
+    tool_template: str | None  # the one for conversations with tools, where that is another
     named_specials: Mapping[str, str]  # such as bos_token, as templates call them
     specials: tuple[str, ...]  # tokens that stand for no text
 
@@ -30,13 +31,22 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str:
         """Equal for tokenizers that give the same tokens."""
 
-    def encode(self, text: str, *, start: bool = True) -> Tokens:
-        """The tokens of a text; `start` puts in front whatever the model expects there."""
+    def encode(self, text: str) -> Tokens:
+        """The tokens of a text, with whatever the model expects in front of it, once, and without an end."""
 
-    def encode_at(self, text: str) -> tuple[Tokens, Spans]:
-        """The tokens of a text that has special tokens in it as text, and the characters that each comes from."""
+    def encode_at(self, text: str, *, start: bool = False) -> tuple[Tokens, Spans]:
+        """The tokens of a text that has special tokens in it as text, and the characters that each comes from.
+
+        With `start` as `encode` gives them. `Refused` where the tokenizer does not tell.
+        """
+
+    @property
+    def tells_spans(self) -> bool: ...
 
     def decode(self, tokens: Sequence[int], *, specials: bool = False) -> str: ...
+
+    def id_of(self, special: str) -> int:
+        """Of one of `specials`."""
 
     def save(self, directory: Path) -> None:
         """What transformers loads the same tokens with."""
@@ -48,20 +58,25 @@ class ByteTokenizer:
     eos = 0
     unit = "byte"
     chat_template: str | None = None
+    tool_template: str | None = None
     named_specials: Mapping[str, str] = {}
     specials: tuple[str, ...] = ()
     fingerprint = "bytes"
+    tells_spans = True
 
-    def encode(self, text: str, *, start: bool = True) -> Tokens:
+    def encode(self, text: str) -> Tokens:
         return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8)
 
-    def encode_at(self, text: str) -> tuple[Tokens, Spans]:
+    def encode_at(self, text: str, *, start: bool = False) -> tuple[Tokens, Spans]:
         widths = [len(character.encode("utf-8", "replace")) for character in text]
         starts = np.repeat(np.arange(len(text)), widths)
         return self.encode(text), np.stack([starts, starts + 1], axis=1)
 
     def decode(self, tokens: Sequence[int], *, specials: bool = False) -> str:
         return bytes(t for t in tokens if t < 256).decode("utf-8", "replace")
+
+    def id_of(self, special: str) -> int:
+        raise KeyError(special)  # there are none
 
     def save(self, directory: Path) -> None:
         # Byte-level tokenizers write bytes as letters: those that print as themselves, and others from 256 on.
@@ -87,10 +102,17 @@ class HuggingFaceTokenizer:
         self.specials: tuple[str, ...] = tuple(tokenizer.all_special_tokens) + tuple(
             str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
         )
+        self.chat_template = self._template(None)
+        self.tool_template = self._template([{}])
+        self.tells_spans: bool = tokenizer.is_fast
+        self._trims = self.tells_spans and _trims(json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"])
+
+    def _template(self, tools: Any) -> str | None:
+        """By name where there are several, as transformers chooses."""
         try:
-            self.chat_template: str | None = tokenizer.get_chat_template()
+            return str(self._tokenizer.get_chat_template(tools=tools))
         except ValueError:  # none, or several of which none is the default
-            self.chat_template = None
+            return None
 
     @property
     def fingerprint(self) -> str:
@@ -99,24 +121,55 @@ class HuggingFaceTokenizer:
         told = [type(self._tokenizer).__name__, held, self.eos, self.specials, dict(self.named_specials)]
         return xxhash.xxh3_128_hexdigest(json.dumps(told, sort_keys=True, default=str).encode())
 
-    def encode(self, text: str, *, start: bool = True) -> Tokens:
-        # Not every tokenizer that puts a start token in front also leaves the end alone.
-        ids = self._tokenizer(text, add_special_tokens=start, verbose=False)["input_ids"]
-        if ids and ids[-1] == self.eos:
-            ids = ids[:-1]
-        return np.asarray(ids, dtype=np.int32)
+    def encode(self, text: str) -> Tokens:
+        ids = self._tokenizer(text, verbose=False)["input_ids"]
+        return np.asarray(ids, dtype=np.int32)[self._once(ids)]
 
-    def encode_at(self, text: str) -> tuple[Tokens, Spans]:
-        if not self._tokenizer.is_fast:
+    def encode_at(self, text: str, *, start: bool = False) -> tuple[Tokens, Spans]:
+        if not self.tells_spans:
             raise Refused(
                 f"{type(self._tokenizer).__name__} does not tell which characters a token comes from, which data=chat "
                 "needs. Save the model with a fast tokenizer (a tokenizer.json)."
             )
-        made = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return np.asarray(made["input_ids"], dtype=np.int32), np.asarray(made["offset_mapping"]).reshape(-1, 2)
+        made = self._tokenizer(text, add_special_tokens=start, return_offsets_mapping=True, verbose=False)
+        ids, spans = made["input_ids"], np.asarray(made["offset_mapping"]).reshape(-1, 2)
+        if self._trims:
+            _put_blanks_back(spans, text, self._tokenizer.convert_ids_to_tokens(ids))
+        kept = self._once(ids) if start else slice(None)
+        return np.asarray(ids, dtype=np.int32)[kept], spans[kept]
+
+    def _once(self, ids: Sequence[int]) -> slice:
+        """Without a second start token, where the text has its own, and without the end, which documents are given."""
+        first, last = 0, len(ids)
+        while last and ids[last - 1] == self.eos:
+            last -= 1
+        while first + 1 < last and ids[first] == ids[first + 1] == self._tokenizer.bos_token_id:
+            first += 1
+        return slice(first, last)
 
     def decode(self, tokens: Sequence[int], *, specials: bool = False) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=not specials))
 
+    def id_of(self, special: str) -> int:
+        return int(self._tokenizer.convert_tokens_to_ids(special))
+
     def save(self, directory: Path) -> None:
         self._tokenizer.save_pretrained(directory)
+
+
+def _trims(post_processor: Any) -> bool:
+    """Whether offsets leave out the blanks at the edges of tokens, as byte-level ones do where they are told to."""
+    if not isinstance(post_processor, dict):
+        return False
+    return bool(post_processor.get("trim_offsets")) or any(map(_trims, post_processor.get("processors", ())))
+
+
+def _put_blanks_back(spans: Spans, text: str, tokens: Sequence[str]) -> None:
+    """Have the span of each token end where the token does, with its blanks."""
+    for number, token in enumerate(tokens):
+        if blanks := len(token) - len(token.rstrip("Ġ")):
+            end = int(spans[number, 1])
+            if blanks == len(token):
+                spans[number, 1] = end or min(blanks, len(text))
+            elif text[end : end + blanks] == " " * blanks:
+                spans[number, 1] = end + blanks

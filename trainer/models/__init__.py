@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Set
 from pathlib import Path
 
 import torch
@@ -72,11 +73,17 @@ def use_attention(model: nn.Module, attention: Attention) -> None:
 
 
 def leave_description(
-    config: Model, model: nn.Module, tokenizer: Tokenizer, template: str | None, directory: Path
+    config: Model,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    template: str | None,
+    directory: Path,
+    endings: Set[str] = frozenset(),
 ) -> None:
     """All that a Hugging Face directory holds beside the weights: what model it is, how it generates, its tokenizer.
 
-    `template` is the chat template that it is trained on, where that is not the tokenizer's own.
+    `template` is the chat template that it is trained on, where that is not the tokenizer's own, and `endings` are the
+    tokens that it is trained to end its turns with: they end what it generates, too.
     """
     inside = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
     directory.mkdir(parents=True, exist_ok=True)
@@ -91,6 +98,10 @@ def leave_description(
     if generation is None and inside.can_generate():
         generation = inside.generation_config
     if generation is not None:
+        known = generation.eos_token_id
+        ends = [] if known is None else list(known) if isinstance(known, list) else [known]
+        if more := sorted({tokenizer.id_of(ending) for ending in endings} - {*ends}):
+            generation.eos_token_id = [*ends, *more]
         generation.save_pretrained(directory)
     tokenizer.save(directory)
     if template is not None:

@@ -8,113 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
+from tests.trainer.data.families import AGAIN, ANSWER, ASK, SYSTEM, hugging_face
 from trainer.choices import Chat
 from trainer.data.conversations import Conversations, recognise
 from trainer.data.dataset import Sample
 from trainer.data.sources import load_corpus
 from trainer.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from trainer.errors import Refused
-
-# Written for these tests, in the documented format of each family.
-QWEN = """
-{%- for m in messages -%}
-{%- if m.role == 'tool' -%}
-{{ '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}
-{%- else -%}
-{{ '<|im_start|>' + m.role + '\n' + m.content }}
-{%- for call in m.tool_calls or [] -%}
-{{ '\n<tool_call>\n' + (call.function | tojson) + '\n</tool_call>' }}
-{%- endfor -%}
-{{ '<|im_end|>\n' }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}
-"""
-LLAMA3 = """
-{{- bos_token -}}
-{%- for m in messages -%}
-{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}
-"""
-MISTRAL = """
-{{- bos_token -}}
-{%- for m in messages -%}
-{%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('Roles must alternate') }}{%- endif -%}
-{%- if m.role == 'user' -%}{{ '[INST] ' + m.content + ' [/INST]' }}
-{%- else -%}{{ ' ' + m.content + eos_token }}{%- endif -%}
-{%- endfor -%}
-"""
-GEMMA = """
-{{- bos_token -}}
-{%- for m in messages -%}
-{%- if m.role == 'system' -%}{{ raise_exception('System role not supported') }}{%- endif -%}
-{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + '<end_of_turn>\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}
-"""
-ZEPHYR = """
-{%- for m in messages -%}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|assistant|>\n' }}{%- endif -%}
-"""
-# Thoughts of earlier turns are left out, and an answer begins with some, which the prompt to answer does not have.
-THINKING = """
-{%- for m in messages -%}
-{%- set said = m.content.split('</think>')[-1] if m.role == 'assistant' and not loop.last else m.content -%}
-{{ '<|im_start|>' + m.role + '\n' + said + '<|im_end|>\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}
-"""
-MARKED = """
-{%- for m in messages -%}
-{%- if m.role == 'assistant' -%}{{ 'A: ' }}{% generation %}{{ m.content + '<end>' }}{% endgeneration %}
-{%- else -%}{{ 'Q: ' + m.content + ' ' }}{%- endif -%}
-{%- endfor -%}
-"""
-PLAIN = """
-{%- for m in messages -%}{{ m.role + ': ' + m.content + '\n\n' }}{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}
-"""
-SPECIALS = {
-    "qwen": ["<|im_start|>", "<|im_end|>"],
-    "llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-    "mistral": ["<s>", "</s>"],
-    "gemma": ["<bos>", "<start_of_turn>", "<end_of_turn>"],
-    "zephyr": ["</s>"],
-    "thinking": ["<|im_start|>", "<|im_end|>"],
-    "marked": ["<end>"],
-    "plain": ["<end>"],
-}
-TEMPLATES = dict(zip(SPECIALS, (QWEN, LLAMA3, MISTRAL, GEMMA, ZEPHYR, THINKING, MARKED, PLAIN), strict=True))
-
-ASK = {"role": "user", "content": "2+2?"}
-ANSWER = {"role": "assistant", "content": "4."}
-AGAIN = [ASK, ANSWER, {"role": "user", "content": "3+3?"}, {"role": "assistant", "content": "é6"}]
-SYSTEM = {"role": "system", "content": "Be brief."}
-
-
-def hugging_face(family: str, merges: bool = False) -> PreTrainedTokenizerFast:
-    """One token a byte beside the family's own; with merges, words of several bytes too."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    if merges:
-        text = ["user assistant system model 2+2? 4. 3+3? Be brief."] * 9
-        made.train_from_iterator(text, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
-    special = SPECIALS[family]
-    loaded = PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        bos_token=special[0],
-        eos_token=special[-1],
-        additional_special_tokens=special,
-        clean_up_tokenization_spaces=False,
-    )
-    loaded.chat_template = TEMPLATES[family].strip()
-    return loaded
 
 
 def read(family: str, messages: list[dict[str, Any]], seq_len: int = 1000, merges: bool = False, **more: Any) -> Any:
@@ -278,9 +179,10 @@ def test_what_is_too_long_is_cut_at_the_end_and_what_holds_nothing_is_left_out()
     assert len(sample.tokens) == 41 and sample.tokens.tolist() == whole[0].tokens[:41].tolist()
     assert reader.notes()[1] == "1 samples are longer than train.seq_len=40 and are cut at the end"
     none, reader = read("zephyr", AGAIN, seq_len=5)
-    assert none == [] and "hold nothing that the assistant says" in reader.notes()[-1]
+    assert none == [] and "say nothing within train.seq_len=5 that is learned, and are left out" in reader.notes()[-1]
     none, reader = read("zephyr", [ASK, {"role": "assistant", "content": " "}])
     assert none == [] and "1 turns of the assistant are empty" in " ".join(reader.notes())
+    assert reader.notes()[-1] == "1 conversations hold no turn that is learned, and are left out"
 
 
 @pytest.mark.parametrize(
@@ -305,11 +207,90 @@ def test_an_input_follows_its_instruction_and_a_system_text_comes_first() -> Non
     assert [message["content"] for message in messages] == ["Be brief.", "Add\n\n2 2", "4"]
 
 
+QUIET = {"role": "assistant", "content": "BAD"}
+
+
+@pytest.mark.parametrize("family", ["zephyr", "marked", "thinking"])
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"loss": 0}])
+def test_a_turn_that_is_not_to_be_learned_is_read_and_not_learned(family: str, flag: dict[str, Any]) -> None:
+    turns = [ASK, {**QUIET, **flag}, *AGAIN[:2]]
+    (sample,), reader = read(family, turns)
+    tokenizer = hugging_face(family)
+    assert "BAD" in tokenizer.decode(sample.tokens) and "BAD" not in tokenizer.decode(sample.tokens[sample.targets])
+    assert "4." in tokenizer.decode(sample.tokens[sample.targets])
+    assert "1 turns of the assistant are not learned, as their records say" in reader.notes()
+    (sample,), _ = read(family, [ASK, {**QUIET, **dict.fromkeys(flag, 1)}, *AGAIN[:2]])  # the control
+    assert "BAD" in tokenizer.decode(sample.tokens[sample.targets])
+
+
+def test_what_nobody_is_to_learn_is_left_out_and_counted() -> None:
+    none, reader = read("zephyr", [ASK, {**ANSWER, "weight": 0}])
+    assert none == [] and reader.notes()[1:] == [
+        "1 turns of the assistant are not learned, as their records say",
+        "1 conversations hold no turn that is learned, and are left out",
+    ]
+
+
+def test_shared_turns_have_flags_too() -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "BAD", "weight": 0}]
+    turns += [{"from": "human", "value": "q"}, {"from": "gpt", "value": "good"}]
+    reader = Conversations("", HuggingFaceTokenizer(hugging_face("zephyr")), 500)
+    (sample,) = reader.samples("", {"conversations": turns})
+    assert hugging_face("zephyr").decode(sample.tokens[sample.targets]) == "good</s>"
+
+
+def test_of_a_prompt_in_messages_nothing_is_learned() -> None:
+    reader = Conversations("", HuggingFaceTokenizer(hugging_face("zephyr")), 500)
+    (sample,) = reader.samples("", {"prompt": [*AGAIN[:2], ASK], "completion": [{**ANSWER, "content": "six"}]})
+    assert hugging_face("zephyr").decode(sample.tokens[sample.targets]) == "six</s>"
+    assert "4." in hugging_face("zephyr").decode(sample.tokens)
+    assert reader.notes()[0].startswith("1 records of prompt and completion in messages")
+
+
+def test_what_came_before_an_instruction_is_read() -> None:
+    record = {"instruction": "c", "input": "", "output": "d", "history": [["a", "b"]], "system": "s"}
+    assert [m["content"] for m in recognise("", record)[1]] == ["s", "a", "b", "c", "d"]
+    assert [m["content"] for m in recognise("", {**record, "history": None, "system": None})[1]] == ["c", "d"]
+
+
+def test_functions_are_tools_as_they_were_called_before() -> None:
+    call = {"name": "add", "arguments": '{"a": 2}'}
+    messages = [
+        ASK,
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function", "content": "4"},
+    ]
+    (sample,), _ = read("qwen", [*messages, ANSWER])
+    text = hugging_face("qwen").decode(sample.tokens)
+    assert '<tool_call>\n{"name": "add", "arguments": {"a": 2}}' in text and "<tool_response>\n4\n" in text
+
+
+def test_the_token_that_ends_turns_is_known() -> None:
+    for family, ending in (
+        ("qwen", {"<|im_end|>"}),
+        ("marked", {"<end>"}),
+        ("plain", set()),
+        ("gemma", {"<end_of_turn>"}),
+    ):
+        _, reader = read(family, AGAIN)
+        assert reader.endings == ending
+        assert ("never stops by itself" in " ".join(reader.notes())) == (not ending)
+
+
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "other fields": ({"text": "x"}, "data=jsonl for texts"),
     "no list": ({"messages": "hello"}, "messages is no list of messages"),
     "nobody speaks": ({"messages": [{"content": "x"}]}, "a message has no role"),
     "a number": ({"messages": [{"role": "user", "content": 3}]}, "the content of a message is a int"),
+    "a weight": ({"messages": [ASK, {**ANSWER, "weight": 0.3}]}, "weight is 0.3, and something is learned"),
+    "a part of it": (
+        {"messages": [ASK, {**ANSWER, "train_detail": [{"begin": 1}]}]},
+        "says in train_detail which part",
+    ),
+    "the user": ({"messages": [{**ASK, "train": True}, ANSWER]}, "a message of the role user says that it is learned"),
+    "calls": ({"messages": [ASK, {**ANSWER, "tool_calls": "add"}]}, "the tool_calls of a message are no list"),
+    "no history": ({"instruction": "", "output": "", "history": "a"}, "history is no list of pairs"),
+    "a prompt alone": ({"prompt": [ASK], "completion": "a"}, "completion is no list of messages"),
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "parts that are no text"),
     "a stranger": ({"conversations": [{"from": "narrator", "value": "x"}]}, "is from 'narrator', which is none of"),
 }
@@ -334,49 +315,15 @@ def test_a_conversation_that_the_template_refuses_is_named(family: str, messages
         read(family, messages)
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for m in messages %}{{ m.role }}{% endfor %}",  # leaves out what is said
-        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",  # rewrites what came before
-    ],
-)
-def test_a_template_that_hides_what_is_to_be_learned_is_refused(template: str, tmp_path: Path) -> None:
-    (tmp_path / "own.jinja").write_text(template)
-    reader = Conversations(str(tmp_path / "own.jinja"), ByteTokenizer(), 64)
-    with pytest.raises(Refused, match="does not write what the assistant says behind what comes before it"):
-        reader.samples("line 1", {"messages": AGAIN})
-
-
-def test_a_template_that_is_no_jinja_and_one_that_is_missing(tmp_path: Path) -> None:
-    (tmp_path / "own.jinja").write_text("{% for m in messages %}")
-    with pytest.raises(Refused, match="cannot write this conversation: Unexpected end of template"):
-        Conversations(str(tmp_path / "own.jinja"), ByteTokenizer(), 64).samples("line 1", {"messages": AGAIN})
-    with pytest.raises(Refused, match=r"data.template=absent is no file and not chatml"):
-        Conversations("absent", ByteTokenizer(), 64)
-    with pytest.raises(Refused, match=r"has no chat template.*data.template=chatml"):
-        Conversations("", ByteTokenizer(), 64)
-
-
 def test_a_file_of_conversations_is_a_corpus(tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     path.write_text("".join(json.dumps({"messages": [ASK, {**ANSWER, "content": str(n)}]}) + "\n" for n in range(50)))
     config = Chat(path=str(path), eval_fraction=0.2, template="chatml")
     corpus = load_corpus(config, ByteTokenizer(), 200)
     assert len(corpus.train) + len(corpus.held_out) == 50 and len(corpus.held_out) > 2
-    assert corpus.notes == ["50 records of messages, loss on the assistant's turns"]
+    assert corpus.notes[0] == "50 records of messages, loss on the assistant's turns"
+    assert corpus.notes[1].startswith("no token of this tokenizer ends 50 turns") and corpus.endings == set()
     tokens, targets = corpus.train.sample(0)
     said = bytes(tokens[targets].tolist()).decode()
     assert said.removesuffix("\n").removesuffix("<|im_end|>").isdigit()
     assert np.flatnonzero(targets)[0] > 10
-
-
-def test_a_template_that_writes_the_day_gives_the_same_samples_tomorrow(tmp_path: Path) -> None:
-    """As those of Llama 3 do."""
-    template = tmp_path / "template.jinja"
-    day = "{{ strftime_now('%d %b %Y') }} {{ strftime_now('%Y-%m-%d') }}"
-    template.write_text(day + "{% for m in messages %}{{ m['role'] }} {{ m['content'] }};{% endfor %}")
-    reader = Conversations(str(template), ByteTokenizer(), 200)
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    (sample,) = reader.samples("here", {"messages": turns})
-    assert ByteTokenizer().decode(sample.tokens.tolist()) == "26 Jul 2024 2024-07-26user a;assistant b;"

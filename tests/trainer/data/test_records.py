@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
 
+from tests.trainer.data.families import TOKENIZERS
+from tests.trainer.data.test_tokenizer import LOSSLESS, MADE, TEXTS, drops_blanks
 from trainer.data.records import Fields
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.errors import Refused
@@ -47,3 +51,82 @@ def test_own_field_names() -> None:
 def test_conversations_are_sent_where_they_are_read(record: dict[str, Any]) -> None:
     with pytest.raises(Refused, match=r"line 1 has the fields .* Type data=chat for conversations, or name them"):
         read(8, record)
+
+
+@pytest.mark.parametrize("family", LOSSLESS)
+@settings(max_examples=60)
+@given(prompt=TEXTS, completion=TEXTS.filter(bool))
+def test_a_pair_is_one_text_of_which_the_completion_is_learned(family: str, prompt: str, completion: str) -> None:
+    """As many tokens as the text has and its end; learned is all of the completion, and of the prompt less than one."""
+    tokenizer = MADE[family]
+    reader = Fields("text", "prompt", "completion", tokenizer, 500)
+    whole, first = tokenizer.encode(prompt + completion).tolist(), len(reader._apart(prompt, completion)[0])
+    if len(whole) == 0:
+        return
+    ((tokens, targets),) = reader.samples("", {"prompt": prompt, "completion": completion})
+    assert tokens.tolist() == [*whole, tokenizer.eos]
+    assert np.flatnonzero(targets).tolist() == [*range(max(first, 1), len(tokens))]
+    given = tokenizer.decode(whole[:first])
+    assert prompt.startswith(given) or (drops_blanks(family) and prompt.lstrip(" ").startswith(given.lstrip(" ")))
+    texts = (tokenizer.decode(whole[:end]) for end in range(first + 1, len(whole) + 1))
+    further = next(text for text in (*texts, None) if text != given)  # some tokens are no whole letter
+    assert further is None or not prompt.startswith(further) or prompt.strip(" ") == ""
+
+
+def test_a_completion_has_no_blank_that_nobody_wrote() -> None:
+    """The control: tokenized by itself it has one, in families that put one before every text."""
+    for family in ("metaspace, always", "a blank before all"):
+        tokenizer = MADE[family]
+        ((tokens, targets),) = Fields("t", "p", "c", tokenizer, 50).samples("", {"p": "2+2 is", "c": "4."})
+        learned = [tokenizer.decode([token], specials=True) for token in tokens[targets].tolist()]
+        assert "".join(learned) == "4.</s>"
+        apart = tokenizer._tokenizer("4.", add_special_tokens=False)["input_ids"]
+        assert tokenizer._tokenizer.convert_ids_to_tokens(apart)[0].startswith("▁")
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_an_end_that_the_completion_has_is_not_given_twice(family: str) -> None:
+    tokenizer = MADE[family]
+    ((tokens, _),) = Fields("t", "p", "c", tokenizer, 50).samples("", {"p": "the ", "c": "cat</s>"})
+    assert tokens.tolist().count(tokenizer.eos) == 1 and tokens[-1] == tokenizer.eos
+
+
+def test_halves_of_characters_are_replaced_and_counted() -> None:
+    for record in ({"text": "cut off \ud83d here"}, {"prompt": ["x"], "text": "\udc00"}):
+        samples, notes = read(60, record)
+        assert "\N{REPLACEMENT CHARACTER}" in samples[0][0]
+        assert notes == ["1 records hold halves of characters (lone surrogates), which are read as U+FFFD"]
+    assert read(60, {"text": "🙂 whole"})[1] == []
+
+
+def test_a_first_token_alone_is_counted_for_what_it_is() -> None:
+    _, notes = read(1, {"prompt": "", "completion": "c"})
+    assert notes[-1:] == [
+        "1 records are left out: of them nothing but a first token has room in train.seq_len=1, and that is predicted "
+        "from nothing",
+    ]
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "null": ({"text": None}, "the field text is null, not a text"),
+    "messages as a prompt": (
+        {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
+        "the field prompt is a list of messages. Type data=chat",
+    ),
+    "a preference": (
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        r"a choice between two answers \(chosen, rejected\)",
+    ),
+    "a mask": ({"text": "abc", "loss_mask": [1, 0, 1]}, "says in loss_mask which part of it is to be learned"),
+    "no part of it": ({"text": "abc", "train": False}, "says that it is not to be learned"),
+    "half of it": ({"text": "abc", "weight": 0.5}, "weight is 0.5, and something is learned"),
+    "contradictions": ({"text": "abc", "weight": 1, "train": False}, "weight and train contradict each other"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_is_said_of_learning_and_not_read_is_refused_by_its_line(case: str) -> None:
+    record, message = REFUSALS[case]
+    with pytest.raises(Refused, match=f"^line 1.*{message}"):
+        read(8, record)
+    assert read(8, {"text": "abc", "weight": 1, "train": True, "labels": 3, "rejected": None, "loss": None})[0]
