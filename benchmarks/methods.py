@@ -340,7 +340,7 @@ QUICK = {"small": True, "pairs": 2, "engines": ["DDP", "FSDP2"]}
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=20, help="steps of every side")
+    parser.add_argument("--pairs", type=int, default=10, help="steps of every side")
     parser.add_argument("--small", action="store_true", help="a tiny model: nothing is judged")
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=[*ENGINES], metavar="NAME")
     arguments = options_of(parser, QUICK, argv)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 _KEPT = "\t\n"
@@ -19,16 +20,24 @@ def shown(text: str) -> str:
 
 
 class Printable:
-    """A stream that spells out what would steer a terminal."""
+    """A stream that spells out what would steer a terminal, and letters that its encoding does not have."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        spell_out(stream)
 
     def write(self, text: str) -> int:
         return self._stream.write(shown(text))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def spell_out(stream: Any) -> None:
+    """Have a stream write letters that its encoding does not have as `\\xe9`, where it would raise an error."""
+    if isinstance(stream, io.TextIOWrapper):
+        with suppress(OSError):  # of one that was made for a file, and is a pipe now
+            stream.reconfigure(errors="backslashreplace")
 
 
 def unprinted(stream: Any) -> Any:

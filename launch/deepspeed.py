@@ -9,6 +9,7 @@ import torch
 
 from launch.command import TRAINER, Command, python, threads
 from launch.options import Call, check_file, check_sizes
+from launch.port import port_for
 from launch.supervise import supervise
 from trainer.choices import DeepspeedLaunch
 
@@ -29,7 +30,9 @@ def plan(call: Call) -> Command:
     here = [f"--num_gpus={options.nproc}", "--master_addr=127.0.0.1"]  # it calls every process a GPU
     where = [f"--hostfile={options.hostfile}"] if options.hostfile else here
     # The trainer has its place from the environment; Hydra knows no --local_rank.
-    where += [f"--master_port={options.port}", "--no_local_rank"]
+    # A port that two jobs share would make one world of them.
+    port = options.port or (29500 if options.hostfile else port_for(os.getpid()))
+    where += [f"--master_port={port}", "--no_local_rank"]
     chosen = [] if any(word.startswith("parallel=") for word in call.overrides) else ["parallel=zero2"]
     environment = threads(options.nproc)
     if not torch.cuda.is_available():

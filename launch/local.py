@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launch.command import Command
 from launch.options import Call, check_sizes
-from launch.torchrun import command_of, patient, run_torchrun
+from launch.torchrun import ALONE, command_of, patient, run_torchrun
 
 
 def check(call: Call) -> None:
@@ -14,7 +14,7 @@ def check(call: Call) -> None:
 def plan(call: Call) -> Command:
     nproc = call.config.launch.nproc
     elastic = call.config.elastic
-    flags = ["--standalone", f"--nproc-per-node={nproc}", *patient(elastic.signal, elastic.grace_s)]
+    flags = [*ALONE, f"--nproc-per-node={nproc}", *patient(elastic.signal, elastic.grace_s)]
     return command_of(flags, call.overrides, nproc)
 
 

@@ -26,6 +26,7 @@ from trainer.errors import Refused
 # A machine that is lost is noticed after three heartbeats; one that comes late is waited for this long.
 MEET_S = 60.0  # how long a machine may be out of reach, as one that still boots
 PROBE_S = 10.0  # one of us answers at once
+ALONE = ("--standalone", "--local-addr=127.0.0.1")  # one machine, whose own name may lead nowhere
 RENDEZVOUS = "last_call_timeout=15,keep_alive_interval=3,keep_alive_max_attempt=3"
 
 
@@ -65,7 +66,7 @@ def plan(call: Call) -> Command:
     options, grace_s = call.config.launch, call.config.elastic.grace_s
     assert isinstance(options, TorchrunLaunch)
     least, most = bounds(options.nodes, "launch.nodes")
-    where = ["--standalone"]
+    where = list(ALONE)
     if options.endpoint:
         where = ["--rdzv-backend=c10d", f"--rdzv-endpoint={options.endpoint}", f"--rdzv-id={options.job}"]
         join = f"join_timeout={math.ceil(call.config.elastic.join_s)}"

@@ -69,6 +69,19 @@ def unknown_key(key: str) -> str:
     return f"There is no option {key}. {hint}"
 
 
+def text_keys() -> set[str]:
+    """The options whose values are texts, in any choice of their group."""
+    found = set()
+    for config in _one_of_each_choice():
+        for group in fields(config):
+            value = getattr(config, group.name)
+            if is_dataclass(value):
+                found |= {f"{group.name}.{f.name}" for f in fields(value) if f.type in ("str", "str | None")}
+            elif group.type == "str":
+                found.add(group.name)
+    return found
+
+
 def _one_of_each_choice() -> list[Config]:
     default = Config(model=TinyLlama(), data=Stdlib(), method=Full(), launch=LocalLaunch())
     return [replace(default, **{group: schema()}) for group, choices in CHOICES.items() for schema in choices.values()]

@@ -265,7 +265,7 @@ class DeepspeedLaunch(Launch):
     """The `deepspeed` launcher."""
 
     hostfile: str = ""  # its list of machines and slots; empty: nproc processes here
-    port: int = option(29500, low=0, high=65535)  # where they meet
+    port: int = option(0, low=0, high=65535)  # where they meet; 0: any on this machine, 29500 with a hostfile
 
 
 @dataclass

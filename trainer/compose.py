@@ -13,7 +13,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.check import from_hydra, register, unknown_key
+from trainer.check import from_hydra, register, text_keys, unknown_key
 from trainer.choices import is_secret
 from trainer.config import Config
 from trainer.errors import Refused
@@ -27,7 +27,7 @@ def compose(overrides: Sequence[str]) -> Config:
     register()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return from_hydra(hydra.compose("config", overrides=list(overrides)))
+            return from_hydra(hydra.compose("config", overrides=as_typed(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise Refused(explain(error)) from None
 
@@ -41,6 +41,7 @@ def compose_from_command_line() -> Config | None:
     if {"-m", "--multirun"} & set(words) or any(re.match(r"hydra\.mode=.*multirun", word) for word in words):
         raise Refused("--multirun would train several runs inside one process. Start one command a run.")
     register()
+    sys.argv[1:] = as_typed(sys.argv[1:])
     composed: list[DictConfig] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised to us rather than printed, with status 1, by Hydra
     try:
@@ -49,6 +50,17 @@ def compose_from_command_line() -> Config | None:
         raise Refused(explain(error)) from None
     sys.argv[1:] = [word for word in sys.argv[1:] if not is_secret(word)]  # which trackers keep
     return from_hydra(composed[0]) if composed else None
+
+
+# What Hydra reads as a number or as yes or no, and would write in another way.
+_VALUE = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)|true|false", re.IGNORECASE)
+
+
+def as_typed(words: Sequence[str]) -> list[str]:
+    """With quotes around what looks like a number and is a text: run.name=1e-5 is a run of that name."""
+    texts = text_keys()
+    pairs = [(word, *word.partition("=")) for word in words]
+    return [f"{key}='{value}'" if key in texts and _VALUE.fullmatch(value) else word for word, key, _, value in pairs]
 
 
 def explain(error: Exception) -> str:

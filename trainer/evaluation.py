@@ -67,6 +67,12 @@ class Evaluation:
             found["eval_perplexity"] = math.exp(min(found["eval_loss"], 700.0))  # the largest that a float holds
         for name, dataset in self.sets.items():
             found[f"eval_loss/{name}"] = evaluate(engine, feed.evenly(dataset, self.samples))
+        if (wrong := [name for name, loss in found.items() if not math.isfinite(loss)]) and Team().rank == 0:
+            logger.warning(
+                "%s: the held-out loss is no number, and counts as no better. Some sample there overflows the model; "
+                "training goes on.",
+                ", ".join(wrong),
+            )
         return found
 
     def write(self) -> tuple[str, str] | None:

@@ -67,7 +67,7 @@ def train(
                 done.evaluated(row["eval_loss"])
         # No line before it is known what became of the snapshot of the step before: a resume finds all lines up to it.
         tracker.step(row | saver.settle())
-        losses = {key: row[key] for key in ("loss", "eval_loss") if key in row}
+        losses = {key: row[key] for key in ("loss", "eval_loss") if math.isfinite(row.get(key, math.nan))}
         ends = step == last or done.gives_up(config.eval.patience)
         saver.save(done, losses, durable=ends or due(step, config.checkpoint.every, last), last=ends)
         every = config.eval.generate_every

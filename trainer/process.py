@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import io
 import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
+
+from checkpointing.printing import shown, spell_out
 
 
 class Lenient:
@@ -16,9 +17,7 @@ class Lenient:
 
     def __init__(self, stream: TextIO, translate: Callable[[str], str] = str) -> None:
         self._stream, self._translate = stream, translate
-        if isinstance(stream, io.TextIOWrapper):
-            with contextlib.suppress(OSError):  # of one that was made for a file, and is a pipe now
-                stream.reconfigure(errors="backslashreplace")  # of letters that a terminal does not have
+        spell_out(stream)
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
@@ -33,14 +32,6 @@ class Lenient:
         return getattr(self._stream, name)
 
 
-def _shown(text: str) -> str:
-    if all(letter.isprintable() or letter in "\t\n\r" for letter in text):
-        return text
-    from checkpointing.printing import shown  # which brings torch, and a launcher has none
-
-    return shown(text)
-
-
 def run_as_process(main: Callable[[], int]) -> NoReturn:
     """`main`, and the end of the process with its status, without tearing the interpreter down.
 
@@ -51,7 +42,7 @@ def run_as_process(main: Callable[[], int]) -> NoReturn:
     status = 1  # of an exception that nobody caught
 
     # What steers a terminal is our own display's, on stdout.
-    sys.stdout, sys.stderr = Lenient(sys.stdout), Lenient(sys.stderr, _shown)
+    sys.stdout, sys.stderr = Lenient(sys.stdout), Lenient(sys.stderr, shown)
 
     def end() -> None:
         sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 
@@ -36,7 +37,7 @@ class Progress:
     since_best: int = 0  # evaluations
 
     def evaluated(self, loss: float) -> None:
-        if self.best_loss is None or loss < self.best_loss:
+        if isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best_loss, self.since_best = loss, 0
         else:
             self.since_best += 1

@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from checkpointing.printing import spell_out
 from checkpointing.storage import read_text
 from trainer.errors import Refused
 from trainer.track.files import read_lines
@@ -104,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", nargs="?", help="default: RUN/report.html")
     arguments = parser.parse_args(argv)
     out = arguments.out or arguments.run / "report.html"
+    for stream in (sys.stdout, sys.stderr):
+        spell_out(stream)
     try:
         if arguments.out is None and out.is_symlink():
             raise Refused(f"{out} is a link to {os.readlink(out)}. Type another file: python -m trainer.report RUN OUT")

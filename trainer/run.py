@@ -501,7 +501,7 @@ def begin(
 
 def check_vocabulary(datasets: Sequence[Dataset], model: nn.Module, pad: int) -> None:
     """`Refused` where the model has no row for a token of the data, or for the one that fills rows up."""
-    size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]  # every transformers model has it
+    size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # every transformers model has it
     if (largest := max(dataset.largest_token for dataset in datasets)) >= size:
         raise Refused(
             f"The data holds token {largest}, and the model knows {size} tokens. Give the model its own tokenizer."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -102,6 +103,13 @@ def make_directories(config: Config) -> list[Path]:
     made = []
     for key, name in directories(config).items():
         directory = Path(name)
+        if link := next(
+            (one for one in (directory, *directory.parents) if one.is_symlink() and not one.exists()), None
+        ):
+            raise Refused(
+                f"{key}={name}: {link} is a link to {os.readlink(link)}, which is not there. Make that directory, or "
+                "remove the link."
+            )
         try:
             if not directory.exists():
                 made.append(directory)

@@ -26,7 +26,7 @@ def test_the_printed_command_is_what_runs(capsys: pytest.CaptureFixture[str]) ->
     words = shlex.split(capsys.readouterr().out)
     assert words[0].startswith("OMP_NUM_THREADS=")
     assert words[2:4] == ["-m", "torch.distributed.run"]
-    assert words[4:6] == ["--standalone", "--nproc-per-node=3"]
+    assert words[4:7] == ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=3"]
     assert words[-3:] == [str(TRAINER), "train.steps=5", "run.name=a b"]
 
 

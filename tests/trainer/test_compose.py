@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 
@@ -90,3 +91,15 @@ def test_all_of_hydras_flags_work(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(SystemExit) as left:
         compose_from_command_line()
     assert left.value.code == 0 and capsys.readouterr().out.startswith("trainer is powered by Hydra")
+
+
+@pytest.mark.parametrize("value", ["1e-5", "true", "False", "007", "3", "0.10", "1_000", "NaN", ".5", "-1"])
+def test_a_text_that_looks_like_a_number_stays_as_it_was_typed(value: str) -> None:
+    config = compose([f"run.name={value}", "model=hf", f"model.path={value}"])
+    model: Any = config.model
+    assert config.run.name == value and config.run.dir == f"runs/{value}" and model.path == value
+
+
+def test_numbers_and_nulls_stay_what_they_are() -> None:
+    config: Any = compose(["optimizer.lr=1e-5", "data=text", "data.path=x", "data.eval_path=null"])
+    assert config.optimizer.lr == 1e-5 and config.data.eval_path is None

@@ -24,6 +24,22 @@ def test_every_set_has_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Evaluation([1e4], 2).measure(None, feed)["eval_perplexity"] < math.inf  # type: ignore[arg-type]
 
 
+def test_a_loss_that_is_no_number_is_said_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("trainer.evaluation.evaluate", lambda engine, share: share)
+    feed: Any = SimpleNamespace(evenly=lambda dataset, samples: dataset)
+    held_out: Any = NoNumber("nan")
+    found = Evaluation(held_out, 0, {"b": held_out}).measure(None, feed)  # type: ignore[arg-type]
+    assert all(map(math.isnan, found.values())) and set(found) == {"eval_loss", "eval_perplexity", "eval_loss/b"}
+    assert "eval_loss, eval_perplexity, eval_loss/b: the held-out loss is no number" in caplog.text
+
+
+class NoNumber(float):
+    def __len__(self) -> int:
+        return 1
+
+
 def test_a_model_that_cannot_write_is_asked_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -31,3 +31,10 @@ def test_progress_comes_back_from_what_was_saved() -> None:
     assert Progress.of({}, scaled=False) == Progress()
     assert Progress.of(Progress(3, 400).as_state(), scaled=True).loss_scale == LossScale()  # fp16 from here on
     assert Progress.of(Progress(3, 4, LossScale()).as_state(), scaled=False).loss_scale is None
+
+
+def test_a_loss_that_is_no_number_is_no_better() -> None:
+    progress = Progress()
+    for loss in (float("nan"), 2.0, float("nan"), float("-inf")):
+        progress.evaluated(loss)
+    assert (progress.best_loss, progress.since_best) == (2.0, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -215,3 +216,15 @@ def test_one_directory_may_serve_for_both(tmp_path: Path) -> None:
         assert lease is not None
         with pytest.raises(Refused, match="Another run uses"), hold_run_directory(config, World()):
             pass
+
+
+def test_a_link_to_what_is_gone_is_named(tmp_path: Path) -> None:
+    for name in ("runs", "runs/r"):
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / "purged")
+        config = configure(tmp_path / "runs" / "r")
+        message = f"{name} is a link to .*purged, which is not there"
+        with pytest.raises(Refused, match=message), hold_run_directory(config, World()):
+            pass
+        (tmp_path / name).unlink()

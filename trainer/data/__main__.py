@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from checkpointing.printing import shown, spell_out
 from trainer.compose import compose
 from trainer.data.dataset import Dataset, Sample
 from trainer.data.order import samples_of_step
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     preview.add_argument("-n", type=int, default=3, metavar="N", help="how many of the first that are trained on")
     preview.add_argument("overrides", nargs="*", help="such as data=chat data.path=FILE")
     arguments = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        spell_out(stream)
     try:
         show(arguments.n, arguments.overrides)
     except Refused as error:
@@ -69,7 +72,7 @@ def lengths(dataset: Dataset) -> str:
 def written(sample: Sample, tokenizer: Tokenizer, *, marks: bool) -> Text:
     text = Text()
     for learned, part in _runs(sample):
-        words = tokenizer.decode(part, specials=True)
+        words = shown(tokenizer.decode(part, specials=True))
         if marks:
             text.append(f"⟦{words}⟧" if learned else words)
         else:

@@ -8,13 +8,14 @@ from torch import nn
 from trainer.choices import Lora
 from trainer.elastic.randomness import reseed
 from trainer.errors import Refused
-from trainer.methods.targets import ALL, check_targets
+from trainer.methods.targets import ALL, check_targets, check_untied
 
 
 def apply(model: nn.Module, config: Lora, seed: int) -> nn.Module:
     """Freeze the model and add adapters to the targeted modules; at the start the output does not change."""
     targets = config.target_modules
     check_targets(model, targets)
+    check_untied(model, targets)
     reseed(seed, "method")
     try:
         adapted: nn.Module = get_peft_model(

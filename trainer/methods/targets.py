@@ -25,6 +25,22 @@ def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
             )
 
 
+def check_untied(model: nn.Module, targets: Sequence[str]) -> None:
+    """`Refused` for a layer that shares its weight: merged into it, an adapter would change the other layer too."""
+    sharing: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            sharing.setdefault(id(weight), []).append(name)
+    for names in sharing.values():
+        if len(names) > 1 and (tied := [name for name in names if any(_matches(name, one) for one in targets)]):
+            others = " and ".join(name for name in names if name != tied[0])
+            raise Refused(
+                f"method.target_modules={list(targets)}: {tied[0]} shares its weight with {others}, so that an adapter "
+                "beside it could not be merged. Leave it out, or give a model that is not tied "
+                "(tie_word_embeddings=false, with the weight in its files twice)."
+            )
+
+
 def targeted(model: Any, targets: Sequence[str], key: str) -> dict[str, nn.Module]:
     """The linear layers that are named, in the model's order."""
     check_targets(model, targets)

@@ -51,6 +51,7 @@ class Tuned:
         What a checkpoint says is a stranger's word, unless it lies in a run that was trained here: where the `base` is
         must be given then, and whether code beside it may run always (`trust_code`).
         """
+        path = path.resolve()  # a link, or `.`, has its own name only there
         top = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         storage, name = FileStorage(top), None
         try:

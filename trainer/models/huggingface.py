@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from checkpointing.errors import first_few
 from trainer.choices import HuggingFace
+from trainer.data.files import LFS
 from trainer.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from trainer.errors import Refused
 
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(config: HuggingFace) -> Tokenizer:
+    _check_files(config)
     tokenizer = _load(AutoTokenizer, config, "tokenizer")
     if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
         raise Refused(
@@ -41,7 +43,9 @@ def generation(config: HuggingFace) -> Any:
 
 def build(config: HuggingFace, seq_len: int) -> nn.Module:
     """The model with its weights as fp32, on the current default device; on `meta` its shapes only."""
+    _check_files(config)
     settings = _load(AutoConfig, config, "configuration")
+    _check_not_quantised(config, settings)
     longest = getattr(settings, "max_position_embeddings", None)
     if isinstance(longest, int) and seq_len > longest:
         raise Refused(
@@ -58,6 +62,46 @@ def build(config: HuggingFace, seq_len: int) -> nn.Module:
         _check_complete(config, found)
     assert isinstance(model, nn.Module)
     return model.train()  # from_pretrained leaves it in evaluation mode, without dropout
+
+
+def _check_files(config: HuggingFace) -> None:
+    """`Refused` where what lies in a local directory is not the model that its user means."""
+    local = Path(config.path).expanduser()
+    if not local.is_dir():
+        return
+    names = {path.name for path in local.iterdir()}
+    if pointers := sorted(name for name in names if _is_pointer(local / name)):
+        raise Refused(
+            f"model.path={config.path} holds pointers of Git LFS in place of files: {first_few(pointers)}. Type "
+            f"`git -C {config.path} lfs pull`, which gets them."
+        )
+    if "adapter_config.json" in names:
+        where = "an adapter beside a model" if "config.json" in names else "an adapter and no model"
+        raise Refused(
+            f"model.path={config.path} holds {where} (adapter_config.json), and would be trained without it. Merge it "
+            "first, with merge_and_unload of peft, and give what that saves, or move the adapter away to train the "
+            "model alone."
+        )
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        if not path.is_file() or path.stat().st_size > 1024:
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(LFS)) == LFS
+    except OSError:
+        return False  # whoever reads it says so
+
+
+def _check_not_quantised(config: HuggingFace, settings: Any) -> None:
+    if (quantised := getattr(settings, "quantization_config", None)) is not None:
+        told = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        raise Refused(
+            f"The weights of model.path={config.path} are quantised (quant_method={told.get('quant_method')}), and "
+            "whole ones are what is trained here. Give the model that they were made of, or write them out whole first "
+            "(dequantize() and save_pretrained() of transformers)."
+        )
 
 
 def _check_complete(config: HuggingFace, found: dict[str, Any]) -> None:

@@ -27,6 +27,13 @@ class World:
     def from_environment(environment: Mapping[str, str] = os.environ) -> World:
         """What torchrun and its kin set, and DeepSpeed's launcher; one process alone without it."""
         if "RANK" not in environment:
+            tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+            if "SLURM_PROCID" in environment and tasks.isdigit() and int(tasks) > 1:
+                raise Refused(
+                    f"srun started {tasks} tasks of this command, which would be as many runs that know nothing of "
+                    "each other. Start one task a machine: `python -m launch slurm ...` writes such a job, and "
+                    "`srun --ntasks-per-node=1 python -m launch torchrun ...` is one."
+                )
             return World()
         local_size = "LOCAL_WORLD_SIZE"
         if local_size not in environment and "LOCAL_SIZE" in environment:

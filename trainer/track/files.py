@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,7 +43,7 @@ class JsonLines:
         self._try_to(self._open)
 
     def write(self, row: dict[str, Any]) -> None:
-        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        line = json.dumps({key: _as_json(value) for key, value in row.items()}, allow_nan=False).encode() + b"\n"
         self._lines.append(line)
         self._rest += line
         self._try_to(self._append if len(self._lines) % LINES_HELD else self.sync)
@@ -99,6 +100,11 @@ class JsonLines:
             self._failing = True
         else:
             self._failing = False
+
+
+def _as_json(value: Any) -> Any:
+    """What is no number as its name, `nan`, `inf` or `-inf`: JSON has none for it."""
+    return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
 class Metrics(JsonLines):

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import html
+import logging
+import netrc
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from checkpointing.storage import read_text
 from trainer.track.guarded import Guarded
 
+logger = logging.getLogger(__name__)
+
+REACH_S = 5.0  # for the server to answer
 LOGGED = "logged"  # in wandb's directory: the run's id, and the last step that it was told
 
 
@@ -88,17 +96,57 @@ class WandbRun(Guarded):
     def _start(self, project: str, name: str, run_id: str, directory: Path, config: dict[str, Any]) -> None:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-        self._run = wandb.init(
-            project=project,
-            name=name,
-            id=run_id,
-            resume="allow",
-            dir=str(directory),
-            config=config,
-            mode=mode,  # type: ignore[arg-type]  # a string from the environment
-            settings=wandb.Settings(silent=True, init_timeout=30, console="off", x_disable_stats=False),
-        )
+        def begin(mode: str) -> Any:
+            return wandb.init(
+                project=project,
+                name=name,
+                id=run_id,
+                resume="allow",
+                dir=str(directory),
+                config=config,
+                mode=mode,  # type: ignore[arg-type]  # a string from the environment
+                settings=wandb.Settings(silent=True, init_timeout=30, console="off", x_disable_stats=False),
+            )
+
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        if mode == "online" and (why := _why_out_of_reach()):
+            logger.warning("wandb is offline, and keeps the figures for `wandb sync`: %s", why)
+            mode = "offline"
+        try:
+            self._run = begin(mode)
+        except Exception as error:
+            if mode != "online":
+                raise
+            logger.warning("wandb is offline, and keeps the figures for `wandb sync`: %s", error)
+            self._run = begin(mode := "offline")
         self._run.define_metric("*", step_metric="step")
         if mode == "offline":
             self._offline = directory / "wandb"
+
+
+def _server() -> str:
+    return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+
+
+def _has_key() -> bool:
+    """Whether `wandb login` left a key here, or the environment has one: nothing else asks for going online."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(_server()).hostname or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _why_out_of_reach() -> str:
+    """Empty where the server's port opens: wandb itself would try for minutes."""
+    address = urlsplit(_server())
+    port = address.port or (80 if address.scheme == "http" else 443)
+    proxies = getproxies()
+    if address.scheme in proxies and not proxy_bypass(address.hostname or ""):
+        return ""  # whether it lets us through is seen when it is asked
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=REACH_S).close()
+    except OSError as error:
+        return f"{_server()} cannot be reached ({error.strerror or error})"
+    return ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from trainer.compose import compose
 from trainer.errors import Refused
-from trainer.methods.targets import ALL, check_targets, targeted
+from trainer.methods.targets import ALL, check_targets, check_untied, targeted
 from trainer.models import build_model
 
 MODEL = build_model(compose(["model.num_layers=2"]).model, seq_len=8, seed=0)
@@ -26,3 +28,13 @@ def test_names_that_are_not_there_and_names_of_no_linear_layer_are_refused() -> 
         check_targets(MODEL, ["proj"])
     with pytest.raises(Refused, match=r"names no linear layer\. Type method\.target_modules=\[all-linear\]"):
         targeted(MODEL, ["layers"], "method")
+
+
+def test_a_layer_that_shares_its_weight_is_refused() -> None:
+    model: Any = build_model(compose(["model.num_layers=1", "model.hidden_size=16"]).model, seq_len=8, seed=0)
+    check_untied(model, ["lm_head", "embed_tokens", "q_proj"])
+    model.lm_head.weight = model.model.embed_tokens.weight
+    for target in ("lm_head", "embed_tokens"):
+        with pytest.raises(Refused, match=f"{target} shares its weight with .*tie_word_embeddings=false"):
+            check_untied(model, ["q_proj", target])
+    check_untied(model, ["q_proj", ALL])  # which leaves the output out

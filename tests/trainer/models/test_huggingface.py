@@ -157,3 +157,52 @@ def test_code_that_comes_with_a_model_goes_on_with_it(tmp_path: Path) -> None:
     assert type(again).__name__ == "OwnModel" and torch.equal(model(tokens).logits, again(tokens).logits)
     with pytest.raises(Refused, match=r"custom code.*type model\.trust_remote_code=true"):
         build_model(HuggingFace(path=str(tmp_path / "model")), seq_len=8, seed=0)
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_pointers_of_git_lfs_are_told_from_files(tmp_path: Path, name: str) -> None:
+    save_tiny_model(tmp_path)
+    (tmp_path / name).write_text(LFS)
+    for what in (load_tokenizer, lambda c: build_model(c, seq_len=8, seed=0, device="meta")):
+        with pytest.raises(Refused, match=f"holds pointers of Git LFS in place of files: {name}.*lfs pull"):
+            what(HuggingFace(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_adapter_is_not_passed_over(tmp_path: Path, alone: bool) -> None:
+    save_tiny_model(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    if alone:
+        (tmp_path / "config.json").unlink()
+    what = "an adapter and no model" if alone else "an adapter beside a model"
+    for act in (load_tokenizer, lambda c: build_model(c, seq_len=8, seed=0)):
+        with pytest.raises(Refused, match=f"holds {what}.*merge_and_unload"):
+            act(HuggingFace(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("method", ["gptq", "fp8", "bitsandbytes", "something_new"])
+def test_a_quantised_model_is_refused_by_its_name(tmp_path: Path, method: str) -> None:
+    save_tiny_model(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    told["quantization_config"] = {"quant_method": method, "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    with pytest.raises(Refused, match=rf"are quantised \(quant_method={method}\).*Give the model that they were made"):
+        build_model(HuggingFace(path=str(tmp_path)), seq_len=8, seed=0, device="meta")
+
+
+@pytest.mark.parametrize("known", [None, 3, [3, 5]])
+def test_what_ends_a_turn_ends_what_the_exported_model_generates(tmp_path: Path, known: Any) -> None:
+    save_tiny_model(tmp_path / "m")
+    GenerationConfig(eos_token_id=known).save_pretrained(tmp_path / "m")
+    config = HuggingFace(path=str(tmp_path / "m"))
+    tokenizer = load_tokenizer(config)
+    ending = tokenizer.specials[0]
+    model = build_model(config, seq_len=8, seed=0, device="meta")
+    for endings, more in (({ending}, [tokenizer.id_of(ending)]), (set(), [])):
+        leave_description(config, model, tokenizer, None, tmp_path / "hf", endings)
+        found = GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id
+        before = [] if known is None else [known] if isinstance(known, int) else known
+        assert ([found] if isinstance(found, int) else found or []) == [*before, *more]

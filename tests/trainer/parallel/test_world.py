@@ -31,6 +31,17 @@ def test_what_the_launcher_of_deepspeed_says() -> None:
     assert World.from_environment({**given, "LOCAL_WORLD_SIZE": "2"}).local_size == 2
 
 
+def test_tasks_of_srun_that_know_nothing_of_each_other_are_refused() -> None:
+    step = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+    with pytest.raises(Refused, match=r"srun started 2 tasks of this command.*python -m launch slurm"):
+        World.from_environment(step)
+    # One task, the shell of an salloc, and what a launcher started in a step.
+    assert World.from_environment({**step, "SLURM_STEP_NUM_TASKS": "1"}) == World()
+    assert World.from_environment({"SLURM_NTASKS": "16", "SLURM_JOB_ID": "9"}) == World()
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert World.from_environment({**step, **ranks}) == World()
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

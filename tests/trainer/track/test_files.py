@@ -32,9 +32,12 @@ def test_rows_keep_their_full_precision(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.1 + 0.2}
 
 
-def test_a_row_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        Metrics(tmp_path / "metrics.jsonl").step({"loss": float("nan")})
+def test_a_metric_that_is_no_number_is_written_as_such(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.step({"step": 1, "eval_loss": float("nan"), "a": float("inf"), "b": float("-inf"), "c": None})
+    metrics.close(0)
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert line == '{"step": 1, "eval_loss": "nan", "a": "inf", "b": "-inf", "c": null}\n'
 
 
 def test_rolled_back_steps_move_to_the_discarded(tmp_path: Path) -> None:

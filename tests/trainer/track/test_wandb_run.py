@@ -16,7 +16,9 @@ import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
+from tests.harness.ports import free_port
 from tests.harness.processes import wait_for
+from trainer.track import wandb_run
 from trainer.track.wandb_run import LOGGED, WandbRun, unheard
 
 
@@ -173,10 +175,54 @@ def test_online_only_with_an_account(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
         def define_metric(self, *arguments: Any, **options: Any) -> None: ...
 
-    monkeypatch.setattr(wandb, "login", lambda prompt: known)
+    monkeypatch.setattr(wandb_run, "_why_out_of_reach", lambda: "" if known else pytest.fail("nobody asked for that"))
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "a" * 40)
+    monkeypatch.setenv("NETRC", str(tmp_path / ("netrc" if known else "none")))
     monkeypatch.setattr(wandb, "init", lambda **options: asked.update(options) or Fake())
     start(tmp_path)
     assert asked["mode"] == mode
+
+
+@pytest.mark.usefixtures("processes")
+def test_with_a_key_and_no_network_the_figures_are_kept(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
+    run = start(tmp_path)
+    run.step({"step": 1, "loss": 1.0})
+    run.close(0)
+    assert told(tmp_path, [1])
+    assert "cannot be reached (Connection refused)" in caplog.text and "wandb failed" not in caplog.text
+    assert "`wandb sync " in capsys.readouterr().out
+
+
+def test_a_server_that_turns_it_away_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setattr(wandb_run, "_why_out_of_reach", lambda: "")
+    asked = []
+
+    class Fake:
+        summary: ClassVar[dict[str, int]] = {}
+
+        def define_metric(self, *arguments: Any, **options: Any) -> None: ...
+
+    def init(**options: Any) -> Fake:
+        asked.append(options["mode"])
+        if options["mode"] == "online":
+            raise wandb.errors.CommError("no such account")
+        return Fake()
+
+    monkeypatch.setattr(wandb, "init", init)
+    start(tmp_path)
+    assert asked == ["online", "offline"] and "keeps the figures for `wandb sync`: no such account" in caplog.text
 
 
 @pytest.mark.usefixtures("processes")
