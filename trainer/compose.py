@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -52,15 +53,31 @@ def compose_from_command_line() -> Config | None:
     return from_hydra(composed[0]) if composed else None
 
 
-# What Hydra reads as a number or as yes or no, and would write in another way.
-_VALUE = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)|true|false", re.IGNORECASE)
-
-
 def as_typed(words: Sequence[str]) -> list[str]:
-    """With quotes around what looks like a number and is a text: run.name=1e-5 is a run of that name."""
-    texts = text_keys()
+    """With quotes around texts that Hydra would read as something else, or not at all.
+
+    So run.name=1e-5 is a run of that name, and data.path=größe/epoch=3 a path.
+    """
+    texts, parser = text_keys(), OverridesParser.create()
     pairs = [(word, *word.partition("=")) for word in words]
-    return [f"{key}='{value}'" if key in texts and _VALUE.fullmatch(value) else word for word, key, _, value in pairs]
+    return [
+        f"{key}={_quoted(value)}" if key in texts and not _is_text(word, parser) else word
+        for word, key, _, value in pairs
+    ]
+
+
+def _is_text(word: str, parser: OverridesParser) -> bool:
+    try:
+        value = parser.parse_override(word).value()
+    except HydraException:
+        return False
+    return value is None or isinstance(value, str)
+
+
+def _quoted(value: str) -> str:
+    """In quotes that the value does not hold; as it is, for Hydra to refuse, where it holds both."""
+    mark = next((mark for mark in "'\"" if mark not in value), "")
+    return f"{mark}{value}{mark}" if not value.endswith("\\") else value
 
 
 def explain(error: Exception) -> str:

@@ -63,7 +63,7 @@ REFUSALS = {
     "parallel.engine=megatron": r"Invalid value 'megatron', expected one of \[torch, accelerate, deepspeed\]",
     "run.dir=${nope}": "Interpolation key 'nope' not found",
     "train.global_batch=[": r"The override train\.global_batch=\[ cannot be read: .*viable alternative",
-    "run.dir=a=b": r"The override run\.dir=a=b cannot be read: .*Quote a value",
+    "optimizer.lr=a=b": r"The override run\.dir=a=b cannot be read: .*Quote a value",
     "novalue": "The override novalue cannot be read: .*",
 }
 
@@ -93,8 +93,26 @@ def test_all_of_hydras_flags_work(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert left.value.code == 0 and capsys.readouterr().out.startswith("trainer is powered by Hydra")
 
 
-@pytest.mark.parametrize("value", ["1e-5", "true", "False", "007", "3", "0.10", "1_000", "NaN", ".5", "-1"])
-def test_a_text_that_looks_like_a_number_stays_as_it_was_typed(value: str) -> None:
+PATHS = [
+    "größe",
+    "新加卷/d",
+    "epoch=3",
+    "a,b",
+    "a[1]",
+    "a{1}",
+    "a(1)",
+    "it's",
+    "a#b",
+    "a%b",
+    "a b",
+    "a@b",
+    "[a]",
+    "a'b,c",
+]
+
+
+@pytest.mark.parametrize("value", ["1e-5", "true", "False", "007", "3", "0.10", "1_000", "NaN", ".5", "-1", *PATHS])
+def test_a_text_that_looks_like_something_else_stays_as_it_was_typed(value: str) -> None:
     config = compose([f"run.name={value}", "model=hf", f"model.path={value}"])
     model: Any = config.model
     assert config.run.name == value and config.run.dir == f"runs/{value}" and model.path == value
@@ -103,3 +121,10 @@ def test_a_text_that_looks_like_a_number_stays_as_it_was_typed(value: str) -> No
 def test_numbers_and_nulls_stay_what_they_are() -> None:
     config: Any = compose(["optimizer.lr=1e-5", "data=text", "data.path=x", "data.eval_path=null"])
     assert config.optimizer.lr == 1e-5 and config.data.eval_path is None
+
+
+def test_what_is_quoted_or_refers_to_another_option_stays_so() -> None:
+    assert compose(["run.name='a,b'"]).run.name == "a,b" and compose(['run.name="1"']).run.name == "1"
+    assert compose(["run.name=${train.steps}x", "train.steps=7"]).run.name == "7x"
+    with pytest.raises(Refused, match="cannot be read"):
+        compose(["run.name=a'b\"c,d"])
