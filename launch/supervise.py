@@ -18,7 +18,7 @@ from pathlib import Path
 
 from launch.command import TRAINER
 from trainer.elastic.launcher import LAUNCHER, this_launcher
-from trainer.elastic.preemption import AGAIN, take_early, warnings_of
+from trainer.elastic.preemption import AGAIN, not_ignored, take_early, warnings_of
 from trainer.outcome import DIRECTORY, Outcome, read
 
 MORE_S = 15.0  # beyond the grace, for what closes after a run: then SIGKILL
@@ -90,7 +90,7 @@ class _Forward:
     def __init__(self, warning: str) -> None:
         self.first, self.since = 0, None
         self._told: set[int] = set()
-        self._signals = [*warnings_of(warning), signal.SIGINT, signal.SIGHUP, signal.SIGQUIT]
+        self._signals = not_ignored([*warnings_of(warning), signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 
     first: int  # the first that came
     since: float | None  # when

@@ -23,7 +23,7 @@ from launch.command import Command, python
 from launch.options import Call, is_override, quote
 from launch.status import POINTS, summary
 from trainer.compose import compose
-from trainer.elastic.preemption import AGAIN, warnings_of
+from trainer.elastic.preemption import AGAIN, not_ignored, warnings_of
 from trainer.errors import Refused
 
 
@@ -55,7 +55,7 @@ def run_points(call: Call) -> int:
 def _run(command: Command, warning: str) -> int:
     """In a session of its own, where a terminal's signals do not reach it twice: all come by way of this process."""
     with subprocess.Popen(command.words, start_new_session=True) as process:
-        numbers = [*warnings_of(warning), signal.SIGINT, signal.SIGHUP, signal.SIGQUIT]
+        numbers = not_ignored([*warnings_of(warning), signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
         before = {n: signal.signal(n, lambda number, _: process.send_signal(number)) for n in numbers}
         try:
             ended = process.wait()

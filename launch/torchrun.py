@@ -20,7 +20,7 @@ from launch.options import Call, bounds, check_sizes
 from launch.supervise import MORE_S, say_how, supervise
 from trainer.choices import TorchrunLaunch
 from trainer.config import Config
-from trainer.elastic.preemption import was_warned
+from trainer.elastic.preemption import not_ignored, was_warned
 from trainer.errors import Refused
 
 # A machine that is lost is noticed after three heartbeats; one that comes late is waited for this long.
@@ -85,7 +85,8 @@ def patient(warning: str, grace_s: float) -> list[str]:
     Without them SIGUSR1 ends it and leaves its trainers behind.
     """
     known = _flags()
-    signals = dict.fromkeys(["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", f"SIG{warning.upper().removeprefix('SIG')}"])
+    names = ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", f"SIG{warning.upper().removeprefix('SIG')}"]
+    signals = dict.fromkeys(number.name for number in not_ignored(signal.Signals[name] for name in names))
     given = {"--signals-to-handle": ",".join(signals), "--shutdown-timeout": f"{int(grace_s + MORE_S)}"}
     return [f"{flag}={value}" for flag, value in given.items() if flag in known]
 

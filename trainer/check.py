@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -44,8 +45,21 @@ def from_hydra(composed: DictConfig) -> Config:
         raise Refused(unknown_key(unknown[0]))
     if removed := sorted(known - given):
         raise Refused(f"{removed[0]} was removed from the configuration. Leave out the override that starts with ~.")
+    config = _at_home(config)
+    assert isinstance(config, Config)
     check(config)
     return config
+
+
+def _at_home(part: Any) -> Any:
+    """With the home directory for the `~/` that paths begin with, as a shell puts it before `--flag ~/x` alone."""
+    found = {f.name: getattr(part, f.name) for f in fields(part)}
+    for name, value in found.items():
+        if is_dataclass(value):
+            found[name] = _at_home(value)
+        elif isinstance(value, str) and (value == "~" or value.startswith("~/")):
+            found[name] = os.path.expanduser(value)
+    return replace(part, **found)
 
 
 def option_keys(config: Config) -> set[str]:
@@ -69,17 +83,18 @@ def unknown_key(key: str) -> str:
     return f"There is no option {key}. {hint}"
 
 
+TEXT = ("str", "str | None", "Optional[str]")  # as annotations have it
+
+
 def text_keys() -> set[str]:
     """The options whose values are texts, in any choice of their group."""
-    found = set()
-    for config in _one_of_each_choice():
-        for group in fields(config):
-            value = getattr(config, group.name)
-            if is_dataclass(value):
-                found |= {f"{group.name}.{f.name}" for f in fields(value) if f.type in ("str", "str | None")}
-            elif group.type == "str":
-                found.add(group.name)
-    return found
+    return set().union(*(_texts_of(config) for config in _one_of_each_choice()))
+
+
+def _texts_of(part: Any, prefix: str = "") -> set[str]:
+    found = {f"{prefix}{f.name}" for f in fields(part) if f.type in TEXT}
+    deeper = {f.name: getattr(part, f.name) for f in fields(part)}
+    return found.union(*(_texts_of(v, f"{prefix}{name}.") for name, v in deeper.items() if is_dataclass(v)))
 
 
 def _one_of_each_choice() -> list[Config]:

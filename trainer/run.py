@@ -41,7 +41,7 @@ from trainer.elastic.launcher import watching
 from trainer.elastic.preemption import AGAIN, Preemption, warnings_of
 from trainer.errors import AlsoRefused, Refused
 from trainer.evaluation import Evaluation, Writer
-from trainer.exhausted import explained
+from trainer.exhausted import explained, remedies
 from trainer.loop import train
 from trainer.memory import footprint, plan_memory
 from trainer.methods import build, build_largest
@@ -70,6 +70,7 @@ from trainer.resume import (
 )
 from trainer.rundir import Leases, bring_back, hold_run_directory
 from trainer.saving import Saver
+from trainer.schedule import never_reached
 from trainer.track.tracker import RunTracker
 from trainer.utilization import full_speed
 
@@ -202,6 +203,16 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
     plan += [("data", note) for note in corpus.notes]
     plan += [("data", f"eval_loss/{name} on {len(dataset):,} samples") for name, dataset in sets.items()]
     plan += [("layout", line) for line in why]
+    if said := never_reached(config.train.steps, config.optimizer.lr, config.schedule):
+        plan.append(("schedule", said))
+    if memory.total > (room := memory_of(device, world.local_size)):
+        plan.append(
+            (
+                "memory",
+                f"a process has {room / 1e9:.1f} GB here, which is less than it is expected to need. What takes less: "
+                + "; ".join(remedies(config)),
+            )
+        )
     return Job(config, world, device, topology, tokenizer, corpus, sets, model), plan
 
 

@@ -7,6 +7,17 @@ from math import cos, pi
 from trainer.config import Curve, Schedule
 
 
+def never_reached(total: int, peak: float, schedule: Schedule) -> str:
+    """What is said of a run that ends within its warm-up; empty for others."""
+    if schedule.warmup_steps <= total:
+        return ""
+    return (
+        f"the warm-up takes {schedule.warmup_steps} steps and the run {total}: the rate ends at "
+        f"{learning_rate(total, total, peak, schedule):.2e} and never comes to optimizer.lr={peak:.2e}. Type "
+        f"schedule.warmup_steps={max(total // 20, 0)}"
+    )
+
+
 def learning_rate(step: int, total: int, peak: float, schedule: Schedule) -> float:
     """The rate of step `step` (counted from 1) of `total`: a linear warm-up, then the curve down to `final`."""
     if step <= schedule.warmup_steps:

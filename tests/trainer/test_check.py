@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from trainer.compose import compose
@@ -39,3 +41,17 @@ def test_refusals_are_one_clear_paragraph(override: str) -> None:
     with pytest.raises(Refused, match=REFUSALS[override]) as refused:
         compose([override])
     assert "\n" not in str(refused.value)
+
+
+def test_a_home_directory_is_found_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["run.dir=~/runs/a", "resume=~/runs/b", "data=jsonl", "data.path=~/d.jsonl", "data.cache=~/cache"]
+    config: Any = compose([*words, "checkpoint.memory.dir=~/memory", "run.name=~a", "model=hf", "model.path=~/m"])
+    assert (config.run.dir, config.checkpoint.dir) == ("/home/me/runs/a", "/home/me/runs/a/checkpoints")
+    assert (config.resume, config.data.path, config.data.cache) == (
+        "/home/me/runs/b",
+        "/home/me/d.jsonl",
+        "/home/me/cache",
+    )
+    assert (config.checkpoint.memory.dir, config.model.path) == ("/home/me/memory", "/home/me/m")
+    assert config.run.name == "~a"

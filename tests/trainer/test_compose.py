@@ -63,7 +63,7 @@ REFUSALS = {
     "parallel.engine=megatron": r"Invalid value 'megatron', expected one of \[torch, accelerate, deepspeed\]",
     "run.dir=${nope}": "Interpolation key 'nope' not found",
     "train.global_batch=[": r"The override train\.global_batch=\[ cannot be read: .*viable alternative",
-    "optimizer.lr=a=b": r"The override run\.dir=a=b cannot be read: .*Quote a value",
+    "optimizer.lr=a=b": r"The override optimizer\.lr=a=b cannot be read: .*Quote a value",
     "novalue": "The override novalue cannot be read: .*",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trainer.config import Curve, Schedule
-from trainer.schedule import learning_rate
+from trainer.schedule import learning_rate, never_reached
 
 
 @pytest.mark.parametrize("curve", list(Curve))
@@ -28,3 +28,10 @@ def test_shapes_differ_between_their_ends() -> None:
 def test_short_runs(steps: int, warmup: int) -> None:
     rates = [learning_rate(s, steps, 1.0, Schedule(warmup_steps=warmup)) for s in range(1, steps + 1)]
     assert all(0 < rate <= 1 for rate in rates)
+
+
+def test_a_rate_that_is_never_reached_is_said() -> None:
+    assert never_reached(5, 1.0, Schedule(warmup_steps=5)) == never_reached(9, 1.0, Schedule(warmup_steps=0)) == ""
+    said = never_reached(40, 2e-3, Schedule(warmup_steps=100))
+    assert "takes 100 steps and the run 40" in said and "ends at 8.00e-04" in said
+    assert said.endswith("never comes to optimizer.lr=2.00e-03. Type schedule.warmup_steps=2")

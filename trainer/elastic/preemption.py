@@ -12,7 +12,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 AGAIN = 75  # the exit status of a run that was preempted: EX_TEMPFAIL, start me again
@@ -39,6 +39,7 @@ class Preemption:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
+        signals = not_ignored(signals)
         # Python runs handlers between two instructions, and a step may be one long call. This pipe is written at once.
         woken = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         before = {number: signal.signal(number, lambda *_: None) for number in signals}
@@ -116,9 +117,18 @@ _early: list[int] = []  # what no run has taken up yet
 _heard: list[int] = []  # all of it
 
 
+def not_ignored(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Those that whoever started this process did not have it ignore, as `nohup` does with SIGHUP.
+
+    What shells have every process in the background ignore is said by nobody: SIGINT and SIGQUIT are heard.
+    """
+    by_shells = (signal.SIGINT, signal.SIGQUIT)
+    return [number for number in signals if number in by_shells or signal.getsignal(number) is not signal.SIG_IGN]
+
+
 def note_early() -> None:
     """From the first moment of a process on: what comes before a run listens is kept for it."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in not_ignored((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)):
         signal.signal(number, _note_early)
 
 

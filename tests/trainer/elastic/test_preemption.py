@@ -15,7 +15,15 @@ import torch.distributed as dist
 
 from tests.harness.processes import ROOT, wait_for
 from tests.harness.worlds import SharedWorld
-from trainer.elastic.preemption import ECHO_S, Preemption, listen_no_more, note_early, warnings_of, was_warned
+from trainer.elastic.preemption import (
+    ECHO_S,
+    Preemption,
+    listen_no_more,
+    not_ignored,
+    note_early,
+    warnings_of,
+    was_warned,
+)
 
 SIGNALS = warnings_of("USR1")
 
@@ -138,3 +146,18 @@ def test_signals_by_name(name: str, signals: list[signal.Signals]) -> None:
 def test_what_cannot_warn_is_refused(name: str) -> None:
     with pytest.raises(ValueError):
         warnings_of(name)
+
+
+def test_what_was_ignored_stays_ignored() -> None:
+    """As SIGHUP under `nohup`; not what shells have every process in the background ignore."""
+    signals = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)}
+    try:
+        assert not_ignored(signals) == [signal.SIGTERM, signal.SIGINT]
+        with Preemption(10.0, pytest.fail).listening(signals):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert callable(signal.getsignal(signal.SIGTERM))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert not_ignored(signals) == signals
