@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -16,16 +15,13 @@ from pathlib import Path
 
 from checkpointing.errors import CheckpointError, DamagedError, VersionError
 from checkpointing.listing import find, ls
-from checkpointing.printing import printable_output
+from checkpointing.printing import printable_output, quiet_libraries
 
 DTYPES = ("fp32", "bf16", "fp16")  # that an export rounds to
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    # transformers, which export and import ask for names, imports torchao where that is: it warns of kernels for other
-    # GPUs than this machine has, and torch of how it declares its types.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_libraries()
     parser = argparse.ArgumentParser(prog="python -m checkpointing", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in (

@@ -224,10 +224,12 @@ def whole_directory(directory: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _describe(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy everything but weights, and have config.json say what the weights are."""
+def copy_description(source: Path, target: Path, *, but: Sequence[str] = ()) -> None:
+    """Copy all that a Hugging Face directory holds beside weights, such as the tokenizer and its template."""
+    if source.resolve() == target.resolve():
+        return
     for path in source.iterdir():
-        if not path.is_file() or any(path.match(pattern) for pattern in WEIGHTS):
+        if not path.is_file() or path.name in but or any(path.match(pattern) for pattern in WEIGHTS):
             continue
         if leads_out(path):
             logger.warning("%s is a link to a file elsewhere, and is not copied", path)
@@ -239,6 +241,11 @@ def _describe(source: Path, target: Path, dtype: torch.dtype) -> None:
             shutil.copyfileobj(file, copy)
             copy.flush()
             os.fsync(copy.fileno())
+
+
+def _describe(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Copy everything but weights, and have config.json say what the weights are."""
+    copy_description(source, target)
     config = _config(source)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")

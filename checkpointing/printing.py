@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
@@ -43,6 +45,15 @@ def spell_out(stream: Any) -> None:
 def unprinted(stream: Any) -> Any:
     """The stream below, for what is our own, such as a line of progress that is written over."""
     return stream._stream if isinstance(stream, Printable) else stream
+
+
+def quiet_libraries() -> None:
+    """Have libraries say nothing that nobody here can act upon."""
+    # transformers warns of what peft calls in it, and imports torchao where that is, which warns of kernels for other
+    # GPUs than this machine has, and torch of how torchao declares its types.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def plan(call: Call) -> Command:
     # The trainer has its place from the environment; Hydra knows no --local_rank.
     # A port that two jobs share would make one world of them.
     port = options.port or (29500 if options.hostfile else port_for(os.getpid()))
-    where += [f"--master_port={port}", "--no_local_rank"]
+    where += [f"--master_port={port}", "--no_local_rank", "--log_level=error"]
     chosen = [] if any(word.startswith("parallel=") for word in call.overrides) else ["parallel=zero2"]
     environment = threads(options.nproc)
     if not torch.cuda.is_available():

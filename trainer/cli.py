@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import time
-import warnings
 
 from checkpointing.errors import CheckpointError
 from checkpointing.printing import shown
@@ -20,12 +19,6 @@ PATIENCE_S = 10  # far more than a launcher takes to end its processes after the
 def main() -> int:
     """Run what `sys.argv` says; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    # transformers warns of what peft calls in it: nothing that a user could change.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # It imports torchao where that is, which warns of kernels for other GPUs than this machine has, and torch of how
-    # torchao declares its types.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         status = _compose_and_run()
     except AlsoRefused:

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,11 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from checkpointing import CheckpointError, parameter_names
+from checkpointing.export import copy_description
 from checkpointing.printing import printable_output
+from checkpointing.storage import read_text
 from trainer.errors import Refused
-from trainer.methods.deltas import Applied, Delta, compose, take_out
+from trainer.methods.deltas import DESCRIBED, Applied, Delta, as_any_new_file, compose, take_out
 from trainer.methods.statistics import as_rows, changes, compare
 from trainer.methods.tuned_runs import Tuned
 from trainer.models import load_tokenizer
@@ -58,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     added.add_argument("files", type=Path, nargs="+", metavar="FILE", help="the last one is written")
     arguments = parser.parse_args(argv)
     logging.disable_progress_bar()  # an error is one paragraph
+    if not torch.cuda.is_available():  # which DeepSpeed, where peft looks for it, would say
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with printable_output():
         try:
             return int(_COMMANDS[arguments.command](arguments) or 0)
@@ -117,7 +123,11 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _delta(arguments: argparse.Namespace) -> None:
-    delta = _tuned(arguments.run, arguments).delta()
+    run = _tuned(arguments.run, arguments)
+    delta = run.delta()
+    for name in DESCRIBED:
+        with suppress(OSError, ValueError):  # there is none
+            delta.described[name] = read_text(_beside(run) / name)
     delta.save(arguments.file)
     print(f"{delta.count:,} entries of {len(delta.shapes)} weights, {arguments.file.stat().st_size / 1e6:.1f} MB")
 
@@ -134,16 +144,37 @@ def _compose(arguments: argparse.Namespace) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     run = _tuned(arguments.run, arguments)
     model: Any = run.merged()
-    model.save_pretrained(arguments.dir)
+    _write(model, arguments.dir)
     load_tokenizer(run.config.model).save(arguments.dir)
+    _describe(run, arguments.dir)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {arguments.dir}")
 
 
 def _adapter(arguments: argparse.Namespace) -> None:
-    model: Any = _tuned(arguments.run, arguments).adapted()
-    model.save_pretrained(arguments.dir)
+    run = _tuned(arguments.run, arguments)
+    model: Any = run.adapted()
+    _write(model, arguments.dir)
+    _describe(run, arguments.dir)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{count:,} parameters in {arguments.dir}, on {model.peft_config['default'].base_model_name_or_path}")
+    base = model.peft_config["default"].base_model_name_or_path or "the model that this run began with"
+    print(f"{count:,} parameters in {arguments.dir}, on {base}")
+
+
+def _write(model: Any, directory: Path) -> None:
+    model.save_pretrained(directory)
+    for path in directory.glob("*.safetensors"):
+        as_any_new_file(path)
+
+
+def _describe(run: Tuned, directory: Path) -> None:
+    """Have the tokenizer, the template and the tokens that end turns be those that were trained."""
+    if _beside(run).is_dir():
+        copy_description(_beside(run), directory, but=["config.json"])
+
+
+def _beside(run: Tuned) -> Path:
+    """Where a run leaves what model it trains."""
+    return Path(str(run.reader.storage)).parent / "hf"
 
 
 def _open(path: Path) -> nn.Module:
@@ -155,8 +186,11 @@ def _open(path: Path) -> nn.Module:
 
 def _apply(arguments: argparse.Namespace) -> None:
     model: Any = _open(arguments.model)
-    Applied(model, Delta.load(arguments.file))
-    model.save_pretrained(arguments.dir)
+    Applied(model, delta := Delta.load(arguments.file))
+    _write(model, arguments.dir)
+    copy_description(arguments.model, arguments.dir, but=["config.json"])
+    for name, text in delta.described.items():
+        (arguments.dir / name).write_text(text, encoding="utf-8")
 
 
 def _revert(arguments: argparse.Namespace) -> None:
@@ -175,7 +209,8 @@ def _revert(arguments: argparse.Namespace) -> None:
     ]:
         raise Refused(f"{wrong[0]} does not hold this delta. Give the model that `apply` or `merge` wrote with it.")
     take_out(names, delta)
-    model.save_pretrained(arguments.dir)
+    _write(model, arguments.dir)
+    copy_description(arguments.model, arguments.dir, but=["config.json"])
 
 
 _COMMANDS: dict[str, Any] = {

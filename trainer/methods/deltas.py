@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +28,8 @@ from trainer.methods.sparse.reselect import Entries
 
 FORMAT = "evershard-delta-1"
 _PARTS = ("indices", "values", "originals")
+DESCRIBED = ("chat_template.jinja", "generation_config.json")  # what was trained beside weights
+LONGEST = 2**20  # characters of one of these
 
 
 @dataclass
@@ -43,12 +47,13 @@ class LowRank:
 
 @dataclass
 class Delta:
-    """By the names of parameters; indices are flat, row-major, and sorted."""
+    """By the names of parameters; indices are flat, row-major, and sorted. `described` are small files by name."""
 
     entries: dict[str, Entries] = field(default_factory=dict)
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     method: str = ""
+    described: dict[str, str] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -61,9 +66,11 @@ class Delta:
         told = {
             "shapes": self.shapes,
             "method": self.method,
+            "described": self.described,
             "transposed": [name for name, pair in self.low_rank.items() if pair.transposed],
         }
         save_file(tensors, path, {"format": FORMAT, "delta": json.dumps(told)})
+        as_any_new_file(Path(path))
 
     @staticmethod
     def load(path: str | Path) -> Delta:
@@ -84,7 +91,7 @@ class Delta:
 
 def _checked(told: dict[str, object], tensors: Mapping[str, torch.Tensor], path: str) -> Delta:
     shapes: dict[str, list[int]] = told["shapes"]  # type: ignore[assignment]
-    found = Delta(method=str(told["method"]))
+    found = Delta(method=str(told["method"]), described=_described(told.get("described", {})))
     for name, shape in shapes.items():
         found.shapes[name] = tuple(int(n) for n in shape)
         if f"{name}/A" in tensors:
@@ -102,6 +109,13 @@ def _checked(told: dict[str, object], tensors: Mapping[str, torch.Tensor], path:
             raise ValueError(f"{name} has indices that are not sorted, or beyond its shape")
         found.entries[name] = entries
     return found
+
+
+def _described(given: Any) -> dict[str, str]:
+    """What a file says of these, which somebody else may have written."""
+    if not (given.keys() <= {*DESCRIBED} and all(isinstance(t, str) and len(t) <= LONGEST for t in given.values())):
+        raise ValueError("it describes more than a template and how to generate")
+    return dict(given)
 
 
 class Applied:
@@ -159,6 +173,9 @@ def compose(deltas: Sequence[Delta]) -> Delta:
     `Refused` where their originals differ, and where one has entries of a weight and another a low-rank pair.
     """
     total = Delta(method="+".join(delta.method for delta in deltas))
+    for name in DESCRIBED:
+        if len(texts := {delta.described[name] for delta in deltas if name in delta.described}) == 1:
+            total.described[name] = texts.pop()
     for delta in deltas:
         for name, shape in delta.shapes.items():
             if total.shapes.setdefault(name, shape) != shape:
@@ -203,3 +220,9 @@ def difference(base: Mapping[str, torch.Tensor], tuned: Mapping[str, torch.Tenso
         found.shapes[name] = shape
         found.entries[name] = Entries(places.to(kind), values, flat[places].clone())
     return found
+
+
+def as_any_new_file(path: Path) -> None:
+    """Give a file the mode that the umask has for new ones: safetensors has only its owner read what it writes."""
+    os.umask(mask := os.umask(0))
+    path.chmod(0o666 & ~mask)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.harness.models import save_tiny_model
+from tests.harness.processes import ROOT
 from tests.harness.runs import train
+from trainer.data.templates import CHATML
+from trainer.errors import Refused
 from trainer.methods.__main__ import main
 from trainer.methods.deltas import Delta
 
@@ -26,7 +33,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shared = ["model=hf", f"model.path={top / 'base'}", "data=text", f"data.path={top / 'text.txt'}", "tracking=none"]
     shared += ["train.steps=4", "train.seq_len=16", "train.global_batch=2", "eval.generate_tokens=0", "eval.samples=2"]
     shared += ["optimizer.lr=0.01", "schedule.warmup_steps=0"]
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    (top / "chat.jsonl").write_text(f"{json.dumps(chat)}\n" * 20)
+    talk = ["data=chat", f"data.path={top / 'chat.jsonl'}", "data.template=chatml", "data.eval_fraction=0"]
+    talk += ["train.seq_len=64", "eval.every=0"]
+    save_chat_tokenizer(top / "base")
     for name, more in (
+        ("talks", [*talk, "method=random_sparse", "method.budget_rank=1"]),
+        ("talks-lora", [*talk, "method=lora"]),
         ("a", ["method=lift", "method.every=2", "method.budget_rank=1"]),
         ("b", ["method=random_sparse", "method.budget_rank=2"]),
         ("spt", ["method=spt", "method.promote_rank=2", "method.density=0.05"]),
@@ -34,6 +48,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         train([*shared, *more, f"run.dir={top / name}"])
     return top
+
+
+def save_chat_tokenizer(directory: Path) -> None:
+    """With a token that ends turns, in a row that the model has."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.save_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(directory)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -128,3 +152,51 @@ def test_an_adapter_as_peft_loads_it(runs: Path, tmp_path: Path, capsys: pytest.
     assert float((adapted - before).abs().max()) > 1e-3
     assert run("adapter", runs / "a", tmp_path / "none") == 2
     assert "A run of method=lift has no adapter. `merge` writes" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("long")
+def test_what_was_trained_beside_weights_comes_out_by_every_way(runs: Path, tmp_path: Path) -> None:
+    """The template, the token that ends a turn, and a tokenizer; in files that others may read."""
+    assert run("merge", runs / "talks", tmp_path / "merged") == 0
+    assert run("delta", runs / "talks", tmp_path / "delta") == 0
+    assert run("apply", runs / "base", tmp_path / "delta", tmp_path / "applied") == 0
+    assert run("revert", tmp_path / "applied", tmp_path / "delta", tmp_path / "back") == 0
+    assert run("adapter", runs / "talks-lora", tmp_path / "adapter") == 0
+    assert run("merge", runs / "talks-lora", tmp_path / "merged-lora") == 0
+    for name in ("merged", "applied", "adapter", "merged-lora"):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert tokenizer.chat_template == CHATML, name
+        ends = GenerationConfig.from_pretrained(tmp_path / name).eos_token_id
+        assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ([ends] if isinstance(ends, int) else ends), name
+    assert AutoTokenizer.from_pretrained(tmp_path / "back").eos_token == "<end>"
+    os.umask(mask := os.umask(0))
+    for path in [tmp_path / "delta", *tmp_path.glob("*/*.safetensors")]:
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path
+
+
+@pytest.mark.usefixtures("long")
+def test_a_model_in_its_own_place_keeps_its_tokenizer(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "base", tmp_path / "m")
+    assert run("delta", runs / "b", tmp_path / "b") == 0
+    assert run("apply", tmp_path / "m", tmp_path / "b", tmp_path / "m") == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "m").eos_token == "<end>"
+
+
+@pytest.mark.parametrize("told", [{"../x": "a"}, {"chat_template.jinja": 3}, {"chat_template.jinja": "x" * 2**21}])
+def test_a_file_that_describes_more_than_it_may_is_refused(runs: Path, tmp_path: Path, told: Any) -> None:
+    assert run("delta", runs / "b", tmp_path / "b") == 0
+    delta = Delta.load(tmp_path / "b")
+    delta.described = told
+    delta.save(tmp_path / "evil")
+    with pytest.raises(Refused, match="describes more than a template"):
+        Delta.load(tmp_path / "evil")
+
+
+@pytest.mark.usefixtures("processes")
+def test_nothing_is_said_that_nobody_can_act_upon(runs: Path, tmp_path: Path) -> None:
+    """Libraries warn of kernels for other machines, of each other, and of an accelerator that is not there."""
+    for words in (["merge", str(runs / "lora"), "m"], ["adapter", str(runs / "lora"), "a"]):
+        command = [sys.executable, "-m", "trainer.methods", *words]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and done.stderr == "" and len(done.stdout.splitlines()) == 1, done.stderr
