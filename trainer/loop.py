@@ -139,10 +139,13 @@ def check_finite(row: dict[str, Any]) -> None:
 
 
 def consumed_ids(share: Share) -> list[int]:
-    """The samples that the ranks really computed, gathered from them, in the order of the logical micro-batches."""
+    """The samples that the ranks really computed, gathered from them, in the order of the logical micro-batches.
+
+    Ranks that share a model compute the same ones, which are named once.
+    """
     mine = [(number, batch.ids.tolist()) for number, batch in share.micro_batches if len(batch.ids)]
-    everyone = [part for parts in Team().together(lambda: mine) for part in parts]
-    return [sample for _, ids in sorted(everyone) for sample in ids]
+    everyone = {number: ids for parts in Team().together(lambda: mine) for number, ids in parts}
+    return [sample for number in sorted(everyone) for sample in everyone[number]]
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.harness.runs import SMALL
+from trainer import loop
 from trainer.compose import compose
 from trainer.config import Config
 from trainer.data.feed import Feed
@@ -268,3 +269,10 @@ def test_a_warning_ends_the_run_after_the_step_that_is_under_way() -> None:
     assert not train(config, Recorder(), feed, evaluation, sinks, sinks, Progress(), Warned(0))  # type: ignore[arg-type]
     assert sinks.told == []
     assert train(config, Recorder(), feed, evaluation, *[Sinks()] * 2, done, Warned())  # type: ignore[arg-type]
+
+
+def test_a_sample_that_several_ranks_compute_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under tensor parallelism and in a pipeline; one that is in a batch twice stays twice."""
+    told = [[(1, [5, 7])], [(1, [5, 7])], [(0, [5, 9]), (2, [9])], [(0, [5, 9]), (2, [9])]]
+    monkeypatch.setattr(loop, "Team", lambda: SimpleNamespace(together=lambda action: told))
+    assert loop.consumed_ids(SimpleNamespace(micro_batches=[])) == [5, 9, 5, 7, 9]  # type: ignore[arg-type]
