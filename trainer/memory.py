@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from trainer.config import Config, Implementation, PipelineSchedule
+from trainer.methods.sparse.layer import bytes_of_places, sparse_layers
 from trainer.models import blocks
 from trainer.parallel.computing import LOW, computed_in, summed_loss
 from trainer.parallel.deepspeed_options import engine_options
@@ -59,6 +60,7 @@ class Footprint:
     logits: int  # and what comes out, in fp32
     ends: int  # what is kept of the embedding, the norm, the head and the loss
     known: bool = True  # whether what a forward keeps could be told; it counts as nothing otherwise
+    entries: int = 0  # of a sparse method: where entries lie, what the base has there, how often each was stepped
 
     @property
     def layer(self) -> int:
@@ -101,6 +103,7 @@ def footprint(config: Config, model: nn.Module) -> Footprint:
         logits=tokens * int(getattr(settings, "vocab_size", 0) or 0),
         ends=max(0, 2 * one.whole - two.whole + 2 * one.cut - two.cut),
         known=known,
+        entries=sum(bytes_of_places(layer, config.method) for layer in sparse_layers(model).values()),
     )
 
 
@@ -139,7 +142,7 @@ def _plan_stage(config: Config, of: Footprint, topology: Topology, rounds: int, 
     in_buckets = topology.dp_replicate > 1 and topology.dp_shard == 1 and not parallel.zero_stage
     if rounds <= in_flight and not in_buckets:
         forward = max(forward - plan.gradients, int(forward * (in_flight - 1) / in_flight) + layer)
-    return replace(plan, activations=forward)
+    return replace(plan, activations=forward, entries=of.entries * layers // max(1, len(of.layers)))
 
 
 def _plan_state(config: Config, of: Footprint, topology: Topology, held: int) -> MemoryPlan:

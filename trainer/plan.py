@@ -135,10 +135,11 @@ class MemoryPlan:
     gathered: int  # what a process has only a shard of and holds whole for a time, and its gradients
     buckets: int  # in which DeepSpeed reduces gradients
     activations: int = 0
+    entries: int = 0  # where the entries lie that a sparse method trains
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.gathered + self.buckets + self.activations
+        return sum(asdict(self).values())
 
 
 def describe_run(

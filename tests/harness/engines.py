@@ -30,6 +30,7 @@ from trainer.data.feed import Feed
 from trainer.loop import optimize
 from trainer.methods import build
 from trainer.methods.externals import frozen_of, with_external
+from trainer.methods.sparse.layer import sparse_layers
 from trainer.parallel.deepspeed_engine import DeepSpeedEngine
 from trainer.parallel.engine import TrainingEngine, make_engine
 from trainer.parallel.world import World
@@ -231,11 +232,17 @@ def furthest(losses: list[float], expected: list[float]) -> float:
 
 def held_by(engine: TrainingEngine) -> list[torch.Tensor]:
     """What one of our engines keeps between steps."""
-    if isinstance(engine, DeepSpeedEngine):
-        return held_by_deepspeed(engine._engine)
-    inner: Any = engine
+    inner: Any = getattr(engine, "inner", engine)  # of the one that trains entries
     held = [piece.tensor for piece in engine.pieces() if isinstance(piece, Piece)]
-    return held + [local_of(parameter) for parameter in inner._bare.parameters()]  # frozen ones are in no checkpoint
+    if isinstance(inner, DeepSpeedEngine):
+        return held_by_deepspeed(inner._engine) + (held if inner is not engine else [])
+    for layer in sparse_layers(inner._bare).values():
+        if (support := layer._support) is not None:
+            held += [support.rows, support.columns]
+            if support.pattern is not None:
+                held += [support.pattern.crow_indices(), support.pattern.col_indices(), support.pattern.values()]
+    # Frozen ones are in no checkpoint.
+    return held + [local_of(tensor) for tensor in (*inner._bare.parameters(), *inner._bare.buffers())]
 
 
 def held_by_deepspeed(engine: Any) -> list[torch.Tensor]:

@@ -37,7 +37,7 @@ def planned_and_measured(overrides: list[str]) -> tuple[int, int]:
     with Peak(held_by(engine)) as peak:
         optimize(engine, feed.step(2), 1e-3, 2)
     plan = plan_memory(
-        config, footprint(config, build(config, "meta")), topology, plan_batch(config, topology.data_size).rounds
+        config, footprint(config, build_largest(config)), topology, plan_batch(config, topology.data_size).rounds
     )
     return plan.total, peak.most
 
@@ -60,6 +60,16 @@ def planned_and_measured(overrides: list[str]) -> tuple[int, int]:
 )
 def test_the_plan_is_within_a_tenth_of_what_a_step_needs(overrides: list[str]) -> None:
     assert planned_over_measured(overrides) == pytest.approx(1, abs=0.1)
+
+
+METHODS = ["lora", "s2ft", "lift", "random_sparse", "lt_sft", "spiel", "spiel_ma", "spt", "perp_selective"]
+
+
+@pytest.mark.usefixtures("long")
+@pytest.mark.parametrize("method", METHODS)
+def test_every_methods_plan_is_within_a_tenth_of_what_a_step_needs(method: str) -> None:
+    wide = ["model.hidden_size=384", "model.intermediate_size=1376", "model.num_layers=4"]
+    assert planned_over_measured([*wide, f"method={method}"]) == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3", "qwen3", "gemma", "mixtral"])

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from checkpointing import Held
 from checkpointing.geometry import Interval
-from trainer.choices import Granularity
+from trainer.choices import Granularity, Reselection
 
 VALUES, INDICES, ORIGINALS = "sparse_values", "sparse_indices", "sparse_originals"
 # Above this share of entries a dense product costs less than one at the entries alone: measured on CPUs, where the
@@ -153,6 +153,18 @@ def at(weight: torch.Tensor, indices: torch.Tensor, granularity: Granularity) ->
     return weight.detach().index_select(1 if granularity is Granularity.inputs else 0, indices)
 
 
+def bytes_of_places(layer: SparseLayer, method: Any) -> int:
+    """What a layer keeps of its entries beside their values, their gradient and their moments."""
+    count = layer.sparse_indices.numel()
+    kept = layer.sparse_indices.nbytes + layer.sparse_originals.nbytes
+    if method.schedule not in (Reselection.once, Reselection.rewind):
+        kept += 4 * layer.sparse_values.numel()  # steps of each, in an optimizer of our own
+    if layer.granularity is not Granularity.element:
+        return kept
+    kept += 16 * count  # rows and columns
+    return kept + 8 * count if count <= DENSEST * layer.weight.numel() else kept  # and as a sparse matrix
+
+
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """By name, as `checkpointing.describe` names their parents: without the names of wrappers."""
     return {
@@ -198,7 +210,9 @@ class Support:
             return Support(granularity, whole, local, rows, columns, found, _pattern(rows, columns, local))
         dim = 1 if granularity is Granularity.inputs else 0
         places = locate(indices, ranges[dim])
-        kept = (places >= 0).nonzero()[:, 0]
+        everywhere = torch.arange(indices.numel(), device=indices.device)
+        # Where a plan computes with shapes alone, nothing can be looked for.
+        kept = everywhere if share is None else (places >= 0).nonzero()[:, 0]
         across = torch.cat([torch.arange(a, a + n, device=indices.device) for a, n in ranges[1 - dim]])
         everything = torch.arange(local[1 - dim], device=indices.device)
         if dim == 1:
