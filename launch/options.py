@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -14,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.check import check
 from trainer.choices import CHOICES, Launch, is_secret
-from trainer.compose import compose
+from trainer.compose import CONFIG_DIR, compose
 from trainer.config import Config
 from trainer.errors import Refused
 from trainer.plan import plan_batch, resolve_topology
@@ -60,9 +61,9 @@ def _help(schema: type) -> dict[str, str]:
 
 def read(target: str, flags: argparse.Namespace, overrides: Sequence[str]) -> Call:
     """Compose, and check what can be checked here. `Refused` if it does not compose."""
-    words = [word for word in overrides if is_override(word)]
+    words = composable(overrides)
     given = {one.name: value for one in fields(TARGETS[target]) if (value := getattr(flags, one.name)) is not None}
-    fixed = [word for word in words if not (flags.multirun and is_choice(word))]
+    fixed = [word for word in words if not (flags.multirun and is_override(word) and is_choice(word))]
     chosen = [] if any(word.startswith("launch=") for word in words) else [f"launch={target}"]
     wanted = [f"launch.{key}={quote(value)}" for key, value in given.items()]
     try:
@@ -101,6 +102,17 @@ def _as_flags(given: Mapping[str, str | list[str]]) -> Iterator[str]:
 def is_override(word: str) -> bool:
     """Whether a word is an override and not one of Hydra's flags or a flag's value, as in `--cfg job`."""
     return word.startswith("~") or ("=" in word and not word.startswith("-"))
+
+
+def composable(words: Sequence[str]) -> list[str]:
+    """Of what the trainer is given all that `compose` takes: overrides, and where else configurations lie."""
+    rest, found = iter(words), list[str]()
+    for word in rest:
+        if word in CONFIG_DIR:
+            found += [word, *islice(rest, 1)]
+        elif is_override(word) or word.partition("=")[0] in CONFIG_DIR:
+            found.append(word)
+    return found
 
 
 def is_choice(word: str) -> bool:

@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from launch.command import Command, python
-from launch.options import Call, is_override, quote
+from launch.options import Call, composable, is_override, quote
 from launch.status import POINTS, summary
 from trainer.compose import compose
 from trainer.elastic.preemption import AGAIN, not_ignored, warnings_of
@@ -87,7 +87,7 @@ def points(call: Call) -> list[Call]:
     name, home, found = call.config.run.name, Path(call.config.run.dir), list[Call]()
     for number, point in enumerate(itertools.product(*spans)):
         words = [*rest, *point, f"run.name={quote(f'{name}-{number}')}", f"run.dir={quote(str(home / str(number)))}"]
-        config = replace(compose([word for word in words if is_override(word)]), launch=call.config.launch)
+        config = replace(compose(composable(words)), launch=call.config.launch)
         found.append(replace(call, config=config, overrides=words, multirun=False))
     return found
 

@@ -23,14 +23,33 @@ from trainer.errors import Refused
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
-def compose(overrides: Sequence[str]) -> Config:
-    """Compose and check without running anything. `Refused` if the overrides do not compose."""
+CONFIG_DIR = ("--config-dir", "-cd")  # Hydra's flag
+
+
+def compose(words: Sequence[str]) -> Config:
+    """Compose overrides, and check, without running anything. `Refused` if they do not compose."""
     register()
+    directories, overrides = _directories(words)
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return from_hydra(hydra.compose("config", overrides=as_typed(overrides)))
+            return from_hydra(hydra.compose("config", overrides=[*directories, *as_typed(overrides)]))
     except (HydraException, OmegaConfBaseException) as error:
         raise Refused(explain(error)) from None
+
+
+def _directories(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Where else configurations lie, as Hydra's flag `--config-dir` says it, for its function that knows no flags."""
+    rest, found, given = iter(words), list[str](), list[str]()
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag in CONFIG_DIR:
+            directory = Path(value if equals else next(rest, "")).expanduser().resolve()
+            if not directory.is_dir():
+                raise Refused(f"{flag} {directory} is no directory. Give one that holds configurations.")
+            given.append(f"file://{directory}")
+        else:
+            found.append(word)
+    return [f"hydra.searchpath=[{','.join(_quoted(one) for one in given)}]"] if given else [], found
 
 
 def compose_from_command_line() -> Config | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,3 +98,11 @@ def test_flags_count_and_are_checked_whatever_an_experiment_says() -> None:
             called(*flags, "--", *experiment)
     with pytest.raises(Refused, match=r"launch\.warn_s=1 must be at least 10"):
         called("slurm", "--warn-s=1", "--", "launch=local")
+
+
+def test_a_launcher_composes_what_the_trainer_will(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ntrain:\n  steps: 77\n")
+    for flag in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"]):
+        call = called("local", "--nproc=2", "--", *flag, "experiment=mine", "run.name=a")
+        assert call.config.train.steps == 77 and call.overrides[: len(flag)] == flag

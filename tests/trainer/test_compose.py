@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,3 +129,14 @@ def test_what_is_quoted_or_refers_to_another_option_stays_so() -> None:
     assert compose(["run.name=${train.steps}x", "train.steps=7"]).run.name == "7x"
     with pytest.raises(Refused, match="cannot be read"):
         compose(["run.name=a'b\"c,d"])
+
+
+@pytest.mark.parametrize("flag", [["--config-dir", "{}"], ["--config-dir={}"], ["-cd", "{}"]])
+def test_configurations_of_ones_own_lie_where_the_flag_says(flag: list[str], tmp_path: Path) -> None:
+    """Launchers compose what the trainer will, with its flags."""
+    own = tmp_path / "my conf"
+    (own / "experiment").mkdir(parents=True)
+    (own / "experiment" / "mine.yaml").write_text("# @package _global_\ntrain:\n  steps: 77\n")
+    assert compose([*(one.format(own) for one in flag), "experiment=mine", "run.name=a"]).train.steps == 77
+    with pytest.raises(Refused, match="is no directory"):
+        compose(["--config-dir", str(tmp_path / "absent")])
