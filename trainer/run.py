@@ -71,7 +71,7 @@ from trainer.resume import (
 from trainer.rundir import Leases, bring_back, hold_run_directory
 from trainer.saving import Saver
 from trainer.schedule import never_reached
-from trainer.track.tracker import RunTracker
+from trainer.track.tracker import RunTracker, where_figures_go
 from trainer.utilization import full_speed
 
 logger = logging.getLogger(__name__)
@@ -203,6 +203,8 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
     plan += [("data", note) for note in corpus.notes]
     plan += [("data", f"eval_loss/{name} on {len(dataset):,} samples") for name, dataset in sets.items()]
     plan += [("layout", line) for line in why]
+    if where := where_figures_go(config):
+        plan.append(("tracking", where))
     if said := never_reached(config.train.steps, config.optimizer.lr, config.schedule):
         plan.append(("schedule", said))
     if memory.total > (room := memory_of(device, world.local_size)):

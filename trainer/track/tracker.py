@@ -15,7 +15,7 @@ from trainer.rundir import Leases
 from trainer.track.console import Console
 from trainer.track.files import SPARE, Events, Metrics, Samples
 from trainer.track.tensorboard import TensorBoard
-from trainer.track.wandb_run import WandbRun
+from trainer.track.wandb_run import WandbRun, where_it_goes
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,13 @@ class Sink(Protocol):
     def sample(self, step: int, prompt: str, text: str) -> None: ...
 
     def close(self, exit_code: int) -> None: ...
+
+
+def where_figures_go(config: Config) -> str:
+    """For the plan; empty where they stay in the run's own files."""
+    if config.tracking.tracker is Tracker.wandb:
+        return where_it_goes(Path(config.run.dir))
+    return f"tensorboard, in {config.run.dir}/tensorboard" if config.tracking.tracker is Tracker.tensorboard else ""
 
 
 class RunTracker:

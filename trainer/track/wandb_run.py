@@ -108,7 +108,7 @@ class WandbRun(Guarded):
                 settings=wandb.Settings(silent=True, init_timeout=30, console="off", x_disable_stats=False),
             )
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        mode = chosen_mode()
         if mode == "online" and (why := _why_out_of_reach()):
             logger.warning("wandb is offline, and keeps the figures for `wandb sync`: %s", why)
             mode = "offline"
@@ -122,6 +122,19 @@ class WandbRun(Guarded):
         self._run.define_metric("*", step_metric="step")
         if mode == "offline":
             self._offline = directory / "wandb"
+
+
+def chosen_mode() -> str:
+    """`online` where somebody asked for it: by WANDB_MODE, or with a key."""
+    return os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+
+
+def where_it_goes(directory: Path) -> str:
+    """For the plan: nobody is asked before figures leave the machine."""
+    mode = chosen_mode()
+    if mode == "online":
+        return f"wandb, online: figures, texts and the configuration go to {_server()} (WANDB_MODE=offline keeps them)"
+    return f"wandb, {mode}, in {directory / 'wandb'}" if mode == "offline" else f"wandb, {mode}"
 
 
 def _server() -> str:

@@ -18,7 +18,9 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from tests.harness.ports import free_port
 from tests.harness.processes import wait_for
+from trainer.compose import compose
 from trainer.track import wandb_run
+from trainer.track.tracker import where_figures_go
 from trainer.track.wandb_run import LOGGED, WandbRun, unheard
 
 
@@ -181,6 +183,20 @@ def test_online_only_with_an_account(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(wandb, "init", lambda **options: asked.update(options) or Fake())
     start(tmp_path)
     assert asked["mode"] == mode
+
+
+def test_the_plan_says_where_figures_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.delenv("WANDB_MODE")
+    words = [f"run.dir={tmp_path}", "tracking=wandb"]
+    assert where_figures_go(compose(words)) == f"wandb, offline, in {tmp_path}/wandb"
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://w.example")
+    assert "online: figures, texts and the configuration go to https://w.example" in where_figures_go(compose(words))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert where_figures_go(compose(words)) == "wandb, disabled"
+    assert where_figures_go(compose([words[0], "tracking=tensorboard"])) == f"tensorboard, in {tmp_path}/tensorboard"
+    assert where_figures_go(compose([words[0], "tracking=none"])) == ""
 
 
 @pytest.mark.usefixtures("processes")
