@@ -141,7 +141,7 @@ def run(size: int, steps: int, full: bool) -> Row:
     return compared(name, "s", seconds["ours"], seconds["peer"], "hand-written loop", bar=BAR, full=full)
 
 
-QUICK = {"steps": 10}
+QUICK = {"steps": 5}
 
 
 def main() -> int:

@@ -77,15 +77,15 @@ def finish_run(running: subprocess.Popen[bytes], directory: Path) -> None:
         raise RuntimeError(f"a run failed: {(directory / 'log').read_text()[-2000:]}")
 
 
-def compare(method: str, steps: int, directory: Path) -> dict[str, Any]:
+def compare(method: str, steps: int, directory: Path, layouts: list[tuple[int, list[str]]]) -> dict[str, Any]:
     """What is different between the two runs."""
     common = [f"method={method}", *METHODS[method], *MODEL, *SHARED, f"train.steps={steps}"]
     finish_run(start(["run.name=whole", *common], 1, directory), directory)
     killed = ["run.name=killed", *common]
     run = directory / "runs" / "killed"
-    for number, (processes, layout) in enumerate(LAYOUTS[:-1], start=1):
-        kill_after(start([*killed, *layout], processes, directory), run, number * steps // len(LAYOUTS) + 1)
-    processes, layout = LAYOUTS[-1]
+    for number, (processes, layout) in enumerate(layouts[:-1], start=1):
+        kill_after(start([*killed, *layout], processes, directory), run, number * steps // len(layouts) + 1)
+    processes, layout = layouts[-1]
     finish_run(start([*killed, *layout], processes, directory), directory)
     whole = directory / "runs" / "whole"
     a, b = losses(whole), losses(run)
@@ -109,20 +109,22 @@ def differing(a: Delta, b: Delta) -> dict[str, Any]:
     return {"entries": others, "values": apart, "count": a.count}
 
 
-QUICK = {"steps": 30, "methods": ["spiel"]}
+QUICK = {"steps": 12, "methods": ["spiel"], "layouts": 3}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reselections", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--layouts", type=int, default=len(LAYOUTS), help="how many of them")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=[*METHODS], metavar="NAME")
     arguments = options_of(parser, QUICK, argv)
-    full, rows = arguments.steps == 300, list[Row]()
+    layouts = LAYOUTS[: arguments.layouts]
+    full, rows = arguments.steps == 300 and layouts == LAYOUTS, list[Row]()
     for method in arguments.methods:
         with tempfile.TemporaryDirectory() as directory:
-            found = compare(method, arguments.steps, Path(directory))
+            found = compare(method, arguments.steps, Path(directory), layouts)
         print(f"{method}: {found}", file=sys.stderr, flush=True)
-        wanted = len(LAYOUTS) - 1
+        wanted = len(layouts) - 1
         rows += [
             absolute(
                 f"largest difference of a loss, {method}", "nats", found["loss"], better="lower", bar=1e-5, full=full
