@@ -6,10 +6,13 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch import nn
 
 import trainer.run as run_module
 from checkpointing.generations import newest, scan
@@ -282,14 +285,23 @@ def test_odd_sizes(tmp_path: Path) -> None:
 def test_a_vocabulary_smaller_than_the_data_needs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = run_module.build
 
-    def smaller(config: object, device: str = "cpu") -> object:
-        model = build(config, device)  # type: ignore[arg-type]
-        model.get_input_embeddings().num_embeddings = 100  # type: ignore[operator]
+    def smaller(*arguments: Any, **more: Any) -> Any:
+        model: Any = build(*arguments, **more)
+        model.set_input_embeddings(nn.Embedding(100, model.config.hidden_size, device="meta"))
         return model
 
     monkeypatch.setattr(run_module, "build", smaller)
     with pytest.raises(Refused, match=r"The data holds token \d+, and the model knows 100"):
         go(tmp_path)
+
+
+def test_an_end_that_the_model_has_no_row_for_is_refused() -> None:
+    """Rows are filled up with it, in whatever the data holds."""
+    model: Any = SimpleNamespace(get_input_embeddings=lambda: nn.Embedding(100, 4))
+    data: Any = SimpleNamespace(largest_token=99)
+    run_module.check_vocabulary([data], model, 99)
+    with pytest.raises(Refused, match=r"The token that ends and fills up is number 100, and the model knows 100"):
+        run_module.check_vocabulary([data], model, 100)
 
 
 @pytest.mark.usefixtures("long")
