@@ -224,12 +224,14 @@ def whole_directory(directory: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def copy_description(source: Path, target: Path, *, but: Sequence[str] = ()) -> None:
-    """Copy all that a Hugging Face directory holds beside weights, such as the tokenizer and its template."""
+def copy_description(source: Path, target: Path, *, only: Sequence[str] = ("*",)) -> None:
+    """Copy what a Hugging Face directory holds beside weights, such as the tokenizer and its template."""
     if source.resolve() == target.resolve():
         return
     for path in source.iterdir():
-        if not path.is_file() or path.name in but or any(path.match(pattern) for pattern in WEIGHTS):
+        if not path.is_file() or any(path.match(pattern) for pattern in WEIGHTS):
+            continue
+        if not any(path.match(pattern) for pattern in only):
             continue
         if leads_out(path):
             logger.warning("%s is a link to a file elsewhere, and is not copied", path)

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from checkpointing.errors import first_few
 from trainer.data.dataset import Sample
-from trainer.data.records import FLAGS, MASKS, Record, check_learning, is_learned, mended, mendings, string
+from trainer.data.records import FLAGS, Record, check_learning, is_learned, mended, mendings, string
 from trainer.data.templates import LEARNED, Message, Span, Template, is_empty, source_of
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import Refused
@@ -80,7 +81,7 @@ class Conversations:
         return {key.removeprefix(_END) for key, count in self.tally.items() if key.startswith(_END) and count} - {""}
 
     def samples(self, where: str, record: Record) -> list[Sample]:
-        record = mended(record, self.tally)
+        record = mended(where, record, self.tally)
         check_learning(where, record)
         kind, messages = recognise(where, record)
         self.tally[f"{kind} "] += 1  # not the name of another count
@@ -102,8 +103,9 @@ class Conversations:
         targets = np.zeros(len(tokens), np.bool_)
         for start, end in spans:
             targets |= (starts < end) & (ends > start)
-            said = text[start:end].rstrip()
-            self.tally[_END + next((one for one in self.tokenizer.specials if one and said.endswith(one)), "")] += 1
+        found = [self._ending(text[start:end]) for start, end in spans]
+        # A template may mark a turn in parts, of which the last one ends it.
+        self.tally.update(_END + ending for ending in (filter(None, found) if any(found) else found))
         targets[:1] = False
         cut = Sample(tokens[: self.seq_len + 1], targets[: self.seq_len + 1])
         if not cut.targets.any():
@@ -112,29 +114,37 @@ class Conversations:
         self.tally["truncated"] += len(tokens) > self.seq_len + 1
         return cut
 
+    def _ending(self, said: str) -> str:
+        """The token that ends a turn; empty where none does."""
+        return next((one for one in self.tokenizer.specials if one and said.rstrip().endswith(one)), "")
+
 
 _END = "end:"  # of tallies: followed by the token that ends a turn
 
 
 def recognise(where: str, record: Record) -> tuple[str, list[Message]]:
     """What kind of record it is, in words, and its messages as templates take them."""
+    alpaca = {"instruction", "output"} <= set(record) and "messages" not in record and "conversations" not in record
+    if record.get("history") and not alpaca:
+        raise Refused(f"{where} has a history beside its messages. Put its rounds before them, as messages.")
     if "messages" in record:
-        return "messages", [_message(where, one) for one in _turns(where, record, "messages")]
+        turns = [_message(where, one) for one in _turns(where, record, "messages")]
+        return "messages", [*_system(where, record, turns), *turns]
     if "conversations" in record:
         turns = [_shared(where, one) for one in _turns(where, record, "conversations")]
-        return "conversations (ShareGPT)", [*_system(where, record), *turns]
+        return "conversations (ShareGPT)", [*_system(where, record, turns), *turns]
     if {"instruction", "output"} <= set(record):
         asked = string(record, "instruction", where)
         if record.get("input"):
             asked += "\n\n" + string(record, "input", where)
         answer = string(record, "output", where)
         turns = [*_history(where, record), *_exchange(asked, answer)]
-        return "instruction, input and output (Alpaca)", [*_system(where, record), *turns]
+        return "instruction, input and output (Alpaca)", [*_system(where, record, turns), *turns]
     if "prompt" in record and "completion" in record and not isinstance(record["prompt"], str):
         before = [_message(where, one) for one in _turns(where, record, "prompt")]
         answers = [_message(where, one) for one in _turns(where, record, "completion")]
         turns = [{**one, LEARNED: False} if one["role"] == "assistant" else one for one in before] + answers
-        return "prompt and completion in messages", turns
+        return "prompt and completion in messages", [*_system(where, record, turns), *turns]
     raise Refused(
         f"{where} has the fields {sorted(record)}, and data=chat reads messages, conversations, instruction and "
         "output, or a prompt and a completion that are lists of messages. Rename them, or type data=jsonl for texts "
@@ -146,8 +156,12 @@ def _exchange(asked: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
 
 
-def _system(where: str, record: Record) -> list[Message]:
-    return [{"role": "system", "content": string(record, "system", where)}] if record.get("system") else []
+def _system(where: str, record: Record, turns: list[Message]) -> list[Message]:
+    if not record.get("system"):
+        return []
+    if turns and turns[0]["role"] == "system":
+        raise Refused(f"{where} has a system text beside one in its messages. Remove one of them.")
+    return [{"role": "system", "content": string(record, "system", where)}]
 
 
 def _history(where: str, record: Record) -> list[Message]:
@@ -160,11 +174,20 @@ def _history(where: str, record: Record) -> list[Message]:
     return [message for asked, answer in rounds for message in _exchange(asked, answer)]
 
 
+# What whoever renders a template decides.
+_RENDERERS = {
+    *("messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "return_assistant_tokens_mask", "tokenize"),
+}
+
+
 def _context(where: str, record: Record) -> dict[str, Any]:
     """What a template is given beside the messages: tools, documents, and arguments of its own."""
     more = record.get("chat_template_kwargs") or {}
     if not isinstance(more, Mapping):
         raise Refused(f"{where}: chat_template_kwargs is a {type(more).__name__}, not an object. Mend or remove it.")
+    if own := sorted(more.keys() & _RENDERERS):
+        raise Refused(f"{where}: chat_template_kwargs hold {first_few(own)}, which are not for templates. Remove them.")
     found = {key: value for key, value in more.items() if value is not None}
     tools = _parsed(record.get("tools"))
     if functions := _parsed(record.get("functions")):  # as tools were called before
@@ -172,7 +195,7 @@ def _context(where: str, record: Record) -> dict[str, Any]:
     for key, value in (("tools", tools), ("documents", _parsed(record.get("documents")))):
         if value:
             if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
-                raise Refused(f"{where}: {key} is no list of objects. Mend or remove it.")
+                raise Refused(f"{where}: {key} is no list of objects, as templates take them. Rename or remove it.")
             found[key] = value
     return found
 
@@ -216,6 +239,8 @@ def _message(where: str, given: Mapping[str, Any]) -> Message:
 
 def _called(call: Any) -> Any:
     """With arguments as an object: hosted models give a text of JSON, which templates would quote again."""
+    if isinstance(call, Mapping) and "function" not in call and isinstance(call.get("name"), str):
+        call = {"type": "function", "function": call}
     if isinstance(call, Mapping) and isinstance(function := call.get("function"), Mapping):
         arguments = function.get("arguments")
         return {**call, "function": {**function, "arguments": _parsed(arguments)}}
@@ -233,5 +258,5 @@ def _shared(where: str, given: Mapping[str, Any]) -> Message:
     role, content = given.get("from", given.get("role")), given.get("value", given.get("content"))
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise Refused(f"{where}: a message is from {role!r}, which is none of {', '.join(ROLES)}. Mend the line.")
-    flags = {key: given[key] for key in (*FLAGS, *MASKS) if key in given}
-    return _message(where, {"role": ROLES[role.lower()], "content": content, **flags})
+    more = {key: one for key, one in given.items() if key not in ("from", "value")}
+    return _message(where, {**more, "role": ROLES[role.lower()], "content": content})

@@ -69,7 +69,7 @@ def unreadable(path: Path, error: Exception) -> Refused:
 def read_text(path: Path) -> str:
     try:
         with open_text(path) as file:
-            return file.read().decode("utf-8")
+            return file.read().decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise unreadable(path, error) from None
     except UnicodeDecodeError as error:
@@ -86,9 +86,11 @@ def records(path: Path, name: str) -> Iterator[tuple[str, bytes, Record]]:
     """
     try:
         with open_text(path) as file:
+            first = True
             for number, line in enumerate(file, start=1):
-                if number == 1:
-                    line = line.removeprefix(_MARK)
+                line = line.removeprefix(_MARK) if number == 1 else line
+                if first and line.strip():
+                    first = False
                     if line.lstrip().startswith(b"["):
                         yield from _array(name, line + file.read())
                         return

@@ -64,9 +64,14 @@ class Fields:
         return [*found, *mendings(self.tally)]
 
     def samples(self, where: str, record: Record) -> list[Sample]:
-        record = mended(record, self.tally)
+        record = mended(where, record, self.tally)
         check_learning(where, record)
         if self.prompt in record and self.completion in record:
+            if more := [key for key in ("system", "history", "tools") if record.get(key)]:
+                raise Refused(
+                    f"{where} has {' and '.join(more)} beside its prompt, which texts have no place for. Put it into "
+                    "the prompt, or give messages (data=chat)."
+                )
             return self._pair(*(string(record, key, where) for key in (self.prompt, self.completion)))
         if self.text in record:
             return self._document(string(record, self.text, where))
@@ -125,11 +130,11 @@ def conversational(record: Record) -> bool:
 
 # What is to be learned, as other trainers read it: flags of a record or a turn, and lists with an entry a token.
 FLAGS = ("weight", "train", "training", "trainable", "loss")
-MASKS = ("labels", "loss_mask", "assistant_masks", "completion_mask", "train_detail", "training_detail", "segments")
+MASKS = ("loss_mask", "assistant_masks", "completion_mask", "train_detail", "training_detail")
 
 
 def is_learned(where: str, given: Record) -> bool | None:
-    """What the flags of a record or a turn say; None where there are none. `Refused` for what is neither yes nor no."""
+    """What the flags of a turn say; None where there are none. `Refused` for what is neither yes nor no."""
     said = {key: given[key] for key in FLAGS if given.get(key) is not None}
     if wrong := [key for key, value in said.items() if not isinstance(value, int | float) or value not in (0, 1)]:
         raise Refused(
@@ -142,25 +147,36 @@ def is_learned(where: str, given: Record) -> bool | None:
 
 
 def check_learning(where: str, record: Record) -> None:
-    """`Refused` where a record says something of what is to be learned that is not read."""
+    """`Refused` where a record says something of what is to be learned that is not read.
+
+    Columns that share a name with a flag and hold something else, such as a measured loss, are no such thing.
+    """
     if record.get("chosen") is not None and record.get("rejected") is not None:
         raise Refused(
             f"{where} holds a choice between two answers (chosen, rejected), and one answer is what is learned from "
             "here. Keep it alone, as the completion of a prompt or as the last of messages."
+        )
+    if isinstance(record.get("label"), bool) and "prompt" in record and "completion" in record:
+        raise Refused(
+            f"{where} says whether its completion is a good one (label), and all completions are learned here. Leave "
+            "the records out that are not, and the label."
         )
     if masks := [key for key in MASKS if isinstance(record.get(key), list)]:
         raise Refused(
             f"{where} says in {' and '.join(masks)} which part of it is to be learned, which is not read. Remove it, "
             'or give messages, where "weight": 0 leaves a turn out.'
         )
-    if is_learned(where, record) is False:
-        raise Refused(f"{where} says that it is not to be learned ({', '.join(FLAGS)}). Remove the record.")
+    said = {key: record[key] for key in FLAGS if isinstance(record.get(key), bool) or record.get(key) in (0, 1)}
+    if "prompt" in record and isinstance(record.get("weight"), int | float):
+        said["weight"] = record["weight"]
+    if is_learned(where, said) is False:
+        raise Refused(f"{where} says that it is not to be learned ({', '.join(said)}). Remove the record.")
 
 
 _HALF = re.compile("[\ud800-\udfff]")
 
 
-def mended(record: Record, tally: Counter[str]) -> Record:
+def mended(where: str, record: Record, tally: Counter[str]) -> Record:
     """With U+FFFD for each half of a surrogate pair, as of an emoji that was cut: no tokenizer reads it."""
     halves = 0
 
@@ -175,7 +191,10 @@ def mended(record: Record, tally: Counter[str]) -> Record:
             return [mend(one) for one in value]
         return {key: mend(one) for key, one in value.items()} if isinstance(value, Mapping) else value
 
-    found = {key: mend(value) for key, value in record.items()}
+    try:
+        found = {key: mend(value) for key, value in record.items()}
+    except RecursionError:
+        raise Refused(f"{where} is nested too deeply to be a record. Mend or remove it.") from None
     tally["mended"] += halves > 0
     return found
 

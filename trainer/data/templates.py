@@ -96,10 +96,13 @@ class Template:
         for number, message in enumerate(messages):
             parts = [("tool_calls", call["function"].get("name")) for call in _functions(message)]
             parts += [(key, message[key]) for key in REASONING if key in message]
-            here = self._render(where, messages[: number + 1], context)[0] if parts else whole
-            if message["role"] != "assistant":
-                parts.append((f"message of the role {message['role']}", message["content"]))
-            dropped += [what for what, text in parts if _longest_word(text) not in here]
+            lacking = [what for what, text in parts if _longest_word(text) not in whole]
+            if lacking and not self.marks:  # which a turn that is learned by itself may have all the same
+                here = self._render(where, messages[: number + 1], context)[0]
+                lacking = [what for what, text in parts if _longest_word(text) not in here]
+            if message["role"] != "assistant" and _longest_word(message["content"]) not in whole:
+                lacking.append(f"message of the role {message['role']}")
+            dropped += lacking
         if dropped:
             raise Refused(
                 f"{where}: the chat template does not write the {first_few(sorted(set(dropped)))} of this record, so "
@@ -143,7 +146,10 @@ class Template:
                 add_generation_prompt=prompt,
                 **{**context, **self._tokenizer.named_specials},
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except (
+            *(jinja2.TemplateError, TypeError, ValueError, AttributeError),
+            *(LookupError, ArithmeticError, RecursionError),
+        ) as error:
             raise Refused(
                 f"{where}: the chat template cannot write this conversation: {error}. Mend the line, or give another "
                 "template: data.template=FILE."

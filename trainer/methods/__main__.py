@@ -29,14 +29,21 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from checkpointing import CheckpointError, parameter_names
-from checkpointing.export import copy_description
+from checkpointing.export import copy_description, leads_out
 from checkpointing.printing import printable_output
 from checkpointing.storage import read_text
+from trainer.choices import HuggingFace
 from trainer.errors import Refused
-from trainer.methods.deltas import DESCRIBED, Applied, Delta, as_any_new_file, compose, take_out
+from trainer.methods.deltas import DESCRIBED, LONGEST, Applied, Delta, as_any_new_file, compose, take_out
 from trainer.methods.statistics import as_rows, changes, compare
 from trainer.methods.tuned_runs import Tuned
 from trainer.models import load_tokenizer
+
+# What a model speaks with, and nothing that says what it is, or that runs.
+SPOKEN = (
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "tokenizer.model"),
+    *("*.tiktoken", "chat_template*", "generation_config.json"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,8 +133,11 @@ def _delta(arguments: argparse.Namespace) -> None:
     run = _tuned(arguments.run, arguments)
     delta = run.delta()
     for name in DESCRIBED:
-        with suppress(OSError, ValueError):  # there is none
-            delta.described[name] = read_text(_beside(run) / name)
+        if (text := _text(_beside(run) / name)) is not None:
+            delta.described[name] = text
+            model = run.config.model
+            here = Path(model.path).expanduser() if isinstance(model, HuggingFace) else None
+            delta.before[name] = _text(here / name) if here is not None and here.is_dir() else None
     delta.save(arguments.file)
     print(f"{delta.count:,} entries of {len(delta.shapes)} weights, {arguments.file.stat().st_size / 1e6:.1f} MB")
 
@@ -169,7 +179,15 @@ def _write(model: Any, directory: Path) -> None:
 def _describe(run: Tuned, directory: Path) -> None:
     """Have the tokenizer, the template and the tokens that end turns be those that were trained."""
     if _beside(run).is_dir():
-        copy_description(_beside(run), directory, but=["config.json"])
+        copy_description(_beside(run), directory, only=SPOKEN)
+
+
+def _text(path: Path) -> str | None:
+    """A small file of a directory that somebody else may have made; None where it is none, or a link out of it."""
+    with suppress(OSError, ValueError):
+        if not leads_out(path) and len(text := read_text(path)) <= LONGEST:
+            return text
+    return None
 
 
 def _beside(run: Tuned) -> Path:
@@ -188,7 +206,7 @@ def _apply(arguments: argparse.Namespace) -> None:
     model: Any = _open(arguments.model)
     Applied(model, delta := Delta.load(arguments.file))
     _write(model, arguments.dir)
-    copy_description(arguments.model, arguments.dir, but=["config.json"])
+    copy_description(arguments.model, arguments.dir, only=SPOKEN)
     for name, text in delta.described.items():
         (arguments.dir / name).write_text(text, encoding="utf-8")
 
@@ -210,7 +228,12 @@ def _revert(arguments: argparse.Namespace) -> None:
         raise Refused(f"{wrong[0]} does not hold this delta. Give the model that `apply` or `merge` wrote with it.")
     take_out(names, delta)
     _write(model, arguments.dir)
-    copy_description(arguments.model, arguments.dir, but=["config.json"])
+    copy_description(arguments.model, arguments.dir, only=SPOKEN)
+    for name, text in delta.before.items():
+        if text is None:
+            (arguments.dir / name).unlink(missing_ok=True)
+        else:
+            (arguments.dir / name).write_text(text, encoding="utf-8")
 
 
 _COMMANDS: dict[str, Any] = {

@@ -54,6 +54,7 @@ class Delta:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     method: str = ""
     described: dict[str, str] = field(default_factory=dict)
+    before: dict[str, str | None] = field(default_factory=dict)  # what the base had in their places; None for none
 
     @property
     def count(self) -> int:
@@ -67,6 +68,7 @@ class Delta:
             "shapes": self.shapes,
             "method": self.method,
             "described": self.described,
+            "before": self.before,
             "transposed": [name for name, pair in self.low_rank.items() if pair.transposed],
         }
         save_file(tensors, path, {"format": FORMAT, "delta": json.dumps(told)})
@@ -92,6 +94,9 @@ class Delta:
 def _checked(told: dict[str, object], tensors: Mapping[str, torch.Tensor], path: str) -> Delta:
     shapes: dict[str, list[int]] = told["shapes"]  # type: ignore[assignment]
     found = Delta(method=str(told["method"]), described=_described(told.get("described", {})))
+    before: Any = told.get("before", {})
+    _described({name: text for name, text in before.items() if text is not None})
+    found.before = {name: before.get(name) for name in found.described}
     for name, shape in shapes.items():
         found.shapes[name] = tuple(int(n) for n in shape)
         if f"{name}/A" in tensors:
@@ -176,6 +181,7 @@ def compose(deltas: Sequence[Delta]) -> Delta:
     for name in DESCRIBED:
         if len(texts := {delta.described[name] for delta in deltas if name in delta.described}) == 1:
             total.described[name] = texts.pop()
+            total.before[name] = next(delta.before.get(name) for delta in deltas if name in delta.described)
     for delta in deltas:
         for name, shape in delta.shapes.items():
             if total.shapes.setdefault(name, shape) != shape:

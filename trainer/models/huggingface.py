@@ -69,7 +69,10 @@ def _check_files(config: HuggingFace) -> None:
     local = Path(config.path).expanduser()
     if not local.is_dir():
         return
-    names = {path.name for path in local.iterdir()}
+    try:
+        names = {path.name for path in local.iterdir()}
+    except OSError as error:
+        raise Refused(f"model.path={config.path} cannot be read: {error.strerror}. Make it readable.") from None
     if pointers := sorted(name for name in names if _is_pointer(local / name)):
         raise Refused(
             f"model.path={config.path} holds pointers of Git LFS in place of files: {first_few(pointers)}. Type "

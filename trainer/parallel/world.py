@@ -32,7 +32,8 @@ class World:
                 raise Refused(
                     f"srun started {tasks} tasks of this command, which would be as many runs that know nothing of "
                     "each other. Start one task a machine: `python -m launch slurm ...` writes such a job, and "
-                    "`srun --ntasks-per-node=1 python -m launch torchrun ...` is one."
+                    "`srun --ntasks-per-node=1 python -m launch torchrun ...` is one. Runs of their own start with "
+                    "`env -u SLURM_PROCID` before the command."
                 )
             return World()
         local_size = "LOCAL_WORLD_SIZE"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import html
 import logging
 import netrc
@@ -9,7 +10,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -138,15 +139,23 @@ def where_it_goes(directory: Path) -> str:
 
 
 def _server() -> str:
-    return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    """By the environment, or by what `wandb login --host` left in wandb's own settings."""
+    if url := os.environ.get("WANDB_BASE_URL"):
+        return url
+    settings = configparser.ConfigParser()
+    directory = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
+    with suppress(configparser.Error, OSError, ValueError):
+        settings.read(Path(directory).expanduser() / "settings")
+    return settings.get("default", "base_url", fallback="https://api.wandb.ai")
 
 
 def _has_key() -> bool:
     """Whether `wandb login` left a key here, or the environment has one: nothing else asks for going online."""
     if os.environ.get("WANDB_API_KEY"):
         return True
+    place, host = os.path.expanduser(os.environ.get("NETRC") or "~/.netrc"), urlsplit(_server()).hostname or ""
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(_server()).hostname or "") is not None
+        return netrc.netrc(place).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 

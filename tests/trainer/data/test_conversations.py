@@ -247,6 +247,34 @@ def test_of_a_prompt_in_messages_nothing_is_learned() -> None:
     assert reader.notes()[0].startswith("1 records of prompt and completion in messages")
 
 
+def test_a_system_text_beside_messages_comes_first() -> None:
+    for record in (
+        {"messages": AGAIN[:2]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"prompt": [ASK], "completion": [ANSWER]},
+    ):
+        assert recognise("", {**record, "system": "Be brief."})[1][0] == SYSTEM
+        with pytest.raises(Refused, match="line 1 has a history beside its messages"):
+            recognise("line 1", {**record, "history": [["a", "b"]]})
+    with pytest.raises(Refused, match="has a system text beside one in its messages"):
+        recognise("line 1", {"messages": [SYSTEM, *AGAIN], "system": "x"})
+
+
+def test_turns_of_conversations_keep_what_else_they_say() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    turns += [{"from": "tool", "value": "4"}, {"from": "gpt", "value": "4."}]
+    reader = Conversations("", HuggingFaceTokenizer(hugging_face("qwen")), 500)
+    (sample,) = reader.samples("", {"conversations": turns})
+    assert '"name": "add", "arguments": {"a": 2}' in hugging_face("qwen").decode(sample.tokens[sample.targets])
+
+
+def test_a_call_without_its_wrapper_is_one() -> None:
+    bare = {"name": "add", "arguments": '{"a": 2}'}
+    (sample,), _ = read("qwen", [ASK, {"role": "assistant", "content": "", "tool_calls": [bare]}])
+    assert '"arguments": {"a": 2}' in hugging_face("qwen").decode(sample.tokens)
+
+
 def test_what_came_before_an_instruction_is_read() -> None:
     record = {"instruction": "c", "input": "", "output": "d", "history": [["a", "b"]], "system": "s"}
     assert [m["content"] for m in recognise("", record)[1]] == ["s", "a", "b", "c", "d"]

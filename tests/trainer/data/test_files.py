@@ -32,6 +32,7 @@ READ: dict[str, bytes] = {
     "an array": json.dumps(RECORDS).encode(),
     "an array over many lines": json.dumps(RECORDS, indent=2).encode(),
     "an array after a mark": b"\xef\xbb\xbf \t" + json.dumps(RECORDS).encode(),
+    "an array after a blank line": b"\n \n" + json.dumps(RECORDS).encode(),
     "gzip": gzip.compress(LINES),
     "bzip2": bz2.compress(LINES),
     "xz": lzma.compress(LINES),
@@ -82,6 +83,8 @@ def test_text_is_unpacked_and_what_is_none_is_refused(pack: Callable[[bytes], by
     path = tmp_path / "text"
     path.write_bytes(pack("<html> is text here, é".encode()))
     assert read_text(path) == "<html> is text here, é"
+    path.write_bytes(pack("\ufeffwith a mark".encode()))
+    assert read_text(path) == "with a mark"
     path.write_bytes(pack(b"caf\xe9"))
     with pytest.raises(Refused, match="is not UTF-8: byte 3 is 0xe9"):
         read_text(path)

@@ -107,6 +107,23 @@ def test_a_first_token_alone_is_counted_for_what_it_is() -> None:
     ]
 
 
+def nested(depth: int) -> Any:
+    found: Any = []
+    for _ in range(depth * 4):
+        found = [found]
+    return found
+
+
+COLUMNS: list[dict[str, Any]] = [
+    *({"labels": [0, 3]}, {"loss": 2.31}, {"weight": 0.8}, {"train": "yes"}, {"segments": [{}]}),
+]
+
+
+@pytest.mark.parametrize("more", COLUMNS)
+def test_a_column_that_shares_a_name_with_a_flag_is_none(more: dict[str, Any]) -> None:
+    assert read(8, {"text": "abc", **more})[0] == read(8, {"text": "abc"})[0]
+
+
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "null": ({"text": None}, "the field text is null, not a text"),
     "messages as a prompt": (
@@ -119,7 +136,13 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a mask": ({"text": "abc", "loss_mask": [1, 0, 1]}, "says in loss_mask which part of it is to be learned"),
     "no part of it": ({"text": "abc", "train": False}, "says that it is not to be learned"),
-    "half of it": ({"text": "abc", "weight": 0.5}, "weight is 0.5, and something is learned"),
+    "half of it": ({"prompt": "a", "completion": "b", "weight": 0.5}, "weight is 0.5, and something is learned"),
+    "whether it is good": (
+        {"prompt": "a", "completion": "b", "label": False},
+        "says whether its completion is a good",
+    ),
+    "a system text": ({"prompt": "a", "completion": "b", "system": "c"}, "has system beside its prompt"),
+    "what is too deep": ({"text": "a", "more": nested(500)}, "is nested too deeply to be a record"),
     "contradictions": ({"text": "abc", "weight": 1, "train": False}, "weight and train contradict each other"),
 }
 

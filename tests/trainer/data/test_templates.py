@@ -102,6 +102,31 @@ def test_what_the_template_would_drop_is_refused_by_its_line(template: str, reco
         reader_of(template).samples("line 1", record)
 
 
+def test_thoughts_that_marked_text_drops_are_refused() -> None:
+    """Before each turn alone the template has them; what is trained on is the whole."""
+    marked = "{% generation %}{{ m.reasoning_content if loop.last }}{{ m.content }}{% endgeneration %}"
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        + marked
+        + "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    thinking = [ASK, {**ANSWER, "reasoning_content": "hmm"}]
+    assert "hmm" in text_of(reader_of(template), {"messages": thinking})
+    with pytest.raises(Refused, match="does not write the reasoning_content"):
+        reader_of(template).samples("line 1", {"messages": [*thinking, *AGAIN[2:]]})
+
+
+@pytest.mark.parametrize("own", ["continue_final_message", "add_generation_prompt", "messages"])
+def test_what_the_renderer_decides_is_not_for_records(own: str) -> None:
+    with pytest.raises(Refused, match=f"chat_template_kwargs hold {own}"):
+        reader_of(CHATML).samples("line 1", {"messages": AGAIN, "chat_template_kwargs": {own: True}})
+
+
+def test_a_template_that_fails_is_named() -> None:
+    with pytest.raises(Refused, match="cannot write this conversation"):
+        reader_of("{{ 1 // 0 }}").samples("line 1", {"messages": AGAIN})
+
+
 @pytest.mark.parametrize(("key", "given"), [("tools", "no JSON"), ("tools", {"a": 1}), ("chat_template_kwargs", [1])])
 def test_what_a_template_cannot_be_given_is_refused(key: str, given: Any) -> None:
     with pytest.raises(Refused, match=f"^line 1: {key} is "):

@@ -21,7 +21,7 @@ from tests.harness.runs import train
 from trainer.data.templates import CHATML
 from trainer.errors import Refused
 from trainer.methods.__main__ import main
-from trainer.methods.deltas import Delta
+from trainer.methods.deltas import DESCRIBED, Delta
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +169,33 @@ def test_what_was_trained_beside_weights_comes_out_by_every_way(runs: Path, tmp_
         ends = GenerationConfig.from_pretrained(tmp_path / name).eos_token_id
         assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ([ends] if isinstance(ends, int) else ends), name
     assert AutoTokenizer.from_pretrained(tmp_path / "back").eos_token == "<end>"
+    for name in DESCRIBED:  # as the base has them
+        before = runs / "base" / name
+        assert before.exists() == (tmp_path / "back" / name).exists(), name
+        assert not before.exists() or before.read_text() == (tmp_path / "back" / name).read_text()
     os.umask(mask := os.umask(0))
     for path in [tmp_path / "delta", *tmp_path.glob("*/*.safetensors")]:
         assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path
+
+
+@pytest.mark.usefixtures("long")
+def test_nothing_of_a_strangers_run_is_taken_but_how_it_speaks(runs: Path, tmp_path: Path) -> None:
+    """Not what a link leads to, not code, and no other adapter's configuration."""
+    (tmp_path / "secret").write_text("a private key")
+    for name in ("talks", "talks-lora"):
+        shutil.copytree(runs / name, tmp_path / name)
+        for file, text in (("adapter_config.json", "{}"), ("evil.py", "raise SystemExit")):
+            (tmp_path / name / "hf" / file).write_text(text)
+        (tmp_path / name / "hf" / "chat_template.jinja").unlink()
+        (tmp_path / name / "hf" / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    base = ["--base", runs / "base"]
+    assert run("delta", tmp_path / "talks", tmp_path / "delta", *base) == 0
+    assert b"private" not in (tmp_path / "delta").read_bytes()
+    assert run("adapter", tmp_path / "talks-lora", tmp_path / "adapter", *base) == 0
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert run("merge", tmp_path / "talks", tmp_path / "merged", *base) == 0
+    for place in ("adapter", "merged"):
+        assert not (tmp_path / place / "evil.py").exists() and not (tmp_path / place / "chat_template.jinja").exists()
 
 
 @pytest.mark.usefixtures("long")

@@ -199,6 +199,16 @@ def test_the_plan_says_where_figures_go(tmp_path: Path, monkeypatch: pytest.Monk
     assert where_figures_go(compose([words[0], "tracking=none"])) == ""
 
 
+def test_the_server_is_the_one_that_somebody_logged_in_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    (tmp_path / "netrc").write_text("machine w.example login user password " + "a" * 40)
+    assert wandb_run.chosen_mode() == "offline"
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://w.example\n")
+    assert wandb_run.chosen_mode() == "online" and "https://w.example" in wandb_run.where_it_goes(tmp_path)
+
+
 @pytest.mark.usefixtures("processes")
 def test_with_a_key_and_no_network_the_figures_are_kept(
     tmp_path: Path,
