@@ -150,6 +150,9 @@ def _signals_as_they_were() -> Iterator[None]:
     """A program that a test runs in this process may ignore some, and what later tests start would ignore them too."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler is signal.SIG_IGN:  # as under nohup: what tests start must not ignore it as well
+            signal.signal(number, lambda *_: None)
     yield
     for number, handler in before.items():
         if signal.getsignal(number) is not handler:
