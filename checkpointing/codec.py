@@ -243,7 +243,7 @@ def _range(value: Any) -> Box:
 
 
 def _global_shape(value: Any) -> Shape:
-    """With a number of bytes that can be counted: of the dimensions that are not 0, so that strides can be too."""
+    """A shape whose bytes can be counted: the dimensions that are not 0, so that strides can be too."""
     shape = _shape(value)
     if len(shape) > _MOST_DIMS or prod(n for n in shape if n) > _LARGEST // 8:
         raise ValueError("a shape is larger than any tensor")

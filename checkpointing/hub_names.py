@@ -34,7 +34,7 @@ class Place:
     shape: Shape  # without them
 
     def parts(self, itemsize: int) -> Iterator[Box]:
-        """In boxes of the model's tensor, of a bounded size, which one after the other are the bytes of this one."""
+        """Boxes of the model's tensor, of a bounded size, which one after the other are the bytes of this one."""
         lead = len(self.box.size) - len(self.shape)
         for part in boxes(self.shape, itemsize):
             offset = (

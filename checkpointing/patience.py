@@ -58,7 +58,7 @@ class Progress:
 
 
 def _bytes_moved() -> int:
-    """By this process: read, written and asked for; 0 where the kernel does not tell."""
+    """Count what this process has read, written and asked for; 0 where the kernel does not tell."""
     with suppress(OSError, ValueError), open("/proc/self/io") as file:
         told = dict(line.split(": ") for line in file.read().splitlines())
         return int(told["rchar"]) + int(told["wchar"])
@@ -66,7 +66,7 @@ def _bytes_moved() -> int:
 
 
 def silence_s() -> float:
-    """For how long a rank of the default group may say nothing: the group's own timeout."""
+    """Seconds for which a rank of the default group may say nothing: the group's own timeout."""
     try:
         return float(dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds())  # type: ignore[union-attr]
     except (AttributeError, RuntimeError):

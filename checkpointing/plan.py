@@ -259,7 +259,7 @@ def _aliases(layouts: Sequence[Sequence[Row]], held: Held) -> dict[str, str]:
 
 
 def _means(held: Held, averaged: set[str], boxes: list[list[tuple[str, Box]]], scalars: list[list[str]]) -> list[Mean]:
-    """In the order of names and offsets, so that all ranks go through them alike."""
+    """Means, ordered by names and offsets, so that all ranks go through them alike."""
     elected = {(name, box): rank for rank, own in enumerate(boxes) for name, box in own}
     elected |= {(name, Box((), ())): rank for rank, own in enumerate(scalars) for name in own}
     return [

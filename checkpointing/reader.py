@@ -70,7 +70,7 @@ class GenerationReader:
         self._targets: dict[int, torch.Tensor | np.ndarray[Any, Any]] = {}  # by id of the piece, while it is filled
 
     def index(self, position: int) -> Index:
-        """That of the manifest's writer at `position`."""
+        """The index of the manifest's writer at `position`."""
         if position not in self._indexes:
             self._indexes[position] = read_index(self.storage, self.manifest, position)
         return self._indexes[position]
@@ -286,7 +286,7 @@ class GenerationReader:
         return header
 
     def _check_header(self, position: int) -> None:
-        """That a shard's header says what the index does: other programs read it by the header alone."""
+        """Check that a shard's header says what the index does: other programs read it by the header alone."""
         index = self.index(position)
         header, _ = lay_out([(b.name, b.box) for b in index.boxes], self.manifest.tensors, index.save_id)
         if bytes(self._header(position)) != header:
@@ -331,5 +331,5 @@ def join_neighbours(fetches: Iterable[Fetch], limit: int = JOINED_BYTES) -> Iter
 
 
 def num_threads() -> int:
-    """As many as this process computes with, which is its share of the cores."""
+    """Count the threads that this process computes with, which is its share of the cores."""
     return min(16, torch.get_num_threads())

@@ -113,7 +113,7 @@ def check_replicas(team: Team, plan: RankPlan, pieces: Sequence[Piece]) -> None:
 
 
 def _key(piece: Piece) -> str:
-    """Of a box, short: all ranks exchange them."""
+    """Name a box shortly: all ranks exchange these."""
     return xxhash.xxh3_64_hexdigest(repr((piece.name, piece.offset, piece.box.size)).encode())
 
 

@@ -345,7 +345,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """As `read_text`, parsed; `ValueError` where it is no JSON, or too deep."""
+    """Parse what `read_text` gives; `ValueError` where it is no JSON, or too deep."""
     try:
         return json.loads(read_text(path))
     except RecursionError as error:

@@ -275,7 +275,7 @@ class Keeper:
     # The process.
 
     def stop(self) -> None:
-        """From any thread: end now, and leave everything as it is for another keeper."""
+        """End now, and leave everything as it is for another keeper. Any thread may call it."""
         self.stopped = True
         with suppress(OSError):  # it has ended already
             os.write(self._wake[1], b"{}\n")

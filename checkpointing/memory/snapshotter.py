@@ -134,7 +134,7 @@ class Snapshotter:
             raise
 
     def _look(self, incarnation: int | None) -> tuple[str, dict[str, Any]]:
-        """On rank 0: where serials go on from, over all tiers."""
+        """Find where serials go on from, over all tiers. Rank 0 alone calls it."""
         tiers: list[FileStorage] = [MappedStorage(self.memory)]
         if self._directory is not None:
             tiers.append(FileStorage(self._directory))

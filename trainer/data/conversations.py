@@ -189,14 +189,13 @@ def _context(where: str, record: Record) -> dict[str, Any]:
     if own := sorted(more.keys() & _RENDERERS):
         raise Refused(f"{where}: chat_template_kwargs hold {first_few(own)}, which are not for templates. Remove them.")
     found = {key: value for key, value in more.items() if value is not None}
-    tools = _parsed(record.get("tools"))
-    if functions := _parsed(record.get("functions")):  # as tools were called before
-        tools = [*(tools or []), *({"type": "function", "function": one} for one in functions)]
-    for key, value in (("tools", tools), ("documents", _parsed(record.get("documents")))):
-        if value:
+    for key in ("tools", "functions", "documents"):
+        if value := _parsed(record.get(key)):
             if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
                 raise Refused(f"{where}: {key} is no list of objects, as templates take them. Rename or remove it.")
             found[key] = value
+    if functions := found.pop("functions", None):  # as tools were called before
+        found["tools"] = [*found.get("tools", []), *({"type": "function", "function": one} for one in functions)]
     return found
 
 

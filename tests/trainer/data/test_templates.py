@@ -127,7 +127,9 @@ def test_a_template_that_fails_is_named() -> None:
         reader_of("{{ 1 // 0 }}").samples("line 1", {"messages": AGAIN})
 
 
-@pytest.mark.parametrize(("key", "given"), [("tools", "no JSON"), ("tools", {"a": 1}), ("chat_template_kwargs", [1])])
+@pytest.mark.parametrize(
+    ("key", "given"), [("tools", "no JSON"), ("tools", {"a": 1}), ("functions", "abc"), ("chat_template_kwargs", [1])]
+)
 def test_what_a_template_cannot_be_given_is_refused(key: str, given: Any) -> None:
     with pytest.raises(Refused, match=f"^line 1: {key} is "):
         reader_of(TOOL_USE).samples("line 1", {"messages": AGAIN, key: given})
