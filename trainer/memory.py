@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn import functional
 
+from trainer.choices import Sparse
 from trainer.config import Config, Implementation, PipelineSchedule
-from trainer.methods.sparse.layer import bytes_of_places, sparse_layers
+from trainer.methods.sparse.expected import Entries, entries_of
 from trainer.models import blocks
 from trainer.parallel.computing import LOW, computed_in, summed_loss
 from trainer.parallel.deepspeed_options import engine_options
@@ -40,6 +41,7 @@ def memory_used(device: torch.device) -> int:
 logger = logging.getLogger(__name__)
 
 FP32 = 4
+NO_ENTRIES = Entries()
 MAX_LIVE = 1_000_000_000  # parameters that ZeRO stage 3 holds whole at most, by default
 
 
@@ -60,7 +62,7 @@ class Footprint:
     logits: int  # and what comes out, in fp32
     ends: int  # what is kept of the embedding, the norm, the head and the loss
     known: bool = True  # whether what a forward keeps could be told; it counts as nothing otherwise
-    entries: int = 0  # of a sparse method: where entries lie, what the base has there, how often each was stepped
+    entries: Entries = NO_ENTRIES  # of a sparse method
 
     @property
     def layer(self) -> int:
@@ -103,7 +105,7 @@ def footprint(config: Config, model: nn.Module) -> Footprint:
         logits=tokens * int(getattr(settings, "vocab_size", 0) or 0),
         ends=max(0, 2 * one.whole - two.whole + 2 * one.cut - two.cut),
         known=known,
-        entries=sum(bytes_of_places(layer, config.method) for layer in sparse_layers(model).values()),
+        entries=entries_of(model, config.method) if isinstance(config.method, Sparse) else NO_ENTRIES,
     )
 
 
@@ -128,27 +130,38 @@ def _plan_stage(config: Config, of: Footprint, topology: Topology, rounds: int, 
     layers = sum(length for _, length in shares)
     first, last = 0 in mine, num_stages - 1 in mine
     ends = (of.first if first else 0) + (of.last if last else 0) + (of.tied if last and not first else 0)
+    part = layers / max(1, len(of.layers))
     held = (sum(sum(of.layers[start : start + length]) for start, length in shares) + ends) // tp
+    again = int(of.entries.values * part * (tp - 1) / tp)
     in_flight = _in_flight(parallel.pp_schedule, rounds, pp, stage)
     layer = of.kept + of.cut // tp
     kept = int(layers * (of.hidden if parallel.activation_checkpointing else layer) * in_flight)
     at_once = layer if parallel.activation_checkpointing else 0
     if last:
         kept, at_once = kept + of.ends, at_once + 2 * of.logits  # with their gradient
-    plan = _plan_state(config, of, topology, held)
+    plan = _plan_state(config, of, topology, held, again)
     forward = kept + at_once
     # DDP's gradients stay in its buckets. Others are there from the end of the first backward on: where no forward
     # follows that, most of what was kept is gone by then.
     in_buckets = topology.dp_replicate > 1 and topology.dp_shard == 1 and not parallel.zero_stage
     if rounds <= in_flight and not in_buckets:
         forward = max(forward - plan.gradients, int(forward * (in_flight - 1) / in_flight) + layer)
-    return replace(plan, activations=forward, entries=of.entries * layers // max(1, len(of.layers)))
+    if parallel.zero_stage in (1, 2):  # a bucket's gradients are joined, when most of what was kept is gone
+        plan = replace(plan, buckets=plan.buckets + max(0, plan.buckets - forward))
+    plan = replace(plan, activations=forward, entries=int(of.entries.places * part))
+    if not isinstance(config.method, Sparse):
+        return plan
+    kept = plan.parameters + plan.optimizer + plan.entries
+    return replace(plan, selection=of.entries.selection(config.method, plan.total, kept, plan.parameters))
 
 
-def _plan_state(config: Config, of: Footprint, topology: Topology, held: int) -> MemoryPlan:
-    """All but activations, of a process that would hold so many bytes of parameters without shards."""
+def _plan_state(config: Config, of: Footprint, topology: Topology, held: int, again: int) -> MemoryPlan:
+    """All but activations, of a process that would hold so many bytes of parameters without shards.
+
+    `again` are those of trained ones that it holds beside its share of them.
+    """
     zero, parallel, shards = config.parallel.zero_stage, config.parallel, topology.dp_shard
-    trained = held * of.trained // of.total
+    trained, held = held * of.trained // of.total + again, held + again
     if zero:
         shards = topology.data_size if zero == 3 else 1
     gradients = -(-trained // (topology.data_size if zero >= 2 else shards))
@@ -168,7 +181,9 @@ def _plan_state(config: Config, of: Footprint, topology: Topology, held: int) ->
         parameters=-(-held // shards),
         gradients=gradients,
         # AdamW's two moments, and DeepSpeed's masters beside the parameters; host memory with parallel.offload.
-        optimizer=-(-3 * trained // topology.data_size) if zero else -(-held * of.moments // (of.total * shards)),
+        optimizer=-(-3 * trained // topology.data_size)
+        if zero
+        else -(-trained * of.moments // (max(1, of.trained) * shards)),
         gathered=gathered,
         buckets=buckets,
     )

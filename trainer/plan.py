@@ -136,6 +136,7 @@ class MemoryPlan:
     buckets: int  # in which DeepSpeed reduces gradients
     activations: int = 0
     entries: int = 0  # where the entries lie that a sparse method trains
+    selection: int = 0  # what choosing them needs beyond a step
 
     @property
     def total(self) -> int:

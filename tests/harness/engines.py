@@ -234,13 +234,17 @@ def held_by(engine: TrainingEngine) -> list[torch.Tensor]:
     """What one of our engines keeps between steps."""
     inner: Any = getattr(engine, "inner", engine)  # of the one that trains entries
     held = [piece.tensor for piece in engine.pieces() if isinstance(piece, Piece)]
-    if isinstance(inner, DeepSpeedEngine):
-        return held_by_deepspeed(inner._engine) + (held if inner is not engine else [])
     for layer in sparse_layers(inner._bare).values():
         if (support := layer._support) is not None:
             held += [support.rows, support.columns]
             if support.pattern is not None:
                 held += [support.pattern.crow_indices(), support.pattern.col_indices(), support.pattern.values()]
+    if (trained := getattr(engine, "_trained", None)) is not None:
+        parts = [part for place in trained._places.values() for part in place.parts]
+        held += [t for part in parts for t in (*part.index, *part.chosen) if isinstance(t, torch.Tensor)]
+        held += [t for state in trained.states.values() for one in vars(state).values() for t in vars(one).values()]
+    if isinstance(inner, DeepSpeedEngine):
+        return held_by_deepspeed(inner._engine) + (held if inner is not engine else [])
     # Frozen ones are in no checkpoint.
     return held + [local_of(tensor) for tensor in (*inner._bare.parameters(), *inner._bare.buffers())]
 

@@ -41,6 +41,8 @@ class Peak(TorchDispatchMode):
     def _add(self, tensor: torch.Tensor) -> None:
         for part in parts_of(tensor.to_local() if isinstance(tensor, DTensor) else tensor):
             storage = part.untyped_storage()
+            if storage.device.type == "meta":  # a size that nothing lies behind, also of a fake tensor
+                continue
             self._storages[storage._cdata] = storage
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -32,6 +33,12 @@ def test_what_is_shrunk_or_grown_in_place_counts_as_it_is() -> None:
         held.untyped_storage().resize_(4 * 2000)
         torch.zeros(100)
     assert peak.most == 4 * (2000 + 100)
+
+
+def test_what_has_a_shape_alone_counts_nothing() -> None:
+    with Peak([]) as peak, FakeTensorMode():
+        kept = torch.zeros(1000), torch.zeros(1000, device="meta")
+    assert peak.most == 0 and len(kept) == 2
 
 
 def of_a_dtensor() -> tuple[int, int]:

@@ -15,12 +15,16 @@ from trainer.models import build_model
 def build(
     config: Config, device: str = "cpu", sizes: Mapping[str, int] | None = None, team: Team | None = None
 ) -> nn.Module:
-    """The model with its method, its values a function of the seed; on `meta` its shapes only.
+    """The model with its method, its values a function of the seed; on `meta` its shapes, as far as known.
 
     `sizes` are what a sparse method trains of each layer, where a checkpoint tells. With a team, all of whose ranks
     call this, one process of each machine reads the model.
     """
     model = build_model(config.model, seq_len=config.train.seq_len, seed=config.train.seed, device=device, team=team)
+    if device == "meta" and sizes is None and isinstance(config.method, Sparse):
+        from trainer.methods.sparse.expected import expected_sizes
+
+        sizes = expected_sizes(model, config.method)
     return apply_method(model, config.method, seed=config.train.seed, sizes=sizes)
 
 

@@ -171,6 +171,13 @@ class DeepSpeedEngine:
                 if gathered.ds_status is type(gathered.ds_status).AVAILABLE:
                     gathered.partition()
 
+    def close(self) -> None:
+        """DeepSpeed's hooks and parameters hold one another, partly where Python's collector does not look."""
+        with self._computing():
+            self._engine.destroy()
+        for holder in (*self._bare.parameters(), self._engine.optimizer, self._engine):
+            vars(holder).clear()
+
     @property
     def _shards_parameters(self) -> bool:
         return bool(self._engine.zero_optimization_stage() == 3)

@@ -86,6 +86,9 @@ class TrainingEngine(Protocol):
     def publish(self) -> None:
         """After a load: rebuild whatever is derived from the pieces."""
 
+    def close(self) -> None:
+        """Let go of the model, so that its memory is free when this object is. Nothing else is called after it."""
+
 
 def as_launched(config: Config) -> Config:
     """With the layout that the launcher was configured for, where that is accelerate's to say."""

@@ -192,6 +192,9 @@ class TorchEngine:
     def written(self, parameters: Sequence[nn.Parameter]) -> None:
         """Nothing is gathered between steps."""
 
+    def close(self) -> None:
+        """Nothing but this object holds the model."""
+
     def _tell_positions(self) -> None:
         """To an optimizer that must know which entries a shard of sparse values holds."""
         if not isinstance(self._optimizer, EntrySM3):

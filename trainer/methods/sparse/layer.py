@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from checkpointing import Held
 from checkpointing.geometry import Interval
 from trainer.choices import Granularity, Reselection
+from trainer.methods.sparse.places import short
 
 VALUES, INDICES, ORIGINALS = "sparse_values", "sparse_indices", "sparse_originals"
 # Above this share of entries a dense product costs less than one at the entries alone: measured on CPUs, where the
@@ -161,7 +162,7 @@ def bytes_of_places(layer: SparseLayer, method: Any) -> int:
         kept += 4 * layer.sparse_values.numel()  # steps of each, in an optimizer of our own
     if layer.granularity is not Granularity.element:
         return kept
-    kept += 16 * count  # rows and columns
+    kept += 12 * count  # where they lie: rows and columns for their gradient, and places in what is written to
     return kept + 8 * count if count <= DENSEST * layer.weight.numel() else kept  # and as a sparse matrix
 
 
@@ -205,8 +206,8 @@ class Support:
         if granularity is Granularity.element:
             rows, columns = locate(indices // shape[1], ranges[0]), locate(indices % shape[1], ranges[1])
             where = ((rows >= 0) & (columns >= 0)).nonzero()[:, 0]
-            rows, columns = rows[where], columns[where]
-            found = None if share is None else (where,)
+            rows, columns = short(rows[where], local[0]), short(columns[where], local[1])
+            found = None if share is None else (short(where, indices.numel()),)
             return Support(granularity, whole, local, rows, columns, found, _pattern(rows, columns, local))
         dim = 1 if granularity is Granularity.inputs else 0
         places = locate(indices, ranges[dim])

@@ -69,7 +69,14 @@ def _part(piece: Piece, indices: torch.Tensor, granularity: Granularity) -> Part
     if granularity is Granularity.element:
         row, column = indices // piece.global_shape[1] - top, indices % piece.global_shape[1] - left
         inside = ((row >= 0) & (row < rows) & (column >= 0) & (column < columns)).nonzero()[:, 0]
-        return Part(tensor, (row[inside], column[inside]), (inside,)) if inside.numel() else None
+        if not inside.numel():
+            return None
+        row, column = row[inside], column[inside]
+        flat = tensor.is_contiguous()
+        index = (short(row * columns + column, tensor.numel()),) if flat else (short(row, rows), short(column, columns))
+        everything = inside.numel() == indices.numel()
+        chosen = slice(None) if everything else short(inside, indices.numel())
+        return Part(tensor.view(-1) if flat else tensor, index, (chosen,))
     by_columns = granularity is Granularity.inputs
     places, length = (indices - left, columns) if by_columns else (indices - top, rows)
     inside = ((places >= 0) & (places < length)).nonzero()[:, 0]
@@ -78,6 +85,11 @@ def _part(piece: Piece, indices: torch.Tensor, granularity: Granularity) -> Part
     if by_columns:
         return Part(tensor, (slice(None), places[inside]), (slice(top, top + rows), inside))
     return Part(tensor, (places[inside], slice(None)), (inside, slice(left, left + columns)))
+
+
+def short(indices: torch.Tensor, below: int) -> torch.Tensor:
+    """Of int64: half as long where they fit, for they are kept as long as the entries are."""
+    return indices.int() if below <= 2**31 else indices
 
 
 def spread(partial: torch.Tensor, group: dist.ProcessGroup | None, to: int | None = None) -> torch.Tensor:

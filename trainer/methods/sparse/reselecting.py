@@ -29,16 +29,15 @@ def is_due(config: Config, method: Sparse, position: int) -> bool:
 
 
 def reselect(trained: Trained, config: Config, position: int) -> str:
-    """Every layer's entries anew, as many as before; what is said of it."""
+    """Every layer's entries anew, as many as before, one layer after the other; what is said of it."""
     method = trained.method
-    gathered, weights = trained.gathered(), trained.weights()
+    weights, values = trained.weights(), trained.values()
     regrows = method.schedule is Reselection.regrow
     if regrows:  # what is dropped goes back to the base
         trained.revert()
-    news: Gathered = {}
     moved = total = near = 0
     for number, (name, layer) in enumerate(trained.layers.items()):
-        entries, moments = gathered[name]
+        entries, moments = values.gathered(name)
         if regrows:
             found, close = _regrown(trained, config, number, name, entries, moments, position)
         else:
@@ -50,11 +49,11 @@ def reselect(trained: Trained, config: Config, position: int) -> str:
         trained.states[name].settled = found.settled
         layer.sparse_indices.copy_(found.entries.indices)
         layer.sparse_originals.copy_(found.entries.originals)
-        news[name] = found.entries, found.moments
+        values.put_back(name, found.entries, found.moments)
         near += close
         moved += int((~torch.isin(found.entries.indices, entries.indices)).sum())
         total += entries.indices.numel()
-    trained.put_back(news)
+    trained.replaced()
     return f"{moved:,} of {total:,} entries are new; {say_near(trained.ranks.sum(near))}"
 
 
@@ -127,7 +126,9 @@ def narrow(trained: Trained) -> tuple[Gathered, str]:
     """
     kept: Gathered = {}
     left = dropped = 0
-    for name, (entries, moments) in trained.gathered().items():
+    values = trained.values()
+    for name in trained.layers:
+        entries, moments = values.gathered(name)
         still = (entries.originals.float() + entries.values).abs() < trained.method.threshold
         stay, leave = still.nonzero()[:, 0], (~still).nonzero()[:, 0]
         kept[name] = entries.at(stay), {key: whole[stay] for key, whole in moments.items()}

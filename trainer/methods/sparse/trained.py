@@ -15,7 +15,7 @@ from trainer.methods.sparse.choosing import Ranks
 from trainer.methods.sparse.entry_optimizers import EntryAdamW, accumulators
 from trainer.methods.sparse.layer import VALUES, SparseLayer, index_dtype, sparse_layers
 from trainer.methods.sparse.places import Place, assemble, by_name, put_back
-from trainer.methods.sparse.reselect import Candidates, Entries
+from trainer.methods.sparse.reselect import Candidates, Entries, Moments
 from trainer.parallel.engine import TrainingEngine
 
 Gathered = dict[str, tuple[Entries, dict[str, torch.Tensor]]]  # by layer; moments by the optimizer's name for them
@@ -110,32 +110,15 @@ class Trained:
         for name, place in self._settled.items():
             place.revert(self.states[name].settled.originals)
 
-    def gathered(self) -> Gathered:
-        """The whole entries and moments of every layer, on all ranks."""
-        held = by_name(self.shards(), lambda name: f".{VALUES}" in name)
-        found: Gathered = {}
-        for name, layer in self.layers.items():
-            shape = tuple(layer.sparse_originals.shape)
-
-            def whole(full: str, shape: tuple[int, ...] = shape) -> torch.Tensor:
-                return assemble(held.get(full, []), self.ranks.group, self.inner.device, shape=shape)
-
-            values = whole(f"model/{name}.{VALUES}")
-            moments = {key: whole(f"optim/{name}.{VALUES}/{key}") for key in self._moments}
-            found[name] = Entries(layer.sparse_indices.clone(), values, layer.sparse_originals.clone()), moments
-        return found
+    def values(self) -> Values:
+        return Values(self, by_name(self.shards(), lambda name: f".{VALUES}" in name))
 
     @property
-    def _moments(self) -> tuple[str, ...]:
+    def moments(self) -> tuple[str, ...]:
         return () if self._has_accumulators else EntryAdamW.MOMENTS
 
-    def put_back(self, news: Gathered) -> None:
-        """Replace the values and moments of entries that have changed."""
-        held = by_name(self.shards(), lambda name: f".{VALUES}" in name)
-        for name, (entries, moments) in news.items():
-            put_back(held.get(f"model/{name}.{VALUES}", []), entries.values)
-            for key, whole in moments.items():
-                put_back(held.get(f"optim/{name}.{VALUES}/{key}", []), whole)
+    def replaced(self) -> None:
+        """After values and moments were put back, of entries that have changed."""
         self.inner.publish()
         self.publish()
 
@@ -162,3 +145,29 @@ class Trained:
         kind, _, part = key.partition("_")
         owner = self.states[layer].settled if kind == "settled" else self.states[layer].candidates
         setattr(owner, part, getattr(owner, part).new_zeros(length))
+
+
+@dataclass(frozen=True)
+class Values:
+    """What the ranks hold of each layer's values and moments, gathered and replaced a layer at a time."""
+
+    _trained: Trained
+    _held: Mapping[str, list[Piece]]
+
+    def gathered(self, name: str) -> tuple[Entries, dict[str, torch.Tensor]]:
+        """The whole entries and moments of a layer, on all ranks. Collective."""
+        layer, moments = self._trained.layers[name], {}
+        values = self._whole(f"model/{name}.{VALUES}", layer)
+        for key in self._trained.moments:
+            moments[key] = self._whole(f"optim/{name}.{VALUES}/{key}", layer)
+        return Entries(layer.sparse_indices.clone(), values, layer.sparse_originals.clone()), moments
+
+    def put_back(self, name: str, entries: Entries, moments: Moments) -> None:
+        """`Trained.replaced` is to follow, after the last layer."""
+        put_back(self._held.get(f"model/{name}.{VALUES}", []), entries.values)
+        for key, whole in moments.items():
+            put_back(self._held.get(f"optim/{name}.{VALUES}/{key}", []), whole)
+
+    def _whole(self, name: str, layer: SparseLayer) -> torch.Tensor:
+        shape, ranks = tuple(layer.sparse_originals.shape), self._trained.ranks
+        return assemble(self._held.get(name, []), ranks.group, self._trained.inner.device, shape=shape)

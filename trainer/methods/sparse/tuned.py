@@ -91,12 +91,13 @@ class TunedEngine:
         self.device, self.world_size = inner.device, inner.world_size
         self.data_rank, self.data_size = inner.data_rank, inner.data_size
 
-    def _remake(self, model: nn.Module, phase: Phase) -> None:
-        """Train another model from here on; what is known beside it stays."""
+    def _remake(self, make: Callable[[], nn.Module], phase: Phase) -> None:
+        """Train another model from here on, made when this one is gone; what is known beside it stays."""
         fence, states = self.inner.fence, self._trained.states
+        self.close()
         del self._trained
         gc.collect()
-        self._start(model, phase)
+        self._start(make(), phase)
         self.inner.fence = fence
         self._trained.states.update(states)
 
@@ -170,7 +171,7 @@ class TunedEngine:
         other = trains != self._trained.sizes or bool(sizes) != (self._phase is Phase.sparse)
         # A load that gave up half-way has filled originals, from which the base cannot be told any more.
         if other or self._filling:
-            self._remake(self._makes.model(sizes or None), Phase.sparse if sizes else Phase.full)
+            self._remake(lambda: self._makes.model(sizes or None), Phase.sparse if sizes else Phase.full)
         else:
             self._trained.revert()
         for name, tensor in self._tensors().items():
@@ -193,6 +194,9 @@ class TunedEngine:
 
     def written(self, parameters: Sequence[nn.Parameter]) -> None:
         self.inner.written(parameters)
+
+    def close(self) -> None:
+        self.inner.close()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return self._trained.tensors() if self._phase is Phase.sparse else {}
@@ -219,7 +223,7 @@ class TunedEngine:
         """Select by the gradients of these micro-batches, on all ranks, and train what was selected."""
         model = self._makes.model(None)
         self._choose(model, by_gradient(self._trained, model, self._world, micro_batches, weight))
-        self._remake(model, Phase.sparse)
+        self._remake(lambda: model, Phase.sparse)
 
     def _select_anew(self) -> None:
         schedule, said = self._method.schedule, ""
@@ -240,7 +244,7 @@ class TunedEngine:
         """
         model = self._makes.model(None)
         self._choose(model, by_change(self._trained, model, self._world))
-        self._remake(model, Phase.sparse)
+        self._remake(lambda: model, Phase.sparse)
 
     def _narrow(self) -> str:
         kept, said = narrow(self._trained)
@@ -250,10 +254,17 @@ class TunedEngine:
                 "What was saved before stays as it is. Lower optimizer.lr, or raise method.threshold."
             )
         left = self._world.union({name: entries.indices for name, (entries, _) in kept.items()}, self._names)
-        model = self._makes.model(None)
-        settle(model, self._method, self._config.train.seed, left)
+
+        def model() -> nn.Module:
+            made = self._makes.model(None)
+            settle(made, self._method, self._config.train.seed, left)
+            return made
+
         self._remake(model, Phase.sparse)
-        self._trained.put_back({name: kept[name] for name in self._trained.layers})
+        values = self._trained.values()
+        for name in self._trained.layers:
+            values.put_back(name, *kept[name])
+        self._trained.replaced()
         return said
 
     def _penalize(self, step: int) -> None:

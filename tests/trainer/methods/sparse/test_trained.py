@@ -18,10 +18,10 @@ def gathered(layout: str) -> tuple[dict[str, list[list[float]]], bool]:
     started = start([*overrides("lift"), *LAYOUTS[layout][1]])
     started.train(1, 6)
     trained: Any = started.engine._trained  # type: ignore[attr-defined]
-    found = {
-        name: [entries.indices.tolist(), entries.values.tolist(), *(m.tolist() for m in moments.values())]
-        for name, (entries, moments) in trained.gathered().items()
-    }
+    values, found = trained.values(), {}
+    for name in trained.layers:
+        entries, moments = values.gathered(name)
+        found[name] = [entries.indices.tolist(), entries.values.tolist(), *(m.tolist() for m in moments.values())]
     trained.revert()
     base = dict(base_model(started.config).named_parameters())
     reverted = all(

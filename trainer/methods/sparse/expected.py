@@ -1,0 +1,97 @@
+"""What a plan counts with: how much will train, as far as a sample of the weights tells, and what that needs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from trainer.choices import Allocator, Growth, Reselection, Sparse
+from trainer.methods.sparse.attach import PROMOTED, Sizes, targets_of
+from trainer.methods.sparse.budgets import counts_of, dense_hits
+from trainer.methods.sparse.calibration import EARLY, layer_of
+from trainer.methods.sparse.layer import bytes_of_places, sparse_layers
+
+FP32 = 4
+SAMPLES, ROWS = 4, 8  # so many rows in a row, at so many places of a weight
+
+
+def expected_sizes(model: nn.Module, config: Sparse) -> Sizes:
+    """How many entries, columns or rows of each layer a plan counts with. `model` has shapes only."""
+    targets = {name: target for name, (_, target) in targets_of(model, config).items()}
+    if config.allocator is Allocator.threshold:
+        config = replace(config, density=share_below(config.threshold, model, list(targets)))
+    counts = counts_of(config, targets)
+    promoted = dense_hits(counts, targets, config.promote_rank, config.promote_alpha)
+    return {name: PROMOTED if name in promoted else count * targets[name].width for name, count in counts.items()}
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What a sparse method needs memory for beside what every method does, in bytes."""
+
+    values: int = 0  # what trains of layers, which every tensor-parallel rank holds whole
+    places: int = 0  # where they lie, what the base has there, how often each was stepped
+    weight: int = 0  # the largest that is targeted, in fp32
+    layer: int = 0  # and all that are targeted of a layer of the model
+    base: int = 0  # the model as it was read, where that is read into the memory that it trains in
+
+    def selection(self, method: Sparse, step: int, kept: int, parameters: int) -> int:
+        """What selecting needs beyond a step, which needs `step`, of it `kept` also between steps."""
+        if method.selector in EARLY:  # gradients of a layer at a time, summed over micro-batches
+            return self.base + 2 * self.layer
+        if method.schedule is Reselection.rewind:
+            return max(0, kept + self.base + 2 * self.layer - step)
+        if method.schedule is Reselection.narrow:  # what stays, while another engine takes its part of the base
+            part = parameters if parameters < self.base else 0
+            return max(0, self.base + part + 8 * self.values - step)
+        # In a backward: a gradient, its absolute value, and what is the largest of it.
+        by_gradient = method.schedule is Reselection.regrow and method.growth is Growth.gradient
+        return 4 * self.weight if by_gradient else 0
+
+
+def entries_of(model: nn.Module, method: Sparse) -> Entries:
+    """`model` has shapes only."""
+    layers: Counter[str] = Counter()
+    weights = [0]
+    for name, (layer, _) in targets_of(model, method).items():
+        weights.append(FP32 * layer.weight.numel())  # type: ignore[operator]
+        layers[layer_of(name)] += weights[-1]
+    found = sparse_layers(model).values()
+    values = sum(layer.sparse_values.nbytes for layer in found)
+    base = 0 if torch.cuda.is_available() else sum(p.nbytes for p in model.parameters()) - values
+    places = sum(bytes_of_places(layer, method) for layer in found)
+    return Entries(values, places, max(weights), max(layers.values(), default=0), base)
+
+
+def share_below(threshold: float, model: nn.Module, layers: Sequence[str]) -> float:
+    """The share of the layers' weights that are nearer to zero: of a sample of the model's files, or as they begin."""
+    settings: Any = getattr(model, "config", None)
+    below = total = 0
+    endings = tuple({f"{name.rpartition('.')[2]}.weight" for name in layers})
+    for path in sorted(Path(getattr(settings, "name_or_path", "") or "/dev/null").glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  # it is no mapping
+                    if name.endswith(endings):
+                        sample = _sample(file.get_slice(name))
+                        below, total = below + int((sample.abs() < threshold).sum()), total + sample.numel()
+        except (OSError, SafetensorError):
+            continue  # whoever reads all of it says so
+    if total:
+        return below / total
+    deviation = getattr(settings, "initializer_range", None) or 0.02
+    return math.erf(threshold / (deviation * math.sqrt(2)))
+
+
+def _sample(weight: Any) -> torch.Tensor:
+    rows = weight.get_shape()[0]
+    starts = [max(0, rows - ROWS) * number // max(1, SAMPLES - 1) for number in range(SAMPLES)]
+    return torch.cat([weight[start : start + ROWS].float() for start in starts])
