@@ -390,7 +390,7 @@ QUICK = {"rounds": 2, "megabytes": 40, "parts": ["export"]}  # TRL takes minutes
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--records", type=int, default=200)
+    parser.add_argument("--records", type=int, default=120)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--megabytes", type=int, default=650)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which (default both)")
@@ -404,7 +404,7 @@ def main() -> int:
     if options.export:
         export_one(options.export, options.directory)
         return 0
-    full = options.records >= 200 and options.megabytes >= 650 and options.rounds >= 2
+    full = options.records >= 120 and options.megabytes >= 650 and options.rounds >= 2
     rows = training(options.records, options.rounds, full) if "training" in options.parts else []
     rows += export(options.megabytes, options.rounds, full) if "export" in options.parts else []
     return finish("daily", rows, as_json=options.json)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 
 from checkpointing import load, save
 from tests.harness.engines import contents_differ, engine_here, feed_for
+from tests.harness.peak import Peak
 from tests.harness.processes import wait_for
 from tests.harness.runs import SMALL as TINY
 from tests.harness.runs import launch, rows, train
@@ -191,3 +194,29 @@ def linear_is_the_same() -> bool:
     ours = torch.nn.functional.linear
     Leg((1,)).take(["parallel=zero3"])
     return torch.nn.functional.linear is ours
+
+
+def left_of(layout: list[str], *, closed: bool) -> float:
+    """Of the bytes that an engine held after a step, the share that is there when it is gone."""
+    config = compose(["train.global_batch=4", "train.micro_batch=2", *layout])
+    with Peak([]) as peak:
+        engine = engine_here(config)
+        optimize(engine, feed_for(engine, config, dataset()).step(1), 1e-3, 1)
+        gc.collect()
+        held = peak.now
+        if closed:
+            engine.close()
+        del engine
+        gc.collect()
+        return peak.now / held
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_closed_engine_leaves_its_memory(stage: int, world: SharedWorld) -> None:
+    layout = ["parallel.engine=deepspeed", f"parallel.zero_stage={stage}"]
+
+    def left(closed: bool) -> float:
+        return max(world.run(partial(left_of, closed=closed), 2, layout))
+
+    assert left(True) < 0.1
+    assert stage == 0 or left(False) > 0.5  # the control
