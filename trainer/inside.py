@@ -35,7 +35,8 @@ def _links(directory: Path, depth: int) -> Iterator[Path]:
         if entry.is_symlink():
             yield Path(entry.path)
         elif depth > 1 and not entry.name.startswith("step-") and entry.is_dir(follow_symlinks=False):
-            yield from _links(Path(entry.path), depth - 1)
+            if os.access(entry.path, os.R_OK | os.X_OK):  # not lost+found, where a run writes nothing
+                yield from _links(Path(entry.path), depth - 1)
 
 
 def _entries(directory: Path) -> list[os.DirEntry[str]]:

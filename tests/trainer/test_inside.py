@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,15 @@ def test_checkpoints_elsewhere_are_typed(tmp_path: Path) -> None:
     (tmp_path / "disk" / "step-00000001-0123456789abcdef").symlink_to(tmp_path)
     with pytest.raises(Refused, match="is a link to"):
         refuse_links(tmp_path / "run", tmp_path / "link")
+
+
+def test_what_nobody_may_look_into_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As lost+found is, where a run has a volume of its own."""
+    hidden = tmp_path / "lost+found"
+    hidden.mkdir()
+    (hidden / "out").symlink_to("/")
+    with pytest.raises(Refused, match="is a link to /"):  # the control
+        refuse_links(tmp_path, tmp_path / "checkpoints")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != hidden and access(path, mode))
+    refuse_links(tmp_path, tmp_path / "checkpoints")
