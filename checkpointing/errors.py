@@ -51,3 +51,16 @@ def first_few(names: list[str], limit: int = 5) -> str:
     """`a, b, c and 7 more`: enough to recognise the problem, short enough to read."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library's error says, in one line: as much of it as holds the reason, which may follow a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines or isinstance(error, KeyError):  # which says a key and nothing more
+        return repr(error)
+    said = lines[0]
+    for line in lines[1:]:
+        if not said.endswith(":"):
+            break
+        said += f" {line}"
+    return said

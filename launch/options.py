@@ -13,6 +13,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from checkpointing.errors import reason_of
 from trainer.check import check
 from trainer.choices import CHOICES, Launch, is_secret
 from trainer.compose import CONFIG_DIR, compose
@@ -88,7 +89,7 @@ def _of_another(config: Config, target: str, given: Mapping[str, str | list[str]
         tree = OmegaConf.create({"run": vars(config.run), "launch": OmegaConf.merge(structured, dict(given))})
         found = OmegaConf.to_object(tree)["launch"]  # type: ignore[call-overload,index]
     except OmegaConfBaseException as error:
-        raise Refused(f"A flag of {target} does not fit: {str(error).splitlines()[0]}. Type another value.") from None
+        raise Refused(f"A flag of {target} does not fit: {reason_of(error)}. Type another value.") from None
     assert isinstance(found, Launch)
     return found
 
@@ -123,7 +124,7 @@ def is_choice(word: str) -> bool:
     try:
         return bool(OverridesParser.create().parse_override(word).is_sweep_override())
     except HydraException as error:
-        raise Refused(f"{word} cannot be read: {str(error).splitlines()[0]}. Quote it, or mend it.") from None
+        raise Refused(f"{word} cannot be read: {reason_of(error)}. Quote it, or mend it.") from None
 
 
 def quote(value: str | list[str]) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from checkpointing.errors import reason_of
 from launch.command import Command, python
 from launch.options import Call, composable, is_override, quote
 from launch.status import POINTS, summary
@@ -73,7 +74,7 @@ def points(call: Call) -> list[Call]:
         try:
             override = parser.parse_override(word) if is_override(word) else None
         except HydraException as error:
-            raise Refused(f"{word} cannot be read: {str(error).splitlines()[0]}. Quote it, or mend it.") from None
+            raise Refused(f"{word} cannot be read: {reason_of(error)}. Quote it, or mend it.") from None
         if override is None or not override.is_sweep_override():
             rest.append(word)
             continue

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from checkpointing.errors import reason_of
 from trainer.choices import Full
 from trainer.config import Compute, Config, Implementation
 from trainer.errors import TrainingFailed
@@ -21,7 +22,7 @@ def explained(config: Config, device: torch.device) -> Iterator[None]:
         if not ran_out(error):
             raise
         what = "a GPU's memory" if device.type == "cuda" else "memory"
-        said = str(error).splitlines()[0]
+        said = reason_of(error)
         raise TrainingFailed(
             f"Training does not fit into {what}: {said} Type, in this order, as much of it as it takes: "
             f"{'; '.join(remedies(config))}. What was saved before stays as it is."

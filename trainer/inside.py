@@ -34,9 +34,13 @@ def _links(directory: Path, depth: int) -> Iterator[Path]:
     for entry in _entries(directory):
         if entry.is_symlink():
             yield Path(entry.path)
-        elif depth > 1 and not entry.name.startswith("step-") and entry.is_dir(follow_symlinks=False):
-            if os.access(entry.path, os.R_OK | os.X_OK):  # not lost+found, where a run writes nothing
-                yield from _links(Path(entry.path), depth - 1)
+        elif depth > 1 and not entry.name.startswith("step-") and _is_open(entry):
+            yield from _links(Path(entry.path), depth - 1)
+
+
+def _is_open(entry: os.DirEntry[str]) -> bool:
+    """A directory to look into: not lost+found, where a run writes nothing."""
+    return entry.is_dir(follow_symlinks=False) and os.access(entry.path, os.R_OK | os.X_OK)
 
 
 def _entries(directory: Path) -> list[os.DirEntry[str]]:

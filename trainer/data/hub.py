@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from checkpointing.errors import reason_of
 from trainer.choices import Hub
 from trainer.data.records import Record
 from trainer.errors import Refused
@@ -44,7 +45,7 @@ def _open(config: Hub, split: str) -> Any:
     except Refused:
         raise
     except Exception as error:  # which it raises is not documented
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = reason_of(error)
         raise Refused(
             f"The split {split} of data.path={config.path} cannot be read: {reason} Give a directory that the library "
             "datasets reads, or a hub id that this machine can reach."

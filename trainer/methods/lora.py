@@ -5,6 +5,7 @@ from __future__ import annotations
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from checkpointing.errors import reason_of
 from trainer.choices import Lora
 from trainer.elastic.randomness import reseed
 from trainer.errors import Refused
@@ -29,6 +30,6 @@ def apply(model: nn.Module, config: Lora, seed: int) -> nn.Module:
             ),
         )
     except ValueError as error:
-        why = str(error).splitlines()[0]
+        why = reason_of(error)
         raise Refused(f"method.target_modules={targets} does not fit the model: {why}") from None
     return adapted

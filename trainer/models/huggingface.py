@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from checkpointing.errors import first_few
+from checkpointing.errors import first_few, reason_of
 from trainer.choices import HuggingFace
 from trainer.data.files import LFS
 from trainer.data.tokenizer import HuggingFaceTokenizer, Tokenizer
@@ -135,7 +135,7 @@ def _refused_if_it_fails(config: HuggingFace, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         logger.debug("loading the %s failed", what, exc_info=True)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = reason_of(error)
         remedy = (
             "Give a directory that save_pretrained wrote, tokenizer included, or a hub id that this machine can reach."
         )
