@@ -59,6 +59,11 @@ def _at_home(part: Any) -> Any:
             found[name] = _at_home(value)
         elif isinstance(value, str) and (value == "~" or value.startswith("~/")):
             found[name] = os.path.expanduser(value)
+            if found[name].startswith("~"):
+                raise Refused(
+                    f"{value} is below the home directory, and this user has none here. Set HOME, or type the path "
+                    "from / on."
+                )
     return replace(part, **found)
 
 

@@ -43,7 +43,7 @@ def _directories(words: Sequence[str]) -> tuple[list[str], list[str]]:
     for word in rest:
         flag, equals, value = word.partition("=")
         if flag in CONFIG_DIR:
-            directory = Path(value if equals else next(rest, "")).expanduser().resolve()
+            directory = Path(os.path.expanduser(value if equals else next(rest, ""))).resolve()
             if not directory.is_dir():
                 raise Refused(f"{flag} {directory} is no directory. Give one that holds configurations.")
             given.append(f"file://{directory}")

@@ -43,6 +43,15 @@ def test_refusals_are_one_clear_paragraph(override: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+def test_a_user_without_a_home_directory_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs as a number."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])
+    assert compose([]).run.dir
+    with pytest.raises(Refused, match=r"~/runs/a is below the home directory, and this user has none here. Set HOME"):
+        compose(["run.dir=~/runs/a"])
+
+
 def test_a_home_directory_is_found_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     words = ["run.dir=~/runs/a", "resume=~/runs/b", "data=jsonl", "data.path=~/d.jsonl", "data.cache=~/cache"]

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -133,7 +134,7 @@ def _object(where: str, found: Any) -> Record:
 
 def files(path: str, pattern: str, key: str) -> Sequence[Path]:
     """The file that an option named `key` gives, or those of a directory that match a pattern."""
-    top = Path(path).expanduser()
+    top = Path(os.path.expanduser(path))
     if top.is_file():
         return [top]
     if not top.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def _open(config: Hub, split: str) -> Any:
             "data=hf reads with the library datasets, which is not installed. Type `pip install datasets`, or give a "
             "file: data=chat or data=jsonl."
         ) from None
-    local = Path(config.path).expanduser()
+    local = Path(os.path.expanduser(config.path))
     datasets.disable_progress_bars()  # each rank would draw one
     try:
         # What save_to_disk wrote says so; anything else is read as the hub's repositories are.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -239,7 +240,7 @@ def _corpus(
             for _, content, _ in source() if source is not None else ():
                 told.update(len(content).to_bytes(8, "little") + content)
                 count += 1
-        place = Path(config.cache).expanduser()
+        place = Path(os.path.expanduser(config.cache))
         made = cache.tokenized(place, told.hexdigest(), rows, count, reader, config.workers)
         train, test, reader.tally = Records(made.train, seq_len), Records(made.held_out, seq_len), made.tally
     return Corpus(train, test, config.path, reader.notes(), reader.endings)

@@ -6,6 +6,7 @@ up to each turn: the turn is what comes after the prompt that the model is given
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from datetime import datetime
@@ -177,11 +178,11 @@ def chosen_template(config: Data) -> str | None:
 def _named(given: str) -> str | None:
     if given == "chatml":
         return CHATML
-    return Path(given).expanduser().read_text(encoding="utf-8") if given else None
+    return Path(os.path.expanduser(given)).read_text(encoding="utf-8") if given else None
 
 
 def source_of(given: str, own: str | None) -> str:
-    if given and given != "chatml" and not Path(given).expanduser().is_file():
+    if given and given != "chatml" and not Path(os.path.expanduser(given)).is_file():
         raise Refused(f"data.template={given} is no file and not chatml. Type data.template=FILE.")
     if (chosen := _named(given)) is not None:
         return chosen

@@ -136,7 +136,7 @@ def _delta(arguments: argparse.Namespace) -> None:
         if (text := _text(_beside(run) / name)) is not None:
             delta.described[name] = text
             model = run.config.model
-            here = Path(model.path).expanduser() if isinstance(model, HuggingFace) else None
+            here = Path(os.path.expanduser(model.path)) if isinstance(model, HuggingFace) else None
             delta.before[name] = _text(here / name) if here is not None and here.is_dir() else None
     delta.save(arguments.file)
     print(f"{delta.count:,} entries of {len(delta.shapes)} weights, {arguments.file.stat().st_size / 1e6:.1f} MB")

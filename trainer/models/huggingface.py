@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ def load_tokenizer(config: HuggingFace) -> Tokenizer:
 
 def generation(config: HuggingFace) -> Any:
     """How the model generates, such as the tokens that end an answer; None where its files do not say."""
-    local = Path(config.path).expanduser()
+    local = Path(os.path.expanduser(config.path))
     try:
         return GenerationConfig.from_pretrained(str(local) if local.exists() else config.path, revision=config.revision)
     except OSError:
@@ -66,7 +67,7 @@ def build(config: HuggingFace, seq_len: int) -> nn.Module:
 
 def _check_files(config: HuggingFace) -> None:
     """`Refused` where what lies in a local directory is not the model that its user means."""
-    local = Path(config.path).expanduser()
+    local = Path(os.path.expanduser(config.path))
     if not local.is_dir():
         return
     try:
@@ -120,7 +121,7 @@ def _check_complete(config: HuggingFace, found: dict[str, Any]) -> None:
 
 
 def _load(loader: Any, config: HuggingFace, what: str, **options: Any) -> Any:
-    local = Path(config.path).expanduser()
+    local = Path(os.path.expanduser(config.path))
     path = str(local) if local.exists() else config.path
     with _refused_if_it_fails(config, what):
         return loader.from_pretrained(

@@ -145,7 +145,7 @@ def _server() -> str:
     settings = configparser.ConfigParser()
     directory = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
     with suppress(configparser.Error, OSError, ValueError):
-        settings.read(Path(directory).expanduser() / "settings")
+        settings.read(Path(os.path.expanduser(directory)) / "settings")
     return settings.get("default", "base_url", fallback="https://api.wandb.ai")
 
 

@@ -185,6 +185,13 @@ def test_online_only_with_an_account(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert asked["mode"] == mode
 
 
+def test_without_a_home_directory_it_stays_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_CONFIG_DIR", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])
+    assert wandb_run.chosen_mode() == "offline"
+
+
 def test_the_plan_says_where_figures_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.delenv("WANDB_MODE")
