@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from omegaconf.errors import ConfigKeyError
 
 from checkpointing.errors import first_few, reason_of
 
@@ -20,6 +21,7 @@ from checkpointing.errors import first_few, reason_of
         (ValueError("it ends here:"), "it ends here:"),
         (ValueError(), "ValueError()"),
         (KeyError("size"), "KeyError('size')"),
+        (ConfigKeyError("no key a\n    full_key: a"), "no key a"),
     ],
 )
 def test_the_line_holds_the_reason(error: Exception, said: str) -> None:

@@ -95,6 +95,12 @@ def test_every_methods_plan_is_within_a_tenth_of_what_it_needs(method: str) -> N
     assert planned == pytest.approx(needed, rel=0.1)
 
 
+@pytest.mark.usefixtures("long")
+def test_so_it_is_where_selecting_needs_more_than_a_step() -> None:
+    planned, needed = planned_and_needed("lift", ["train.seq_len=32", "method.budget_rank=8"])
+    assert planned == pytest.approx(needed, rel=0.1)
+
+
 @pytest.mark.parametrize("layout", ["parallel=fsdp", "parallel=tp", "parallel=zero2"])
 @pytest.mark.parametrize("method", METHODS)
 def test_so_it_is_under_other_layouts(method: str, layout: str, world: SharedWorld) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -28,9 +30,9 @@ def expected_sizes(model: nn.Module, config: Sparse) -> Sizes:
     targets = {name: target for name, (_, target) in targets_of(model, config).items()}
     if config.allocator is Allocator.threshold:
         config = replace(config, density=share_below(config.threshold, model, list(targets)))
-    counts = counts_of(config, targets)
-    promoted = dense_hits(counts, targets, config.promote_rank, config.promote_alpha)
-    return {name: PROMOTED if name in promoted else count * targets[name].width for name, count in counts.items()}
+    sizes = {name: count * targets[name].width for name, count in counts_of(config, targets).items()}
+    promoted = dense_hits(sizes, targets, config.promote_rank, config.promote_alpha)
+    return {name: PROMOTED if name in promoted else size for name, size in sizes.items()}
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Entries:
     places: int = 0  # where they lie, what the base has there, how often each was stepped
     weight: int = 0  # the largest that is targeted, in fp32
     layer: int = 0  # and all that are targeted of a layer of the model
+    most: int = 0  # of `values` in one of them
     base: int = 0  # the model as it was read, where that is read into the memory that it trains in
 
     def selection(self, method: Sparse, step: int, kept: int, parameters: int) -> int:
@@ -52,6 +55,8 @@ class Entries:
         if method.schedule is Reselection.narrow:  # what stays, while another engine takes its part of the base
             part = parameters if parameters < self.base else 0
             return max(0, self.base + part + 8 * self.values - step)
+        if method.schedule is Reselection.renew:  # a weight in fp64, what is thought of it, and what trains of a layer
+            return max(0, kept + 8 * self.weight + 6 * self.most - step)
         # In a backward: a gradient, its absolute value, and what is the largest of it.
         by_gradient = method.schedule is Reselection.regrow and method.growth is Growth.gradient
         return 4 * self.weight if by_gradient else 0
@@ -64,25 +69,27 @@ def entries_of(model: nn.Module, method: Sparse) -> Entries:
     for name, (layer, _) in targets_of(model, method).items():
         weights.append(FP32 * layer.weight.numel())  # type: ignore[operator]
         layers[layer_of(name)] += weights[-1]
-    found = sparse_layers(model).values()
-    values = sum(layer.sparse_values.nbytes for layer in found)
+    found = list(sparse_layers(model).values())
+    sizes = [layer.sparse_values.nbytes for layer in found]
+    values = sum(sizes)
     base = 0 if torch.cuda.is_available() else sum(p.nbytes for p in model.parameters()) - values
     places = sum(bytes_of_places(layer, method) for layer in found)
-    return Entries(values, places, max(weights), max(layers.values(), default=0), base)
+    return Entries(values, places, max(weights), max(layers.values(), default=0), max(sizes, default=0), base)
 
 
 def share_below(threshold: float, model: nn.Module, layers: Sequence[str]) -> float:
     """The share of the layers' weights that are nearer to zero: of a sample of the model's files, or as they begin."""
     settings: Any = getattr(model, "config", None)
-    below = total = 0
-    endings = tuple({f"{name.rpartition('.')[2]}.weight" for name in layers})
-    for path in sorted(Path(getattr(settings, "name_or_path", "") or "/dev/null").glob("*.safetensors")):
+    below = total = 0.0
+    endings = tuple({f".{name.rpartition('.')[2]}.weight" for name in layers})
+    for path in _files(settings):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  # it is no mapping
-                    if name.endswith(endings):
-                        sample = _sample(file.get_slice(name))
-                        below, total = below + int((sample.abs() < threshold).sum()), total + sample.numel()
+                    if f".{name}".endswith(endings) and len(shape := file.get_slice(name).get_shape()) == 2:
+                        found = _sample(file.get_slice(name), shape[0]).abs() < threshold
+                        below += math.prod(shape) * float(found.float().mean())
+                        total += math.prod(shape)
         except (OSError, SafetensorError):
             continue  # whoever reads all of it says so
     if total:
@@ -91,7 +98,19 @@ def share_below(threshold: float, model: nn.Module, layers: Sequence[str]) -> fl
     return math.erf(threshold / (deviation * math.sqrt(2)))
 
 
-def _sample(weight: Any) -> torch.Tensor:
-    rows = weight.get_shape()[0]
+def _files(settings: Any) -> list[Path]:
+    """A model's weights on this machine: in its directory, or where the hub's cache has it."""
+    name = getattr(settings, "name_or_path", "") or ""
+    directory = Path(name) if name else None
+    if directory is not None and not directory.is_dir():
+        try:
+            known = try_to_load_from_cache(name, "config.json", revision=getattr(settings, "_commit_hash", None))
+        except HFValidationError:
+            return []
+        directory = Path(known).parent if isinstance(known, str) else None
+    return sorted(directory.glob("*.safetensors")) if directory is not None else []
+
+
+def _sample(weight: Any, rows: int) -> torch.Tensor:
     starts = [max(0, rows - ROWS) * number // max(1, SAMPLES - 1) for number in range(SAMPLES)]
     return torch.cat([weight[start : start + ROWS].float() for start in starts])

@@ -171,7 +171,8 @@ class TunedEngine:
         other = trains != self._trained.sizes or bool(sizes) != (self._phase is Phase.sparse)
         # A load that gave up half-way has filled originals, from which the base cannot be told any more.
         if other or self._filling:
-            self._remake(lambda: self._makes.model(sizes or None), Phase.sparse if sizes else Phase.full)
+            model = self._makes.model(sizes or None)  # before anything is given up: it may be refused
+            self._remake(lambda: model, Phase.sparse if sizes else Phase.full)
         else:
             self._trained.revert()
         for name, tensor in self._tensors().items():
