@@ -15,12 +15,13 @@ from pathlib import Path
 
 from checkpointing.errors import CheckpointError, DamagedError, VersionError
 from checkpointing.listing import find, ls
-from checkpointing.printing import printable_output, quiet_libraries
+from checkpointing.printing import open_closed_streams, printable_output, quiet_libraries
 
 DTYPES = ("fp32", "bf16", "fp16")  # that an export rounds to
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    open_closed_streams()
     quiet_libraries()
     parser = argparse.ArgumentParser(prog="python -m checkpointing", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)

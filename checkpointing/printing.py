@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -35,6 +36,16 @@ class Printable:
         return getattr(self._stream, name)
 
 
+def open_closed_streams() -> None:
+    """Of a process that was started with `>&-`: what it writes goes nowhere, and no file takes their place."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # as long as the process lives
+
+
 def spell_out(stream: Any) -> None:
     """Have a stream write letters that its encoding does not have as `\\xe9`, where it would raise an error."""
     if isinstance(stream, io.TextIOWrapper):
@@ -49,6 +60,9 @@ def unprinted(stream: Any) -> Any:
 
 def quiet_libraries() -> None:
     """Have libraries say nothing that nobody here can act upon."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what matters of its warnings is checked and said here
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own bars follow it
     # transformers warns of what peft calls in it, and imports torchao where that is, which warns of kernels for other
     # GPUs than this machine has, and torch of how torchao declares its types.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

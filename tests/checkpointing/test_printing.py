@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from checkpointing import Piece, save
 from checkpointing.__main__ import main
 from checkpointing.printing import printable_output, shown
+from tests.harness.processes import ROOT
 
 EVIL = "a\x1b]0;owned\x07b\x9bc\u202ed\rline\x00"
 
@@ -49,3 +51,23 @@ def test_no_command_about_checkpoints_prints_an_escape(
     capsys.readouterr()
     assert main([command, *["/nowhere\x1b[2J"] * (len(words) - 1)]) == 2
     assert "\x1b" not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("processes")
+def test_closed_streams_are_opened_and_nothing_is_written_into_a_file_instead(tmp_path: Path) -> None:
+    """A descriptor that is free is the next file's, and what is printed would land there."""
+    script = """
+import sys
+from checkpointing.printing import open_closed_streams
+open_closed_streams()
+with open(sys.argv[1], "w") as file:
+    assert file.fileno() > 2
+    print("printed", flush=True)
+    sys.stderr.write("said")
+    file.write("own")
+"""
+    for closed in (">&-", "2>&-", ">&- 2>&-", "<&-"):
+        words = f"exec {sys.executable} -c '{script}' {tmp_path / 'file'} {closed}"
+        done = subprocess.run(["bash", "-c", words], cwd=ROOT, capture_output=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "file").read_text() == "own"

@@ -14,7 +14,18 @@ import numpy as np
 
 from checkpointing.errors import first_few
 from trainer.data.dataset import Sample
-from trainer.data.records import FLAGS, Record, check_learning, is_learned, mended, mendings, string
+from trainer.data.records import (
+    FLAGS,
+    UNREAD,
+    Record,
+    check_learning,
+    is_learned,
+    kind_of,
+    mended,
+    mendings,
+    string,
+    unread,
+)
 from trainer.data.templates import LEARNED, Message, Span, Template, is_empty, source_of
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import Refused
@@ -73,7 +84,12 @@ class Conversations:
                 f"no token of this tokenizer ends {count} turns of the assistant, so that what is trained never stops "
                 "by itself: give a template that ends turns with one, such as its eos_token (data.template=FILE)"
             )
-        return [*found, *mendings(self.tally)]
+        if roles := sorted(key.removeprefix(_ROLE) for key in +self.tally if key.startswith(_ROLE)):
+            found.append(
+                f"roles of those: {first_few(roles)}. What is learned has the role assistant, or a name such as gpt in "
+                "conversations (of from and value)"
+            )
+        return [*found, *mendings(self.tally), *unread(self.tally)]
 
     @property
     def endings(self) -> set[str]:
@@ -92,8 +108,10 @@ class Conversations:
         self.tally["empty"] += sum(map(is_empty, said))
         self.tally["not learned"] += sum(not is_empty(one) and not one.get(LEARNED, True) for one in said)
         self.tally["split"] += len(texts) > 1
+        self.tally.update(UNREAD + key for key in record.keys() - _READ[kind])
         if not any(spans for _, spans in texts):
             self.tally["silent"] += 1
+            self.tally.update({_ROLE + message["role"] for message in messages} if not said else ())
             return []
         return [sample for text, spans in texts if (sample := self._sample(text, spans)) is not None]
 
@@ -120,31 +138,42 @@ class Conversations:
 
 
 _END = "end:"  # of tallies: followed by the token that ends a turn
+_ROLE = "role:"  # followed by one of a conversation that nobody answers in
+_MESSAGES, _SHAREGPT = "messages", "conversations (ShareGPT)"
+_ALPACA, _APART = "instruction, input and output (Alpaca)", "prompt and completion in messages"
+_ALWAYS = {"system", "tools", "functions", "documents", "chat_template_kwargs", *FLAGS}
+_READ = {
+    _MESSAGES: {"messages", *_ALWAYS},
+    _SHAREGPT: {"conversations", *_ALWAYS},
+    _ALPACA: {"instruction", "input", "output", "history", *_ALWAYS},
+    _APART: {"prompt", "completion", *_ALWAYS},
+}
 
 
 def recognise(where: str, record: Record) -> tuple[str, list[Message]]:
     """What kind of record it is, in words, and its messages as templates take them."""
-    alpaca = {"instruction", "output"} <= set(record) and "messages" not in record and "conversations" not in record
+    there = {key for key, value in record.items() if value is not None}  # tables have a column for each kind
+    alpaca = {"instruction", "output"} <= set(record) and not there & {"messages", "conversations"}
     if record.get("history") and not alpaca:
         raise Refused(f"{where} has a history beside its messages. Put its rounds before them, as messages.")
-    if "messages" in record:
+    if "messages" in there:
         turns = [_message(where, one) for one in _turns(where, record, "messages")]
-        return "messages", [*_system(where, record, turns), *turns]
-    if "conversations" in record:
+        return _MESSAGES, [*_system(where, record, turns), *turns]
+    if "conversations" in there:
         turns = [_shared(where, one) for one in _turns(where, record, "conversations")]
-        return "conversations (ShareGPT)", [*_system(where, record, turns), *turns]
+        return _SHAREGPT, [*_system(where, record, turns), *turns]
     if {"instruction", "output"} <= set(record):
         asked = string(record, "instruction", where)
         if record.get("input"):
             asked += "\n\n" + string(record, "input", where)
         answer = string(record, "output", where)
         turns = [*_history(where, record), *_exchange(asked, answer)]
-        return "instruction, input and output (Alpaca)", [*_system(where, record, turns), *turns]
+        return _ALPACA, [*_system(where, record, turns), *turns]
     if "prompt" in record and "completion" in record and not isinstance(record["prompt"], str):
         before = [_message(where, one) for one in _turns(where, record, "prompt")]
         answers = [_message(where, one) for one in _turns(where, record, "completion")]
         turns = [{**one, LEARNED: False} if one["role"] == "assistant" else one for one in before] + answers
-        return "prompt and completion in messages", [*_system(where, record, turns), *turns]
+        return _APART, [*_system(where, record, turns), *turns]
     raise Refused(
         f"{where} has the fields {sorted(record)}, and data=chat reads messages, conversations, instruction and "
         "output, or a prompt and a completion that are lists of messages. Rename them, or type data=jsonl for texts "
@@ -185,7 +214,7 @@ def _context(where: str, record: Record) -> dict[str, Any]:
     """What a template is given beside the messages: tools, documents, and arguments of its own."""
     more = record.get("chat_template_kwargs") or {}
     if not isinstance(more, Mapping):
-        raise Refused(f"{where}: chat_template_kwargs is a {type(more).__name__}, not an object. Mend or remove it.")
+        raise Refused(f"{where}: chat_template_kwargs is {kind_of(more)}, not an object. Mend or remove it.")
     if own := sorted(more.keys() & _RENDERERS):
         raise Refused(f"{where}: chat_template_kwargs hold {first_few(own)}, which are not for templates. Remove them.")
     found = {key: value for key, value in more.items() if value is not None}
@@ -209,7 +238,8 @@ def _turns(where: str, record: Record, key: str) -> list[Mapping[str, Any]]:
 def _message(where: str, given: Mapping[str, Any]) -> Message:
     role, content = given.get("role"), given.get("content")
     if not isinstance(role, str):
-        raise Refused(f"{where}: a message has no role, only {sorted(given)}. Mend or remove the line.")
+        fields = sorted(key for key, one in given.items() if one is not None)
+        raise Refused(f"{where}: a message has no role, only {fields}. Mend or remove the line.")
     if isinstance(content, list):  # in parts, as for models that see
         if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
             raise Refused(f"{where}: a message holds parts that are no text. Mend or remove the line.")
@@ -217,7 +247,7 @@ def _message(where: str, given: Mapping[str, Any]) -> Message:
     if content is None:
         content = ""
     if not isinstance(content, str):
-        raise Refused(f"{where}: the content of a message is a {type(content).__name__}, not a text. Mend it.")
+        raise Refused(f"{where}: the content of a message is {kind_of(content)}, not a text. Mend it.")
     kept = {key: value for key, value in given.items() if value is not None and key not in FLAGS}
     if (call := kept.pop("function_call", None)) and "tool_calls" not in kept:  # as it was called before
         kept["tool_calls"] = [{"type": "function", "function": call}]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from trainer.data.records import Record
+from trainer.data.records import Record, conversational, kind_of
 from trainer.errors import Refused
 
 LFS = b"version https://git-lfs.github.com/spec/"
@@ -63,6 +63,8 @@ def _check(path: Path, first: bytes) -> None:
 
 
 def unreadable(path: Path, error: Exception) -> Refused:
+    if isinstance(error, EOFError | zlib.error | lzma.LZMAError | gzip.BadGzipFile):
+        return Refused(f"{path} is packed, and cut short or damaged ({error}). Get it anew.")
     why = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return Refused(f"{path} cannot be read: {why}. Give another file, or the right to read it.")
 
@@ -78,6 +80,26 @@ def read_text(path: Path) -> str:
             f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}. "
             "Convert it, for example with `iconv -f latin1 -t utf-8`."
         ) from None
+
+
+def refuse_records(path: Path, text: str) -> None:
+    """`Refused` for a file of records where text is read: its braces and names would be learned."""
+    start = text.lstrip()
+    if start[:1] not in ("{", "["):
+        return
+    try:
+        found, _ = json.JSONDecoder().raw_decode(start.removeprefix("[").lstrip())
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(found, dict):
+        return
+    pair = {"prompt", "completion"} <= found.keys()
+    if conversational(found) or pair or (set(found) == {"text"} and isinstance(found["text"], str)):
+        kind = "chat" if conversational(found) else "jsonl"
+        raise Refused(
+            f"{path} holds records of {', '.join(sorted(found))} and not text. Type data={kind} data.path={path}, or "
+            "leave it out with data.pattern."
+        )
 
 
 def records(path: Path, name: str) -> Iterator[tuple[str, bytes, Record]]:
@@ -121,14 +143,16 @@ def parse(where: str, text: bytes) -> Any:
             # Of a line the column alone: its own "line 1" is not the file's.
             place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
             why = f"{error.msg} ({place})"
+        elif isinstance(error, RecursionError):
+            why = "it is nested too deeply"
         else:
-            why = str(error)
+            why = "it holds a number of too many digits" if "digits" in str(error) else str(error)
         raise Refused(f"{where} is not JSON: {why}. Mend or remove the line; nothing was started.") from None
 
 
 def _object(where: str, found: Any) -> Record:
     if not isinstance(found, dict):
-        raise Refused(f'{where} is a JSON {type(found).__name__}, not an object such as {{"text": ...}}.')
+        raise Refused(f'{where} is {kind_of(found)}, not an object such as {{"text": ...}}.')
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from checkpointing.errors import first_few
 from trainer.data.dataset import Sample, predicted
 from trainer.data.tokenizer import Tokenizer, Tokens
 from trainer.errors import Refused
@@ -61,7 +62,7 @@ class Fields:
                 f"{self.tally['alone']} records are left out: of them nothing but a first token has room in "
                 f"train.seq_len={self.seq_len}, and that is predicted from nothing"
             )
-        return [*found, *mendings(self.tally)]
+        return [*found, *mendings(self.tally), *unread(self.tally)]
 
     def samples(self, where: str, record: Record) -> list[Sample]:
         record = mended(where, record, self.tally)
@@ -72,8 +73,10 @@ class Fields:
                     f"{where} has {' and '.join(more)} beside its prompt, which texts have no place for. Put it into "
                     "the prompt, or give messages (data=chat)."
                 )
+            self.tally.update(UNREAD + key for key in record.keys() - {self.prompt, self.completion, *FLAGS})
             return self._pair(*(string(record, key, where) for key in (self.prompt, self.completion)))
         if self.text in record:
+            self.tally.update(UNREAD + key for key in record.keys() - {self.text, *FLAGS})
             return self._document(string(record, self.text, where))
         hint = "Type data=chat for conversations, or name" if conversational(record) else "Name"
         raise Refused(
@@ -125,7 +128,8 @@ class Fields:
 def conversational(record: Record) -> bool:
     """Whether a record looks like one that data=chat reads."""
     listed = isinstance(record.get("prompt"), list) and isinstance(record.get("completion"), list)
-    return listed or "messages" in record or "conversations" in record or {"instruction", "output"} <= set(record)
+    turns = record.get("messages") is not None or record.get("conversations") is not None
+    return listed or turns or {"instruction", "output"} <= set(record)
 
 
 # What is to be learned, as other trainers read it: flags of a record or a turn, and lists with an entry a token.
@@ -156,7 +160,8 @@ def check_learning(where: str, record: Record) -> None:
             f"{where} holds a choice between two answers (chosen, rejected), and one answer is what is learned from "
             "here. Keep it alone, as the completion of a prompt or as the last of messages."
         )
-    if isinstance(record.get("label"), bool) and "prompt" in record and "completion" in record:
+    label = record.get("label")
+    if (_is_flag(label) or label in (0, 1)) and "prompt" in record and "completion" in record:
         raise Refused(
             f"{where} says whether its completion is a good one (label), and all completions are learned here. Leave "
             "the records out that are not, and the label."
@@ -166,11 +171,16 @@ def check_learning(where: str, record: Record) -> None:
             f"{where} says in {' and '.join(masks)} which part of it is to be learned, which is not read. Remove it, "
             'or give messages, where "weight": 0 leaves a turn out.'
         )
-    said = {key: record[key] for key in FLAGS if isinstance(record.get(key), bool) or record.get(key) in (0, 1)}
-    if "prompt" in record and isinstance(record.get("weight"), int | float):
+    said = {key: record[key] for key in FLAGS if _is_flag(record.get(key)) or record.get(key) in (0, 1)}
+    if ("prompt" in record or conversational(record)) and isinstance(record.get("weight"), int | float):
         said["weight"] = record["weight"]
     if is_learned(where, said) is False:
         raise Refused(f"{where} says that it is not to be learned ({', '.join(said)}). Remove the record.")
+
+
+def _is_flag(value: Any) -> bool:
+    """Yes or no, also as a text, which `is_learned` refuses."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false", "0", "1"))
 
 
 _HALF = re.compile("[\ud800-\udfff]")
@@ -211,8 +221,21 @@ def string(record: Record, key: str, where: str) -> str:
         return value
     if isinstance(value, list) and value and all(isinstance(one, Mapping) and "role" in one for one in value):
         raise Refused(f"{where}: the field {key} is a list of messages. Type data=chat, which reads those.")
-    kind = "null" if value is None else f"a {type(value).__name__}"
-    raise Refused(f"{where}: the field {key} is {kind}, not a text. Mend or remove it.")
+    raise Refused(f"{where}: the field {key} is {kind_of(value)}, not a text. Mend or remove it.")
+
+
+def kind_of(value: Any) -> str:
+    """What a value of JSON is called."""
+    kinds = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    return "null" if value is None else kinds.get(type(value), "an object")
+
+
+UNREAD = "unread:"  # of tallies: followed by the name of a field
+
+
+def unread(tally: Counter[str]) -> list[str]:
+    names = sorted(key.removeprefix(UNREAD) for key, count in tally.items() if key.startswith(UNREAD) and count)
+    return [f"fields of records that are not read: {first_few(names)}"] if names else []
 
 
 def append(tokens: Tokens, token: int) -> Tokens:

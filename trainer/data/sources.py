@@ -20,7 +20,7 @@ from trainer.choices import Chat, Data, Hub, Jsonl, Mix, Stdlib, Text
 from trainer.data import cache, hub
 from trainer.data.conversations import Conversations
 from trainer.data.dataset import Dataset, Records, Windows
-from trainer.data.files import files, read_text, records, unreadable
+from trainer.data.files import files, read_text, records, refuse_records, unreadable
 from trainer.data.mixture import Mixture, counts_of
 from trainer.data.packing import Packed
 from trainer.data.records import Fields, Record, RecordReader, append, conversational
@@ -70,7 +70,13 @@ def load_corpus(config: Data, tokenizer: Tokenizer, seq_len: int) -> Corpus:
         assert isinstance(config, Mix)
         corpus = _mixed(config, tokenizer, seq_len)
     if len(corpus.train) == 0:
-        raise Refused(f"{corpus.name} holds nothing to train on. Give more data, or a smaller data.eval_fraction.")
+        if corpus.notes:
+            why = "; ".join(corpus.notes)
+            raise Refused(f"{corpus.name} holds nothing to train on: {why}. Mend the records, or raise train.seq_len.")
+        raise Refused(
+            f"{corpus.name} holds nothing to train on: it is empty, or all of it is held out. Give more data, or a "
+            "smaller data.eval_fraction."
+        )
     if config.pack:
         corpus = _packed(corpus, seq_len)
     if len(corpus.held_out) == 0:
@@ -182,13 +188,18 @@ def held_out_files(sizes: dict[str, int]) -> set[str]:
 
 
 def _text(config: Text, tokenizer: Tokenizer, seq_len: int) -> Corpus:
-    tokens = _join(tokenizer, map(read_text, files(config.path, config.pattern, "data.path")))
+    tokens = _join(tokenizer, map(_read_text, files(config.path, config.pattern, "data.path")))
     if config.eval_path is not None:
-        test = _join(tokenizer, map(read_text, files(config.eval_path, config.pattern, "data.eval_path")))
+        test = _join(tokenizer, map(_read_text, files(config.eval_path, config.pattern, "data.eval_path")))
     else:
         cut = len(tokens) - int(len(tokens) * config.eval_fraction)
         tokens, test = tokens[:cut], tokens[cut:]
     return Corpus(Windows(tokens, seq_len), Windows(test, seq_len), config.path)
+
+
+def _read_text(path: Path) -> str:
+    refuse_records(path, text := read_text(path))
+    return text
 
 
 def _records(config: Jsonl | Chat, reader: RecordReader, seq_len: int) -> Corpus:

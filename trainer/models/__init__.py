@@ -102,7 +102,8 @@ def leave_description(
         ends = [] if known is None else list(known) if isinstance(known, list) else [known]
         if more := sorted({tokenizer.id_of(ending) for ending in endings} - {*ends}):
             generation.eos_token_id = [*ends, *more]
-        generation.save_pretrained(directory)
+        # Unchecked: many models come with flags that transformers reads and would not write.
+        generation.to_json_file(directory / "generation_config.json")
     tokenizer.save(directory)
     if template is not None:
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 def load_tokenizer(config: HuggingFace) -> Tokenizer:
     _check_files(config)
+    _check_tokenizer(Path(os.path.expanduser(config.path)))
     tokenizer = _load(AutoTokenizer, config, "tokenizer")
     if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
         raise Refused(
@@ -47,6 +50,7 @@ def build(config: HuggingFace, seq_len: int) -> nn.Module:
     _check_files(config)
     settings = _load(AutoConfig, config, "configuration")
     _check_not_quantised(config, settings)
+    _mend_padding(settings)
     longest = getattr(settings, "max_position_embeddings", None)
     if isinstance(longest, int) and seq_len > longest:
         raise Refused(
@@ -59,7 +63,9 @@ def build(config: HuggingFace, seq_len: int) -> nn.Module:
                 settings, dtype=torch.float32, trust_remote_code=config.trust_remote_code
             )
     else:
-        model, found = _load(AutoModelForCausalLM, config, "model", dtype=torch.float32, output_loading_info=True)
+        model, found = _load(
+            AutoModelForCausalLM, config, "model", config=settings, dtype=torch.float32, output_loading_info=True
+        )
         _check_complete(config, found)
     assert isinstance(model, nn.Module)
     return model.train()  # from_pretrained leaves it in evaluation mode, without dropout
@@ -86,6 +92,56 @@ def _check_files(config: HuggingFace) -> None:
             "first, with merge_and_unload of peft, and give what that saves, or move the adapter away to train the "
             "model alone."
         )
+
+    _check_weights(config.path, local, names)
+
+
+def _check_weights(path: str, local: Path, names: set[str]) -> None:
+    """`Refused` where a download is not whole: files that are not there, or are cut short."""
+    lost = sorted(name for name in names if not (local / name).exists())
+    for index in sorted(name for name in names if name.endswith(".index.json") and name not in lost):
+        try:
+            shards = json.loads((local / index).read_text(encoding="utf-8"))["weight_map"].values()
+            lost += sorted({str(shard) for shard in shards} - names)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            lost.append(index)
+    if lost:
+        raise Refused(
+            f"model.path={path} is not whole: {first_few(lost)} cannot be found, or leads nowhere. Get them anew, for "
+            "example with `hf download`."
+        )
+    for name in sorted(name for name in names if name.endswith(".safetensors")):
+        try:
+            with suppress(OSError), safe_open(local / name, framework="pt"):  # whoever reads all of it says so
+                pass
+        except SafetensorError as error:
+            raise Refused(
+                f"{local / name} is damaged or cut short, as by a download that ended early: {reason_of(error)}. Get "
+                "it anew, for example with `hf download`."
+            ) from None
+
+
+def _check_tokenizer(local: Path) -> None:
+    """`Refused` for a directory without any, which libraries say less clearly."""
+    if not local.is_dir():
+        return
+    files = [path for path in local.iterdir() if path.is_file()]
+    if any(p.name.startswith(_TOKENIZERS) or p.suffix in (".py", ".model", ".tiktoken") for p in files):
+        return
+    inside = sorted(p.parent for p in local.glob("*/tokenizer*.json"))
+    remedy = f"Copy the files of {inside[0]} beside config.json" if inside else "Save one there (save_pretrained)"
+    raise Refused(f"model.path={local} holds no tokenizer (tokenizer.json, or files of another kind). {remedy}.")
+
+
+_TOKENIZERS = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges")
+
+
+def _mend_padding(settings: Any) -> None:
+    """Nothing here learns or reads padding, and an embedding refuses one that it has no row for."""
+    text = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
+    pad, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(size, int) and not 0 <= pad < size:
+        text.pad_token_id = None
 
 
 def _is_pointer(path: Path) -> bool:
@@ -120,12 +176,12 @@ def _check_complete(config: HuggingFace, found: dict[str, Any]) -> None:
         logger.warning("%s holds tensors that the model has no place for: %s", config.path, first_few(unused))
 
 
-def _load(loader: Any, config: HuggingFace, what: str, **options: Any) -> Any:
-    local = Path(os.path.expanduser(config.path))
-    path = str(local) if local.exists() else config.path
-    with _refused_if_it_fails(config, what):
+def _load(loader: Any, given: HuggingFace, what: str, **options: Any) -> Any:
+    local = Path(os.path.expanduser(given.path))
+    path = str(local) if local.exists() else given.path
+    with _refused_if_it_fails(given, what):
         return loader.from_pretrained(
-            path, revision=config.revision, trust_remote_code=config.trust_remote_code, **options
+            path, revision=given.revision, trust_remote_code=given.trust_remote_code, **options
         )
 
 
@@ -142,4 +198,5 @@ def _refused_if_it_fails(config: HuggingFace, what: str) -> Iterator[None]:
         )
         if "custom code" in reason and not config.trust_remote_code:
             remedy = "Read that code, and type model.trust_remote_code=true if it may run here."
+        reason = reason if reason.endswith((".", "!", "?")) else f"{reason}."
         raise Refused(f"The {what} of model.path={config.path} cannot be loaded: {reason} {remedy}") from error

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from checkpointing.storage import read_text
+from trainer.errors import Refused
 from trainer.track.guarded import Guarded
 
 logger = logging.getLogger(__name__)
@@ -125,9 +126,15 @@ class WandbRun(Guarded):
             self._offline = directory / "wandb"
 
 
+MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
+
+
 def chosen_mode() -> str:
     """`online` where somebody asked for it: by WANDB_MODE, or with a key."""
-    return os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    if mode not in MODES:
+        raise Refused(f"WANDB_MODE={mode} is none of {', '.join(MODES)}. Set one of them, or type tracking=none.")
+    return mode
 
 
 def where_it_goes(directory: Path) -> str:

@@ -309,7 +309,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "other fields": ({"text": "x"}, "data=jsonl for texts"),
     "no list": ({"messages": "hello"}, "messages is no list of messages"),
     "nobody speaks": ({"messages": [{"content": "x"}]}, "a message has no role"),
-    "a number": ({"messages": [{"role": "user", "content": 3}]}, "the content of a message is a int"),
+    "a number": ({"messages": [{"role": "user", "content": 3}]}, "the content of a message is a number"),
     "a weight": ({"messages": [ASK, {**ANSWER, "weight": 0.3}]}, "weight is 0.3, and something is learned"),
     "a part of it": (
         {"messages": [ASK, {**ANSWER, "train_detail": [{"begin": 1}]}]},
@@ -355,3 +355,18 @@ def test_a_file_of_conversations_is_a_corpus(tmp_path: Path) -> None:
     said = bytes(tokens[targets].tolist()).decode()
     assert said.removesuffix("\n").removesuffix("<|im_end|>").isdigit()
     assert np.flatnonzero(targets)[0] > 10
+
+
+def test_null_is_no_kind_of_record() -> None:
+    """As in tables that have a column for each kind."""
+    kind, messages = recognise("line 1", {"messages": None, "conversations": None, "instruction": "i", "output": "o"})
+    assert "Alpaca" in kind and [one["content"] for one in messages] == ["i", "o"]
+
+
+def test_fields_and_roles_that_are_not_read_are_named() -> None:
+    turns = [{"role": "human", "content": "q"}, {"role": "gpt", "content": "a"}]
+    samples, reader = read("qwen", turns, context="c")
+    assert samples == []
+    roles, unread = reader.notes()[-2:]
+    assert roles.startswith("roles of those: gpt, human. What is learned has the role assistant")
+    assert unread == "fields of records that are not read: context"

@@ -60,11 +60,14 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "UTF-32": (LINES.decode().encode("utf-32"), "is UTF-32 text. Type `iconv"),
     "bytes": (b"\x93NUMPY\x01\0" + bytes(50), "holds bytes that are no text"),
     "a web page": (b"<!DOCTYPE html><html></html>", "is a web page or XML"),
-    "gzip that is cut": (gzip.compress(LINES * 1000)[:-20], "cannot be read"),
-    "gzip that is damaged": (gzip.compress(LINES)[:20] + b"xxxx" + gzip.compress(LINES)[24:], "cannot be read"),
-    "xz that is damaged": (lzma.compress(LINES)[:40] + bytes(30), "cannot be read"),
+    "gzip that is cut": (gzip.compress(LINES * 1000)[:-20], "packed, and cut short"),
+    "gzip that is damaged": (
+        gzip.compress(LINES)[:20] + b"xxxx" + gzip.compress(LINES)[24:],
+        "packed, and cut short",
+    ),
+    "xz that is damaged": (lzma.compress(LINES)[:40] + bytes(30), "packed, and cut short"),
     "an array that is cut": (json.dumps(RECORDS, indent=2).encode()[:-4], r"is not JSON: .*line \d+, column"),
-    "an array of texts": (b'["a", "b"]', "record 1 is a JSON str, not an object"),
+    "an array of texts": (b'["a", "b"]', "record 1 is a text, not an object"),
     "an array, and more": (b"[{}] {}", "is not JSON: Extra data"),
 }
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 from tests.trainer.data.families import TOKENIZERS
 from tests.trainer.data.test_tokenizer import LOSSLESS, MADE, TEXTS, drops_blanks
-from trainer.data.records import Fields
+from trainer.data.records import Fields, check_learning
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.errors import Refused
 
@@ -95,7 +95,7 @@ def test_halves_of_characters_are_replaced_and_counted() -> None:
     for record in ({"text": "cut off \ud83d here"}, {"prompt": ["x"], "text": "\udc00"}):
         samples, notes = read(60, record)
         assert "\N{REPLACEMENT CHARACTER}" in samples[0][0]
-        assert notes == ["1 records hold halves of characters (lone surrogates), which are read as U+FFFD"]
+        assert notes[:1] == ["1 records hold halves of characters (lone surrogates), which are read as U+FFFD"]
     assert read(60, {"text": "🙂 whole"})[1] == []
 
 
@@ -153,3 +153,26 @@ def test_what_is_said_of_learning_and_not_read_is_refused_by_its_line(case: str)
     with pytest.raises(Refused, match=f"^line 1.*{message}"):
         read(8, record)
     assert read(8, {"text": "abc", "weight": 1, "train": True, "labels": 3, "rejected": None, "loss": None})[0]
+
+
+@pytest.mark.parametrize(
+    "said", [{"weight": 0.5}, {"weight": "0"}, {"train": "false"}, {"weight": 2}, {"trainable": "True"}], ids=str
+)
+def test_what_is_neither_yes_nor_no_is_refused_of_every_kind(said: dict[str, Any]) -> None:
+    for record in ({"messages": []}, {"instruction": "i", "output": "o"}, {"prompt": "p", "completion": "c"}):
+        with pytest.raises(Refused, match=r"something is learned \(1, true\) or not"):
+            check_learning("line 1", {**record, **said})
+    check_learning("line 1", {"text": "t", "loss": 0.7, "train": "first"})  # a measured loss, the name of a split
+
+
+@pytest.mark.parametrize("label", [True, 0, 1, "false", "True"])
+def test_a_judgement_of_a_completion_is_refused(label: Any) -> None:
+    with pytest.raises(Refused, match="whether its completion is a good one"):
+        read(60, {"prompt": "p", "completion": "c", "label": label})
+    assert read(60, {"prompt": "p", "completion": "c", "label": "sports"})[0]
+
+
+def test_fields_that_are_not_read_are_named() -> None:
+    record = {"prompt": "p", "completion": "c", "suffix": "s", "id": 3, "weight": 1}
+    assert read(60, record)[1] == ["fields of records that are not read: id, suffix"]
+    assert read(60, {"prompt": "p", "completion": "c"})[1] == []

@@ -128,9 +128,9 @@ def test_blank_lines_and_empty_records_are_left_out_and_said(tmp_path: Path) -> 
     ("line", "message"),
     [
         ('{"text": "a"', "line 2 is not JSON"),
-        ("[1]", "line 2 is a JSON list, not an object"),
+        ("[1]", "line 2 is a list, not an object"),
         ('{"body": "a"}', r"line 2 has the fields \['body'\], but neither text nor prompt and completion"),
-        ('{"text": 3}', "line 2: the field text is a int, not a text"),
+        ('{"text": 3}', "line 2: the field text is a number, not a text"),
         ('{"prompt": "a"}', "neither text nor prompt and completion"),
         ("[" * 100_000, "line 2 is not JSON"),
     ],
@@ -198,3 +198,31 @@ def test_packed_rows_are_trained_on_and_what_is_held_out_stays_as_it_is(tmp_path
     assert (len(loose.train), len(packed.train)) == (9, 3)  # of 3 and of 8 inputs
     assert "9 samples in 3 rows that are 67% full (22% with one in each)" in packed.notes
     assert packed.held_out.fingerprint == loose.held_out.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ('{"messages": []}\n{"messages": []}', "chat"),
+        ('[\n {"instruction": "i", "output": "o"}]', "chat"),
+        ('{"prompt": "p", "completion": "c"}', "jsonl"),
+        ('{"text": "t"}', "jsonl"),
+    ],
+)
+def test_records_are_not_taken_for_text(text: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(text)
+    with pytest.raises(Refused, match=f"holds records of .* and not text. Type data={kind}"):
+        load_corpus(Text(path=str(path)), BYTES, 4)
+    path.write_text('{"name": "a configuration", "text": 3}')
+    assert load_corpus(Text(path=str(path), eval_fraction=0), BYTES, 4).train
+
+
+def test_why_nothing_is_left_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": ""}\n')
+    with pytest.raises(Refused, match=r"holds nothing to train on: 1 empty records are left out\. Mend the records"):
+        load_corpus(Jsonl(path=str(path)), BYTES, 4)
+    path.write_text("")
+    with pytest.raises(Refused, match="holds nothing to train on: it is empty"):
+        load_corpus(Jsonl(path=str(path)), BYTES, 4)

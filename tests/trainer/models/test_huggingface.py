@@ -95,9 +95,11 @@ def test_files_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
 def test_damaged_weights_and_models_of_another_kind_are_refused(tmp_path: Path) -> None:
     save_tiny_model(tmp_path)
     weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(Refused, match=r"The model of .* cannot be loaded"):
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    with pytest.raises(Refused, match=r"model\.safetensors is damaged or cut short"):
         build_model(HuggingFace(path=str(tmp_path)), seq_len=8, seed=0)
+    weights.write_bytes(whole)
     T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2).save_pretrained(tmp_path)
     with pytest.raises(Refused, match=r"The model of .* cannot be loaded"):
         build_model(HuggingFace(path=str(tmp_path)), seq_len=8, seed=0, device="meta")
@@ -206,3 +208,57 @@ def test_what_ends_a_turn_ends_what_the_exported_model_generates(tmp_path: Path,
         found = GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id
         before = [] if known is None else [known] if isinstance(known, int) else known
         assert ([found] if isinstance(found, int) else found or []) == [*before, *more]
+
+
+def test_a_download_that_is_not_whole_is_refused_by_its_files(tmp_path: Path) -> None:
+    def refused(match: str) -> None:
+        for what in (load_tokenizer, lambda c: build_model(c, seq_len=8, seed=0, device="meta")):
+            with pytest.raises(Refused, match=match):
+                what(HuggingFace(path=str(tmp_path)))
+
+    save_tiny_model(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-10])
+    refused(r"model.safetensors is damaged or cut short.*Get it anew")
+    weights.unlink()
+    weights.symlink_to("gone")
+    refused("is not whole: model.safetensors cannot be found, or leads nowhere")
+    weights.unlink()
+    weights.write_bytes(whole)
+    load_tokenizer(HuggingFace(path=str(tmp_path)))  # the control
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused("is not whole: model-00002-of-00002.safetensors")
+
+
+def test_a_directory_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    inside = tmp_path / "tokenizer"
+    inside.mkdir()
+    for path in tmp_path.glob("*token*.json"):
+        path.rename(inside / path.name)
+    with pytest.raises(Refused, match=r"holds no tokenizer .*Copy the files of .*/tokenizer beside config.json"):
+        load_tokenizer(HuggingFace(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("pad", [-1, 9999])
+def test_padding_outside_of_the_vocabulary_is_none(tmp_path: Path, pad: int) -> None:
+    save_tiny_model(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "pad_token_id": pad}))
+    for device in ("cpu", "meta"):
+        model: Any = build_model(HuggingFace(path=str(tmp_path)), seq_len=8, seed=0, device=device)
+        assert model.config.pad_token_id is None
+
+
+def test_generation_that_transformers_would_not_write_is_left_with_all_the_rest(tmp_path: Path) -> None:
+    base, left = tmp_path / "base", tmp_path / "left"
+    save_tiny_model(base)
+    flags = {"temperature": 0.0, "do_sample": False, "top_p": 0.5, "max_length": -1, "eos_token_id": 1}
+    (base / "generation_config.json").write_text(json.dumps(flags))
+    config = HuggingFace(path=str(base))
+    model = build_model(config, seq_len=8, seed=0, device="meta")
+    leave_description(config, model, load_tokenizer(config), None, left, {"<end>"})
+    told = json.loads((left / "generation_config.json").read_text())
+    assert told["eos_token_id"] == [1, VOCABULARY - 1] and (left / "tokenizer.json").is_file()

@@ -19,6 +19,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from tests.harness.ports import free_port
 from tests.harness.processes import wait_for
 from trainer.compose import compose
+from trainer.errors import Refused
 from trainer.track import wandb_run
 from trainer.track.tracker import where_figures_go
 from trainer.track.wandb_run import LOGGED, WandbRun, unheard
@@ -183,6 +184,14 @@ def test_online_only_with_an_account(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(wandb, "init", lambda **options: asked.update(options) or Fake())
     start(tmp_path)
     assert asked["mode"] == mode
+
+
+def test_a_mode_that_wandb_does_not_know_is_refused_with_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(Refused, match="WANDB_MODE=sometimes is none of online, offline"):
+        wandb_run.where_it_goes(tmp_path)
 
 
 def test_without_a_home_directory_it_stays_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
