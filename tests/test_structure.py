@@ -11,7 +11,6 @@ from tests.harness.processes import ROOT
 
 # Modules without behaviour of their own, and where they are tested.
 ELSEWHERE = {
-    "checkpointing/errors.py": "names only",
     "trainer/errors.py": "names only",
     "trainer/__main__.py": "trainer/cli.py, in processes of its own",
 }

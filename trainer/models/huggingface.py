@@ -125,15 +125,14 @@ def _check_tokenizer(local: Path) -> None:
     """`Refused` for a directory without any, which libraries say less clearly."""
     if not local.is_dir():
         return
-    files = [path for path in local.iterdir() if path.is_file()]
-    if any(p.name.startswith(_TOKENIZERS) or p.suffix in (".py", ".model", ".tiktoken") for p in files):
+    if any(path.match(pattern) for path in local.iterdir() if path.is_file() for pattern in _TOKENIZERS):
         return
     inside = sorted(p.parent for p in local.glob("*/tokenizer*.json"))
     remedy = f"Copy the files of {inside[0]} beside config.json" if inside else "Save one there (save_pretrained)"
     raise Refused(f"model.path={local} holds no tokenizer (tokenizer.json, or files of another kind). {remedy}.")
 
 
-_TOKENIZERS = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges")
+_TOKENIZERS = ("tokenizer*", "vocab*", "spiece*", "sentencepiece*", "merges*", "*.model", "*.tiktoken", "*.py")
 
 
 def _mend_padding(settings: Any) -> None:
