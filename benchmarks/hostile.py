@@ -93,6 +93,7 @@ def _be(words: Sequence[str], said: Path, top: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (WRITTEN_BYTES, WRITTEN_BYTES))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES,) * 2)
+    torch.set_num_threads(1)  # a pool of threads does not live on in a fork, and would be waited for
     os.chdir(top)
     os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", HF_MODULES_CACHE=str(top / "modules"))
     status = 1
