@@ -37,7 +37,7 @@ class Printable:
 
 
 def open_closed_streams() -> None:
-    """Of a process that was started with `>&-`: what it writes goes nowhere, and no file takes their place."""
+    """Lead streams that a process was started without (`>&-`) nowhere, so that no file takes their place."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)

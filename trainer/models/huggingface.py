@@ -22,6 +22,7 @@ from trainer.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from trainer.errors import Refused
 
 logger = logging.getLogger(__name__)
+SAFETENSORS = "model.safetensors"
 
 
 def load_tokenizer(config: HuggingFace) -> Tokenizer:
@@ -98,19 +99,15 @@ def _check_files(config: HuggingFace) -> None:
 
 def _check_weights(path: str, local: Path, names: set[str]) -> None:
     """`Refused` where a download is not whole: files that are not there, or are cut short."""
-    lost = sorted(name for name in names if not (local / name).exists())
-    for index in sorted(name for name in names if name.endswith(".index.json") and name not in lost):
-        try:
-            shards = json.loads((local / index).read_text(encoding="utf-8"))["weight_map"].values()
-            lost += sorted({str(shard) for shard in shards} - names)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            lost.append(index)
+    weights = _weights(local, names)
+    described = [name for name in names if name.endswith(".json")]
+    lost = sorted(name for name in (*weights, *described) if not (local / name).exists())
     if lost:
         raise Refused(
             f"model.path={path} is not whole: {first_few(lost)} cannot be found, or leads nowhere. Get them anew, for "
             "example with `hf download`."
         )
-    for name in sorted(name for name in names if name.endswith(".safetensors")):
+    for name in weights:
         try:
             with suppress(OSError), safe_open(local / name, framework="pt"):  # whoever reads all of it says so
                 pass
@@ -119,6 +116,17 @@ def _check_weights(path: str, local: Path, names: set[str]) -> None:
                 f"{local / name} is damaged or cut short, as by a download that ended early: {reason_of(error)}. Get "
                 "it anew, for example with `hf download`."
             ) from None
+
+
+def _weights(local: Path, names: set[str]) -> list[str]:
+    """The safetensors that transformers reads of a directory; what else lies there may be of another download."""
+    if SAFETENSORS in names:
+        return [SAFETENSORS]
+    try:
+        shards = json.loads((local / f"{SAFETENSORS}.index.json").read_text(encoding="utf-8"))["weight_map"]
+        return sorted({str(shard) for shard in shards.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # none, or an index that the loader will say is none
 
 
 def _check_tokenizer(local: Path) -> None:

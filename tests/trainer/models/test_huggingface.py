@@ -226,9 +226,13 @@ def test_a_download_that_is_not_whole_is_refused_by_its_files(tmp_path: Path) ->
     refused("is not whole: model.safetensors cannot be found, or leads nowhere")
     weights.unlink()
     weights.write_bytes(whole)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):  # of another download
+        (tmp_path / name).write_text(json.dumps(index))
+    (tmp_path / "pytorch_model.bin").symlink_to("gone")
     load_tokenizer(HuggingFace(path=str(tmp_path)))  # the control
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert build_model(HuggingFace(path=str(tmp_path)), seq_len=8, seed=0) is not None
+    weights.rename(tmp_path / "model-00001-of-00002.safetensors")
     refused("is not whole: model-00002-of-00002.safetensors")
 
 
