@@ -41,6 +41,7 @@ from tests.harness.processes import ROOT
 ADDRESS = "EVERSHARD_FORK_SERVER"  # where it listens, in the environment of whoever may ask
 WAIT_S = 120.0
 ROOM = 16384  # bytes for the words of a fork, and for its environment, which it writes over the server's own
+IGNORABLE = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # what a shell has background jobs and nohup ignore
 TRAINER = str(ROOT / "trainer" / "__main__.py")  # by path, as launchers start it
 PRELOADED = (
     "torch.distributed.run",
@@ -124,6 +125,7 @@ class Fork(subprocess.Popen):  # type: ignore[type-arg]
             "directory": os.fspath(given["cwd"] or os.getcwd()),
             "session": bool(given["start_new_session"]),
             "descriptors": list(descriptors),
+            "ignored": [number for number in IGNORABLE if signal.getsignal(number) is signal.SIG_IGN],
         }
         self._asked = _connect(os.environ[ADDRESS])
         text = json.dumps(request).encode()
@@ -277,6 +279,9 @@ def _become(request: dict[str, Any]) -> None:
         os.close(received)
     if request["session"]:
         os.setsid()
+    for number in IGNORABLE:  # as whoever asked, and not as the server was started
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in request["ignored"] else usual)
     words = [word for word in request["words"] if word != "-u"]
     os.environ.clear()  # before its memory is written over
     os.environ.update(request["environment"])

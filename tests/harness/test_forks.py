@@ -51,6 +51,18 @@ def both(words: list[str], **options: Any) -> list[subprocess.CompletedProcess[s
     return found
 
 
+@pytest.mark.parametrize("ignoring", [False, True])
+def test_it_ignores_what_a_started_one_ignores(program: Path, ignoring: bool) -> None:
+    """As of tests that a shell has started in the background, or nohup."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignoring else signal.default_int_handler)
+    try:
+        started, forked = both([sys.executable, str(program)], env=environment())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    told = [json.loads(one.stdout.splitlines()[0])["interrupt"] for one in (started, forked)]
+    assert told == [not ignoring, not ignoring]
+
+
 @pytest.mark.parametrize("session", [False, True])
 def test_it_sees_what_a_started_one_sees(program: Path, tmp_path: Path, session: bool) -> None:
     env = environment(GIVEN="this")

@@ -19,6 +19,6 @@ def test_the_same_code_computes_the_same_and_other_code_does_not(world: SharedWo
     assert contents_differ(before / PAIR, after / PAIR) == []
     # The control: an optimizer that decays, where the recorded one did not.
     decaying = [*overrides_of("regrow", "ddp"), "optimizer.weight_decay=0.9"]
-    changed = world.run(trace, 2, decaying, other, before / PAIR)[0]
+    changed = world.run(trace, 2, decaying, other / PAIR, before / PAIR)[0]
     assert len(differences(recorded, changed)) == 4
     assert contents_differ(before / PAIR, other / PAIR)
