@@ -134,7 +134,7 @@ def ours(directory: Path) -> dict[str, Any]:
     watch = Watch()
     plain = loop.train_step
 
-    def watched(config: Any, engine: Any, feed: Any, step: int, scale: Any = None) -> dict[str, Any]:
+    def watched(config: Any, training: Any, feed: Any, step: int, *rest: Any) -> dict[str, Any]:
         dealt: list[Any] = []
 
         def deal(number: int) -> Any:
@@ -142,7 +142,7 @@ def ours(directory: Path) -> dict[str, Any]:
             return dealt[0]
 
         feed.step = deal
-        row = plain(config, engine, feed, step, scale)
+        row = plain(config, training, feed, step, *rest)
         del feed.step
         (share,) = dealt
         watch.loss += row["loss"] * share.num_targets
@@ -152,7 +152,7 @@ def ours(directory: Path) -> dict[str, Any]:
         watch.ends.append(time.perf_counter())
         return row
 
-    loop.train_step = watched
+    loop.train_step = watched  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as scratch:
         config = compose(
             [

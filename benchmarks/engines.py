@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.report import Row, compared, finish, options_of
-from tests.harness.engines import engine_here, feed_for, held_by, held_by_deepspeed, local_of, windows
+from tests.harness.engines import feed_for, held_by, held_by_deepspeed, local_of, training_here, windows
 from tests.harness.peak import Peak
 from tests.harness.worlds import on_ranks
 from trainer.compose import compose
@@ -268,7 +268,7 @@ def measure(name: str, steps: int) -> tuple[dict[str, list[float]], dict[str, in
     """Both in turn: seconds, and the most bytes of a rank."""
     warnings.filterwarnings("ignore")
     config = compose([*CONFIG, f"parallel={ENGINES[name]}"])
-    engine = engine_here(config)
+    engine = training_here(config)
     feed = feed_for(engine, config, windows(config.train.seq_len, count=100_000))
     peer = BY_HAND[name](build(config))
     sides = {

@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.report import Row, absolute, compared, finish, options_of
 from checkpointing import Piece, save
-from tests.harness.engines import engine_here, feed_for, local_of
+from tests.harness.engines import feed_for, local_of, training_here
 from tests.harness.peak import Peak, parts_of
 from tests.harness.worlds import on_ranks
 from trainer.compose import compose
@@ -47,7 +47,7 @@ from trainer.loop import optimize
 from trainer.methods import build
 from trainer.methods.sparse.layer import SparseLayer, sparse_layers
 from trainer.models import build_model
-from trainer.parallel.engine import TrainingEngine
+from trainer.training import Training
 
 MODEL = [
     "model.hidden_size=768",
@@ -86,22 +86,22 @@ class Ours:
 
     def __init__(self, overrides: Sequence[str], model: Sequence[str]) -> None:
         self.config = compose([*model, *TRAINING, *overrides])
-        self.engine = engine_here(self.config)
-        inner: Any = getattr(self.engine, "inner", self.engine)
+        self.training = training_here(self.config)
+        inner: Any = self.training.engine
         self.bare: Any = inner._bare
         self._optimizer = inner._optimizer
 
     def step(self, batch: Batch) -> float:
         count = int((batch.labels >= 0).sum())
-        loss = self.engine.accumulate([(0, batch)], 1 / count)
-        self.engine.step(LR)
+        loss = self.training.accumulate([(0, batch)], 1 / count)
+        self.training.step(LR)
         return float(loss) / count
 
     def loss(self, batch: Batch) -> torch.Tensor:
         return summed(self.bare, batch)
 
     def held(self) -> list[torch.Tensor]:
-        return [piece.tensor for piece in self.engine.pieces() if isinstance(piece, Piece)] + list(
+        return [piece.tensor for piece in self.training.pieces() if isinstance(piece, Piece)] + list(
             self.bare.parameters()
         )
 
@@ -239,7 +239,7 @@ def checkpoint_ratio(side: Ours) -> float:
     """Bytes of a generation over those of its indices, values, originals and moments."""
     entries = sum(layer.sparse_indices.numel() for layer in sparse_layers(side.bare).values())
     with tempfile.TemporaryDirectory() as directory:
-        save(directory, 1, side.engine.pieces())
+        save(directory, 1, side.training.pieces())
         stored = sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
     return stored / (entries * 5 * 4)
 
@@ -274,7 +274,7 @@ def on_rank(overrides: list[str], model: list[str], steps: int) -> dict[str, Any
     """Measure on one of two ranks: bytes that travel between them in a step, and tensors as large as a weight."""
     warnings.simplefilter("ignore")
     config: Config = compose([*model, *TRAINING, "train.global_batch=2", *overrides])
-    engine = engine_here(config)
+    engine = training_here(config)
     size = config.model.vocab_size  # type: ignore[attr-defined]
     tokens = Windows(np.random.default_rng(0).integers(0, size, 4000).astype(np.uint16), 128)
     feed = feed_for(engine, config, tokens, seed=0)
@@ -294,13 +294,13 @@ def on_rank(overrides: list[str], model: list[str], steps: int) -> dict[str, Any
     return {"sent": sent, "weightlike": weightlike}
 
 
-def search(engine: TrainingEngine, config: Config, step: Any) -> list[str]:
+def search(training: Training, config: Config, step: Any) -> list[str]:
     """Tensors as large as a targeted weight or its shard that are neither: of a step, and what stays after it."""
     whole = {layer.shape for layer in sparse_layers(build(config, "meta")).values()}
     shapes: set[tuple[int, ...]] = {*whole}
     for m, n in whole:
         shapes |= {(m // 2, n), (m, n // 2)}
-    inner: Any = engine.inner  # type: ignore[attr-defined]
+    inner: Any = training.engine
     weights = [layer.weight for layer in inner._bare.modules() if isinstance(layer, SparseLayer)]
     known = [piece.tensor for piece in inner.pieces()] + [w for w in weights if type(w) is nn.Parameter]
     with Weightlike(shapes, known) as watching:

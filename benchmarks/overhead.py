@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.report import Row, compared, cores, finish, options_of
-from tests.harness.engines import engine_here, feed_for, place
+from tests.harness.engines import feed_for, place, training_here
 from tests.harness.worlds import on_ranks
 from trainer.compose import compose
 from trainer.config import Config
@@ -89,7 +89,7 @@ class Ours:
 
     def __init__(self, config: Config, corpus: Windows, world: World) -> None:
         self.config = config
-        self.engine = engine_here(config)
+        self.engine = training_here(config)
         self.feed = feed_for(self.engine, config, corpus, seed=config.train.seed)
         self.tracker = RunTracker(config, "overhead", world.rank)
 

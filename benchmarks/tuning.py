@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.report import Row, finish, options_of
-from tests.harness.engines import engine_here
+from tests.harness.engines import training_here
 from trainer.choices import Reselection, Sparse
 from trainer.compose import compose
 from trainer.config import Config, method_name
@@ -124,7 +124,7 @@ def train(config: Config, corpus: Corpus) -> tuple[Any, int]:
 
     At the end: a calibration and a full phase are over then. Of a method that narrows, before it did.
     """
-    engine = engine_here(config, device=DEVICE)
+    engine = training_here(config, device=DEVICE)
     feed, trains = feed_of(config, corpus), num_trained(engine)
     for step in range(1, config.train.steps + 1):
         lr = learning_rate(step, config.train.steps, config.optimizer.lr, config.schedule)
@@ -134,7 +134,7 @@ def train(config: Config, corpus: Corpus) -> tuple[Any, int]:
 
 
 def num_trained(engine: Any) -> int:
-    return sum(p.numel() for p in getattr(engine, "inner", engine)._bare.parameters() if p.requires_grad)
+    return sum(p.numel() for p in engine.engine._bare.parameters() if p.requires_grad)
 
 
 def feed_of(config: Config, corpus: Corpus) -> Feed:
@@ -157,7 +157,7 @@ def held_out_loss(engine: Any, config: Config, corpus: Corpus, samples: int = 0)
 def make_base(directory: Path, steps: int) -> None:
     config = compose(["train.micro_batch=8", f"train.steps={steps}"])
     engine, _ = train(config, load_corpus(config.data, load_tokenizer(config.model), config.train.seq_len))
-    engine._bare.save_pretrained(directory)
+    engine.engine._bare.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
 
 
@@ -207,7 +207,7 @@ class Study:
 
     def untouched(self) -> Tuned:
         config = compose([*self.shared("validation"), "method=full"])
-        engine = engine_here(config, device=DEVICE)
+        engine = training_here(config, device=DEVICE)
         return Tuned("untouched", 0.0, 0, *self.losses(engine, config))
 
     def tune(self, method: str, rate: float) -> Tuned:

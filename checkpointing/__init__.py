@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         UnreadableError,
         VersionError,
     )
-    from checkpointing.geometry import Box, External, Piece
+    from checkpointing.geometry import Box, External, Piece, Slice
     from checkpointing.layouts import (
         Held,
         describe,
@@ -60,6 +60,7 @@ __all__ = [
     "PeerError",
     "Piece",
     "ReplicaError",
+    "Slice",
     "UnreadableError",
     "VersionError",
     "describe",
@@ -81,6 +82,7 @@ _ELSEWHERE = {
     "External": "geometry",
     "Keep": "retention",
     "Piece": "geometry",
+    "Slice": "geometry",
     "external_of": "tensors",
     "load": "restore",
     "prune": "retention",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, product
 from math import isfinite, prod
 from operator import index
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from checkpointing.errors import LayoutError
 
@@ -272,6 +272,16 @@ def parts_of(piece: Piece, limit: int) -> Iterator[Piece]:
             tensor=piece.tensor.detach()[start : start + rows],
             offset=(piece.offset[0] + start, *piece.offset[1:]),
         )
+
+
+class Slice(NamedTuple):
+    """What a tensor holds of a parameter: `length` elements of its row-major flattening from `start` on, which lie at
+    `position` in the tensor's own."""
+
+    parameter: torch.Tensor
+    start: int
+    length: int
+    position: int
 
 
 @dataclass(frozen=True, slots=True)

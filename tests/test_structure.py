@@ -12,6 +12,7 @@ from tests.harness.processes import ROOT
 # Modules without behaviour of their own, and where they are tested.
 ELSEWHERE = {
     "trainer/errors.py": "names only",
+    "trainer/optimizers/optimizer.py": "a contract only, which every kind is tested for",
     "trainer/__main__.py": "trainer/cli.py, in processes of its own",
 }
 # Of what tests share, these are used by all of them, or are tested through another.
@@ -44,3 +45,21 @@ def test_the_architecture_page_names_every_module_of_the_first_level() -> None:
     missing = [m for m in MODULES if len(m.parts) == 2 and m.parts[0] != "benchmarks" and m.name not in page]
     # launch is one line there
     assert [m for m in missing if m.parts[0] != "launch" and m.name != "errors.py"] == []
+
+
+def imports_of(package: str) -> dict[str, set[str]]:
+    """By module below a package: the modules of ours that it names in an import, wherever in the file."""
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        text = path.read_text()
+        names = re.findall(r"^\s*from ([\w.]+) import|^\s*import ([\w.]+)", text, re.M)
+        found[path.relative_to(ROOT).as_posix()] = {one or other for one, other in names}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("package", "other"), [("trainer/methods", "trainer.parallel"), ("trainer/parallel", "trainer.methods")]
+)
+def test_methods_know_no_engine_and_engines_know_no_method(package: str, other: str) -> None:
+    wrong = {name: found for name, names in imports_of(package).items() if (found := {n for n in names if other in n})}
+    assert wrong == {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 from omegaconf import MISSING
 
@@ -142,6 +142,8 @@ class Mix(RecordData):
 class Method:
     """What of a model trains. The options of the optimizer that a method suggests count where they are not given."""
 
+    made_by: ClassVar[str] = "trainer.methods.method:Method"  # MODULE:CLASS of the method itself
+
     lr: float = option("${model.lr}", low=0)
     weight_decay: float = option(0.1, low=0)
 
@@ -155,6 +157,8 @@ class Full(Method):
 class Lora(Method):
     """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685), by peft."""
 
+    made_by: ClassVar[str] = "trainer.methods.lora:LoraMethod"
+
     r: int = option(8, low=1)
     alpha: float = option(8.0, low=0)
     dropout: float = option(0.0, low=0, high=1)
@@ -166,6 +170,8 @@ class Lora(Method):
 @dataclass
 class Selective(Method):
     """Train some parameters as they are, and freeze the rest (PERP: Zimmer et al. 2023, arXiv:2312.15230)."""
+
+    made_by: ClassVar[str] = "trainer.methods.selective:SelectiveMethod"
 
     name: str = "selective"
     parameters: list[str] = field(default_factory=list)  # patterns found in the names of those that train
@@ -211,6 +217,8 @@ class Growth(Enum):
 @dataclass
 class Sparse(Method):
     """Train some entries of the weights of linear layers: a selector, an allocator and a schedule of re-selections."""
+
+    made_by: ClassVar[str] = "trainer.methods.sparse.method:SparseMethod"
 
     weight_decay: float = option(0.0, low=0)  # of the difference from the base
     name: str = "sparse"

@@ -63,6 +63,12 @@ class Optimizer:
     lr_scale: list[str] = field(default_factory=list)  # pattern:factor, of lr for names that match; the first counts
     clip: float = option(1.0, low=0)  # largest norm of the whole gradient; 0: no clipping
 
+    @property
+    def made_by(self) -> str:
+        """MODULE:CLASS of the kind of optimizer."""
+        low = self.implementation is Implementation.torchao_8bit
+        return "trainer.optimizers.adamw_8bit:EightBitKind" if low else "trainer.optimizers.adamw:AdamWKind"
+
 
 class Curve(Enum):
     cosine = "cosine"

@@ -12,8 +12,8 @@ from trainer.data.dataset import Dataset
 from trainer.data.feed import Feed, Share
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import TrainingFailed
-from trainer.parallel.engine import TrainingEngine
 from trainer.sample import sample_text
+from trainer.training import Training
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class Writer:
     """Has the model go on with a prompt of a dataset. A model that cannot write is no failure of a run."""
 
-    engine: TrainingEngine
+    training: Training
     tokenizer: Tokenizer
     dataset: Dataset
     num_tokens: int
@@ -34,7 +34,7 @@ class Writer:
         """Collective. None where it failed on all ranks, which is said once; `TrainingFailed` where on some of them."""
         why = ""
         try:
-            self.last = sample_text(self.engine, self.tokenizer, self.dataset, self.num_tokens, self.seed, self.room)
+            self.last = sample_text(self.training, self.tokenizer, self.dataset, self.num_tokens, self.seed, self.room)
         except Exception as error:  # of models' own code
             why = f"{type(error).__name__}: {error}"
         told = Team().together(lambda: why)
@@ -59,14 +59,14 @@ class Evaluation:
     sets: Mapping[str, Dataset] = field(default_factory=dict)
     writer: Writer | None = None
 
-    def measure(self, engine: TrainingEngine, feed: Feed) -> dict[str, float]:
+    def measure(self, training: Training, feed: Feed) -> dict[str, float]:
         """Collective; empty where nothing is held out."""
         found = {}
         if len(self.held_out):
-            found["eval_loss"] = evaluate(engine, feed.evenly(self.held_out, self.samples))
+            found["eval_loss"] = evaluate(training, feed.evenly(self.held_out, self.samples))
             found["eval_perplexity"] = math.exp(min(found["eval_loss"], 700.0))  # the largest that a float holds
         for name, dataset in self.sets.items():
-            found[f"eval_loss/{name}"] = evaluate(engine, feed.evenly(dataset, self.samples))
+            found[f"eval_loss/{name}"] = evaluate(training, feed.evenly(dataset, self.samples))
         if (wrong := [name for name, loss in found.items() if not math.isfinite(loss)]) and Team().rank == 0:
             logger.warning(
                 "%s: the held-out loss is no number, and counts as no better. Some sample there overflows the model; "
@@ -80,7 +80,7 @@ class Evaluation:
         return self.writer.write() if self.writer is not None and self.writer.num_tokens else None
 
 
-def evaluate(engine: TrainingEngine, share: Share) -> float:
+def evaluate(training: Training, share: Share) -> float:
     """The mean loss over the targets of a share's samples, on all ranks."""
-    total = engine.loss([batch for _, batch in share.micro_batches])
-    return float(engine.reduce(total).item()) / share.num_targets
+    total = training.loss([batch for _, batch in share.micro_batches])
+    return float(training.reduce(total).item()) / share.num_targets

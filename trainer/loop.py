@@ -19,17 +19,17 @@ from trainer.elastic.randomness import derive
 from trainer.errors import TrainingFailed
 from trainer.evaluation import Evaluation
 from trainer.memory import memory_used
-from trainer.parallel.engine import TrainingEngine
 from trainer.profiling import Window
 from trainer.progress import LossScale, Progress
 from trainer.saving import Saver
 from trainer.schedule import learning_rate
 from trainer.track.tracker import RunTracker
+from trainer.training import Training
 
 
 def train(
     config: Config,
-    engine: TrainingEngine,
+    training: Training,
     feed: Feed,
     evaluation: Evaluation,
     tracker: RunTracker,
@@ -57,12 +57,12 @@ def train(
         if before_step is not None:
             before_step(step)
         with window.step(step):
-            row = train_step(config, engine, feed, step, done.loss_scale)
+            row = train_step(config, training, feed, step, done.loss_scale, saver.fence)
         check_finite(row)
         done.step, done.tokens = step, done.tokens + row["tokens"]
         row["tokens"] = done.tokens
         if due(step, config.eval.every, last):
-            row |= evaluation.measure(engine, feed)
+            row |= evaluation.measure(training, feed)
             if "eval_loss" in row:
                 done.evaluated(row["eval_loss"])
         # No line before it is known what became of the snapshot of the step before: a resume finds all lines up to it.
@@ -79,7 +79,12 @@ def train(
 
 
 def train_step(
-    config: Config, engine: TrainingEngine, feed: Feed, step: int, scale: LossScale | None = None
+    config: Config,
+    training: Training,
+    feed: Feed,
+    step: int,
+    scale: LossScale | None = None,
+    before_update: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """One optimizer step on all ranks, and its line of metrics; `tokens` are this step's.
 
@@ -88,7 +93,7 @@ def train_step(
     began = time.perf_counter()
     lr = learning_rate(step, config.train.steps, config.optimizer.lr, config.schedule)
     share = feed.step(step)
-    loss, grad_norm = optimize(engine, share, lr, derive(config.train.seed, "step", step), scale)
+    loss, grad_norm = optimize(training, share, lr, derive(config.train.seed, "step", step), scale, before_update)
     step_s = time.perf_counter() - began
     row: dict[str, Any] = {
         "step": step,
@@ -100,8 +105,8 @@ def train_step(
         "tokens_per_s": share.num_tokens / step_s,
         "step_s": step_s,
         "blocked_s": 0.0,
-        "world_size": engine.world_size,
-        "memory_bytes": memory_used(engine.device),
+        "world_size": training.world_size,
+        "memory_bytes": memory_used(training.device),
     }
     if scale is not None:
         row["loss_scale"] = scale.factor
@@ -113,15 +118,20 @@ def train_step(
 
 
 def optimize(
-    engine: TrainingEngine, share: Share, lr: float, key: int, scale: LossScale | None = None
+    training: Training,
+    share: Share,
+    lr: float,
+    key: int,
+    scale: LossScale | None = None,
+    before_update: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """One optimizer step: the mean loss over the global batch's targets, and the gradient's norm before clipping."""
     factor = None if scale is None else scale.factor
     micro_batches = [(derive(key, number), batch) for number, batch in share.micro_batches]
-    loss_sum = engine.accumulate(micro_batches, (factor or 1) / share.num_targets)
-    norm = engine.step(lr, factor)
+    loss_sum = training.accumulate(micro_batches, (factor or 1) / share.num_targets)
+    norm = training.step(lr, factor, before_update)
     # Both leave the device together: the only wait for it in a step, but for the norm that fp16 decides by.
-    loss, grad_norm = torch.cat([engine.reduce(loss_sum) / share.num_targets, norm.double().reshape(1)]).tolist()
+    loss, grad_norm = torch.cat([training.reduce(loss_sum) / share.num_targets, norm.double().reshape(1)]).tolist()
     return loss, grad_norm
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn import functional
 
-from trainer.choices import Sparse
-from trainer.config import Config, Implementation, PipelineSchedule
-from trainer.methods.sparse.expected import Entries, entries_of
+from trainer.config import Config, PipelineSchedule
+from trainer.methods import method_of
+from trainer.methods.method import Needs
 from trainer.models import blocks
+from trainer.models.families import FAMILIES
+from trainer.optimizers import optimizer_of
 from trainer.parallel.computing import LOW, computed_in, summed_loss
 from trainer.parallel.deepspeed_options import engine_options
-from trainer.parallel.eight_bit import BYTES, is_in_blocks
-from trainer.parallel.families import FAMILIES
 from trainer.parallel.pipeline import INTERLEAVED, cut_out, inside, stages_of
 from trainer.parallel.shares import balanced
 from trainer.plan import MemoryPlan, Topology
@@ -41,7 +41,6 @@ def memory_used(device: torch.device) -> int:
 logger = logging.getLogger(__name__)
 
 FP32 = 4
-NO_ENTRIES = Entries()
 MAX_LIVE = 1_000_000_000  # parameters that ZeRO stage 3 holds whole at most, by default
 
 
@@ -55,14 +54,14 @@ class Footprint:
     tied: int
     total: int  # parameters of all
     trained: int  # and of those that train
-    moments: int  # AdamW's two of each of them
+    moments: int  # the optimizer's state of each of them
     kept: int  # of a layer's forward for its backward: what every tensor-parallel rank keeps whole
     cut: int  # and what it keeps its share of
     hidden: int  # what passes from layer to layer
     logits: int  # and what comes out, in fp32
     ends: int  # what is kept of the embedding, the norm, the head and the loss
     known: bool = True  # whether what a forward keeps could be told; it counts as nothing otherwise
-    entries: Entries = NO_ENTRIES  # of a sparse method
+    needs: Needs = field(default_factory=Needs)  # of the method beside all that
 
     @property
     def layer(self) -> int:
@@ -105,14 +104,13 @@ def footprint(config: Config, model: nn.Module) -> Footprint:
         logits=tokens * int(getattr(settings, "vocab_size", 0) or 0),
         ends=max(0, 2 * one.whole - two.whole + 2 * one.cut - two.cut),
         known=known,
-        entries=entries_of(model, config.method) if isinstance(config.method, Sparse) else NO_ENTRIES,
+        needs=method_of(config).needs(model),
     )
 
 
 def _moments(config: Config, model: nn.Module) -> int:
-    low = config.optimizer.implementation is Implementation.torchao_8bit
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return int(sum(p.numel() * (BYTES if low and is_in_blocks(p.shape) else 2 * FP32) for p in trained))
+    kind = optimizer_of(config)
+    return int(sum(kind.bytes_of(p.shape) for p in model.parameters() if p.requires_grad))
 
 
 def plan_memory(config: Config, print_: Footprint, topology: Topology, rounds: int) -> MemoryPlan:
@@ -132,7 +130,7 @@ def _plan_stage(config: Config, of: Footprint, topology: Topology, rounds: int, 
     ends = (of.first if first else 0) + (of.last if last else 0) + (of.tied if last and not first else 0)
     part = layers / max(1, len(of.layers))
     held = (sum(sum(of.layers[start : start + length]) for start, length in shares) + ends) // tp
-    again = int(of.entries.values * part * (tp - 1) / tp)
+    again = int(of.needs.values * part * (tp - 1) / tp)
     in_flight = _in_flight(parallel.pp_schedule, rounds, pp, stage)
     layer = of.kept + of.cut // tp
     kept = int(layers * (of.hidden if parallel.activation_checkpointing else layer) * in_flight)
@@ -148,11 +146,9 @@ def _plan_stage(config: Config, of: Footprint, topology: Topology, rounds: int, 
         forward = max(forward - plan.gradients, int(forward * (in_flight - 1) / in_flight) + layer)
     if parallel.zero_stage in (1, 2):  # a bucket's gradients are joined, when most of what was kept is gone
         plan = replace(plan, buckets=plan.buckets + max(0, plan.buckets - forward))
-    plan = replace(plan, activations=forward, entries=int(of.entries.places * part))
-    if not isinstance(config.method, Sparse):
-        return plan
+    plan = replace(plan, activations=forward, entries=int(of.needs.places * part))
     kept = plan.parameters + plan.optimizer + plan.entries
-    return replace(plan, selection=of.entries.selection(config.method, plan.total, kept, plan.parameters))
+    return replace(plan, selection=of.needs.beyond(plan.total, kept, plan.parameters))
 
 
 def _plan_state(config: Config, of: Footprint, topology: Topology, held: int, again: int) -> MemoryPlan:

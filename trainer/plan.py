@@ -10,7 +10,7 @@ from math import prod
 
 from torch import nn
 
-from trainer.config import Config, Engine, Implementation, Parallel, choice_of, method_name
+from trainer.config import Config, Engine, Parallel, choice_of, method_name
 from trainer.errors import Refused
 
 
@@ -144,7 +144,13 @@ class MemoryPlan:
 
 
 def describe_run(
-    config: Config, model: nn.Module, topology: Topology, batch: BatchPlan, memory: MemoryPlan, device: str
+    config: Config,
+    model: nn.Module,
+    topology: Topology,
+    batch: BatchPlan,
+    memory: MemoryPlan,
+    device: str,
+    optimizer: str,
 ) -> list[tuple[str, str]]:
     """What is printed about the model, the processes, the batch, the steps and the memory: (label, text)."""
     train, schedule = config.train, config.schedule
@@ -159,13 +165,6 @@ def describe_run(
     layout = f"DeepSpeed, ZeRO stage {parallel.zero_stage}" if parallel.uses_deepspeed else str(topology)
     layout += " (set up by accelerate)" if parallel.engine is Engine.accelerate else ""
     rate = f"lr {config.optimizer.lr:g} after {schedule.warmup_steps} steps of warm-up, then {schedule.curve.name}"
-    kind = config.optimizer.implementation
-    optimizer = "AdamW" if kind is Implementation.fused else f"AdamW ({kind.value})"
-    if kind is Implementation.torchao_8bit:
-        from trainer.parallel.eight_bit import is_in_blocks  # with what launchers need not wait for
-
-        low = sum(p.numel() for p in model.parameters() if p.requires_grad and is_in_blocks(p.shape))
-        optimizer = f"AdamW ({kind.value}: {low / max(1, trained):.0%} of the moments)"
     return [
         ("model", f"{choice_of(config, 'model')}, {total:,} parameters; {method}"),
         ("processes", f"{topology.size} on {device}: {layout}; precision={config.precision.compute.name}"),

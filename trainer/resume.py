@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import uuid
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from checkpointing.generations import Generation, abandon, candidates, read_inde
 from checkpointing.memory.directory import DEFAULT, why_not_private
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage, read_small, replace_file, sync_directory
-from trainer.choices import CHOICES, Full, Sparse, Stdlib, Text
-from trainer.config import Config, Implementation, as_json, choice_of, flatten
+from trainer.choices import CHOICES, Full, Stdlib, Text
+from trainer.config import Config, as_json, choice_of, flatten
 from trainer.errors import Refused, TrainingFailed
 from trainer.identity import came_from, identify, recorded
-from trainer.methods import build
-from trainer.methods.sparse.attach import grows_by_gradient, sizes_in
+from trainer.methods import build, method_of
+from trainer.methods.sparse.attach import grows_by_gradient
 from trainer.models import architecture, draws_randomness
+from trainer.optimizers import optimizer_of
 from trainer.track.history import History
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class Start:
     state: dict[str, Any] = field(default_factory=dict)  # the trainer's objects in that generation
     lines: list[str] = field(default_factory=list)  # for the plan
     altered: bool = False  # whether what comes after that step may differ from what was computed before
-    sizes: dict[str, int] | None = None  # what a sparse method trains of each layer there; None from scratch
+    sizes: Mapping[str, int] | None = None  # how much of each layer trains there, where a method counts it
 
 
 def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
@@ -103,7 +104,7 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     storage, generation, manifest, state, passed_over = _newest_readable(found)
     passed_over = notes + passed_over
     changes = {} if IMPORTED in state else check_state(config, state, fingerprint, model)
-    sizes = sizes_in(manifest) if isinstance(config.method, Sparse) else None
+    sizes = method_of(config).shapes(manifest)
     _check_model(f"{storage}/{generation.name}", manifest, _shapes(config, sizes, model))
     is_own = any(storage.root.resolve() == tier.root.resolve() for tier in tiers)
     lines = [
@@ -136,8 +137,8 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     return Start(generation.step, directories, memory, named, is_own, incarnation, state, lines, altered, sizes)
 
 
-def _shapes(config: Config, sizes: dict[str, int] | None, model: nn.Module) -> nn.Module:
-    """The model as a checkpoint of a sparse run has it: of other sizes, or without any in a full phase."""
+def _shapes(config: Config, sizes: Mapping[str, int] | None, model: nn.Module) -> nn.Module:
+    """The model as a checkpoint has it, whose method may have trained other sizes."""
     return model if sizes is None else build(config, "meta", sizes)
 
 
@@ -257,7 +258,7 @@ def check_state(
 
 def _check_moments(config: Config, was: str, now: str) -> None:
     """`Refused`, whatever is allowed, where the moments of one implementation are not those of the other."""
-    if Implementation.torchao_8bit.value in (was, now):
+    if not optimizer_of(config).goes_on_from(was):
         whole = isinstance(config.method, Full)
         leave = "checkpointing export RUN --to hf" if whole else "trainer.methods merge RUN"
         raise Refused(

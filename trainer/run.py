@@ -30,7 +30,7 @@ from checkpointing.memory.mapped import MappedStorage
 from checkpointing.patience import PATIENCE
 from checkpointing.printing import shown
 from checkpointing.storage import FileStorage
-from trainer.config import Compute, Config, Implementation
+from trainer.config import Compute, Config
 from trainer.data.dataset import Dataset
 from trainer.data.feed import Feed
 from trainer.data.order import steps_of
@@ -46,14 +46,14 @@ from trainer.loop import train
 from trainer.memory import footprint, plan_memory
 from trainer.methods import build, build_largest
 from trainer.models import architecture, check_packing, leave_description, load_tokenizer
+from trainer.optimizers import optimizer_of, suits
+from trainer.optimizers.groups import lr_scales
 from trainer.outcome import Outcome, has_failed, leave
 from trainer.parallel.auto import Cluster, choose, memory_of
 from trainer.parallel.compiling import check_compiling
-from trainer.parallel.engine import TrainingEngine, as_launched, find_topology, make_engine
-from trainer.parallel.optimizing import lr_scales
+from trainer.parallel.engine import as_launched, find_topology
 from trainer.parallel.pipeline import check_stages, is_stageable
 from trainer.parallel.tensor import check_splittable, is_splittable
-from trainer.parallel.whole_blocks import check_blocks, cut_within
 from trainer.parallel.world import World, pick_device, process_group
 from trainer.plan import Topology, describe_run, plan_batch
 from trainer.progress import Progress
@@ -72,6 +72,7 @@ from trainer.rundir import Leases, bring_back, hold_run_directory
 from trainer.saving import Saver
 from trainer.schedule import never_reached
 from trainer.track.tracker import RunTracker, where_figures_go
+from trainer.training import Training, make_training
 from trainer.utilization import full_speed
 
 logger = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
         check_packing(model)
     lr_scales(model, config.optimizer)
     sizes, why = footprint(config, build_largest(config)), list[str]()
-    low = config.optimizer.implementation is Implementation.torchao_8bit
+    optimizer = optimizer_of(config)
     if config.parallel.auto:
         cluster = Cluster(world.size, world.local_size, memory_of(device, world.local_size))
         schedule = config.parallel.pp_schedule
@@ -184,21 +185,20 @@ def read(config: Config, world: World, device: torch.device) -> tuple[Job, list[
             config,
             sizes,
             cluster,
-            lambda size: is_splittable(model, size) and not (low and cut_within(model, size)),
+            lambda size: is_splittable(model, size) and suits(optimizer, model, Topology(tp=size)),
             lambda size: is_stageable(model, size, schedule),
         )
     topology = find_topology(config, world, device)
     batch = plan_batch(config, topology.data_size)
     if topology.tp > 1:
         check_splittable(model, topology.tp)
-        if low:
-            check_blocks(model, topology.tp)
+        optimizer.refuse(model, topology)
     if topology.pp > 1:
         check_stages(model, topology.pp, config.parallel.pp_schedule)
     memory = plan_memory(config, sizes, topology, batch.rounds)
     epoch = len(corpus.train) * config.data.ratio / config.train.global_batch
     held_out = f"{len(corpus.held_out):,} held out"
-    plan = describe_run(config, model, topology, batch, memory, device.type)
+    plan = describe_run(config, model, topology, batch, memory, device.type, optimizer.about(model))
     plan.insert(1, ("data", f"{corpus.name}: {len(corpus.train):,} samples ({epoch:,.1f} steps an epoch), {held_out}"))
     plan += [("data", note) for note in corpus.notes]
     plan += [("data", f"eval_loss/{name} on {len(dataset):,} samples") for name, dataset in sets.items()]
@@ -228,7 +228,7 @@ def train_together(job: Job, start: Start, leases: Leases | None, preemption: Pr
     start = agree(job, start)
     memory = prepare_memory(job)
     # The model is not held here: what an engine makes shards of is given back.
-    engine = make_engine(
+    training = make_training(
         job.config,
         build(job.config, sizes=start.sizes, team=Team()),
         job.topology,
@@ -236,13 +236,13 @@ def train_together(job: Job, start: Start, leases: Leases | None, preemption: Pr
         job.device,
         start.sizes,
     )
-    state, tier = restore(engine, start, memory)
+    state, tier = restore(training, start, memory)
     if (
         state and state["step"] != start.step and IMPORTED not in state
     ):  # an older generation than the one that was checked
         check_state(job.config, state, job.corpus.train.fingerprint, job.shapes)
-    evaluation = Evaluation(job.corpus.held_out, job.config.eval.samples, job.sets, writer_of(job, engine))
-    status = train_and_finish(job, start, memory, engine, evaluation, state, tier, leases, preemption)
+    evaluation = Evaluation(job.corpus.held_out, job.config.eval.samples, job.sets, writer_of(job, training))
+    status = train_and_finish(job, start, memory, training, evaluation, state, tier, leases, preemption)
     if status == 0 and evaluation.writer is not None:
         text = evaluation.writer.last or evaluation.write()  # as of a run that was finished before
         if text is not None and job.world.rank == 0:
@@ -252,13 +252,13 @@ def train_together(job: Job, start: Start, leases: Leases | None, preemption: Pr
     return status
 
 
-def writer_of(job: Job, engine: TrainingEngine) -> Writer | None:
+def writer_of(job: Job, training: Training) -> Writer | None:
     options, corpus = job.config.eval, job.corpus
     if not options.generate_tokens:
         return None
     room = getattr(getattr(job.shapes, "config", None), "max_position_embeddings", None) or sys.maxsize
     dataset = corpus.held_out if len(corpus.held_out) else corpus.train
-    return Writer(engine, job.tokenizer, dataset, options.generate_tokens, job.config.train.seed, room)
+    return Writer(training, job.tokenizer, dataset, options.generate_tokens, job.config.train.seed, room)
 
 
 def agree(job: Job, start: Start) -> Start:
@@ -280,7 +280,7 @@ def agree(job: Job, start: Start) -> Start:
     return Start(**team.together(lambda: asdict(start))[0])
 
 
-def restore(engine: TrainingEngine, start: Start, memory: Path | None) -> tuple[dict[str, Any], str]:
+def restore(training: Training, start: Start, memory: Path | None) -> tuple[dict[str, Any], str]:
     """Fill the engine from where the run starts; the trainer's state there, empty from scratch, and its tier."""
     if not start.directories:
         return {}, ""
@@ -296,7 +296,7 @@ def restore(engine: TrainingEngine, start: Start, memory: Path | None) -> tuple[
     try:
         objects = load(
             tiers,
-            engine.pieces_for,
+            training.pieces_for,
             generation=start.generation,
             only=None if start.state.get(IMPORTED, {}).get("optimizer", True) else ["model/", "buffer/"],
             chosen=lambda tier, _: found.append(str(tier)),
@@ -307,7 +307,7 @@ def restore(engine: TrainingEngine, start: Start, memory: Path | None) -> tuple[
         raise Refused(
             f"The run cannot go on from {' and '.join(directories)}: {error} Give another checkpoint, or resume=none."
         ) from error
-    engine.publish()
+    training.publish()
     state = trainer_state(objects)
     assert isinstance(state, dict)
     return state, "memory" if found[0] == start.memory else "durable"
@@ -317,7 +317,7 @@ def train_and_finish(
     job: Job,
     start: Start,
     memory: Path | None,
-    engine: TrainingEngine,
+    training: Training,
     evaluation: Evaluation,
     state: dict[str, Any],
     tier: str,
@@ -353,12 +353,12 @@ def train_and_finish(
         opened.callback(lambda: tracker.close(status))
         try:
             begin(tracker, state, start.incarnation, world.size, run_id, tier)
-            snapshots = take_snapshots(config, engine, run_id, start.incarnation, memory, leases)
+            snapshots = take_snapshots(config, training, run_id, start.incarnation, memory, leases)
             if snapshots is not None:
                 opened.callback(lambda: snapshots.close(finished=status == 0))
             saver = Saver(
                 config,
-                engine,
+                training,
                 tracker,
                 run_id,
                 start.incarnation,
@@ -374,12 +374,12 @@ def train_and_finish(
                 micro_batch=config.train.micro_batch,
                 seed=config.train.seed,
                 pad=job.tokenizer.eos,
-                num_ranks=engine.data_size,
-                rank=engine.data_rank,
+                num_ranks=training.data_size,
+                rank=training.data_rank,
                 order=config.data.order,
             )
             preemption.give_up = partial(give_up, tracker, saver, done)
-            if train(config, engine, feed, evaluation, tracker, saver, done, preemption, job.before_step):
+            if train(config, training, feed, evaluation, tracker, saver, done, preemption, job.before_step):
                 tracker.emit("finish", step=done.step)
                 status = 0
                 if (text := evaluation.write()) is not None:
@@ -464,7 +464,7 @@ def prepare_memory(job: Job) -> Path | None:
 
 def take_snapshots(
     config: Config,
-    engine: TrainingEngine,
+    training: Training,
     run_id: str,
     incarnation: int,
     memory: Path | None,
@@ -487,7 +487,7 @@ def take_snapshots(
             check_fence=options.check_fence,
             lease=None if leases is None else leases.checkpoints,
         )
-        snapshots.prepare(engine.pieces())
+        snapshots.prepare(training.pieces())
     except (CheckpointError, OSError) as error:
         if snapshots is not None:
             snapshots.close()
@@ -495,7 +495,6 @@ def take_snapshots(
             f"Snapshots in memory cannot be taken: {error} Type checkpoint.memory.every=0 to train without them, or "
             "checkpoint.memory.dir=DIRECTORY with more room."
         ) from error
-    engine.fence = snapshots.fence
     return snapshots
 
 

@@ -7,26 +7,26 @@ import torch
 from trainer.data.dataset import Dataset
 from trainer.data.tokenizer import Tokenizer, Tokens
 from trainer.elastic.randomness import reseed
-from trainer.parallel.engine import TrainingEngine
+from trainer.training import Training
 
 PROMPT_TOKENS = 48
 TEMPERATURE = 0.7
 
 
 def sample_text(
-    engine: TrainingEngine, tokenizer: Tokenizer, dataset: Dataset, num_tokens: int, seed: int, room: int
+    training: Training, tokenizer: Tokenizer, dataset: Dataset, num_tokens: int, seed: int, room: int
 ) -> tuple[str, str]:
     """A prompt from a dataset's first sample, and how the model goes on within `room` positions.
 
     Collective: all ranks draw the same tokens.
     """
     start = choose_prompt(dataset, tokenizer.eos, min(PROMPT_TOKENS, max(1, room - num_tokens)))
-    prompt = torch.as_tensor(start.astype("int64"), device=engine.device)[None]
+    prompt = torch.as_tensor(start.astype("int64"), device=training.device)[None]
     reseed(seed, "sample")
     written = prompt
     for _ in range(max(1, min(num_tokens, room - len(start)))):
-        chances = torch.softmax(engine.next_logits(written).float() / TEMPERATURE, dim=-1)
-        chosen = torch.multinomial(chances.cpu(), 1).to(engine.device)
+        chances = torch.softmax(training.next_logits(written).float() / TEMPERATURE, dim=-1)
+        chosen = torch.multinomial(chances.cpu(), 1).to(training.device)
         written = torch.cat([written, chosen], dim=1)
         if chosen.item() == tokenizer.eos:
             break

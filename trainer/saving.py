@@ -25,10 +25,10 @@ from checkpointing.retention import Keep, prune
 from checkpointing.storage import FileStorage
 from trainer.config import Config, as_json
 from trainer.errors import TrainingFailed
-from trainer.parallel.engine import TrainingEngine
 from trainer.progress import Progress
 from trainer.rundir import Leases
 from trainer.track.tracker import RunTracker
+from trainer.training import Training
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Saver:
     """Saves one run. `leases` are held by rank 0 and None elsewhere."""
 
     config: Config
-    engine: TrainingEngine
+    training: Training
     tracker: RunTracker
     run_id: str
     incarnation: int
@@ -71,7 +71,7 @@ class Saver:
             try:
                 self.snapshots.snapshot(
                     done.step,
-                    self.engine.pieces(),
+                    self.training.pieces(),
                     objects,
                     durable=durable,
                     last=last,
@@ -88,6 +88,11 @@ class Saver:
                     self._save_now(done, metrics, must=last)
                 return
             self._owed = self._owed and not durable
+
+    def fence(self) -> None:
+        """Wait, before the state is written, for a snapshot that still copies it."""
+        if self.snapshots is not None:
+            self.snapshots.fence()
 
     def settle(self) -> dict[str, float]:
         """Report what became of the last snapshot and of those that were to become durable. Collective.
@@ -201,7 +206,7 @@ class Saver:
         return save(
             Path(self.config.checkpoint.dir),
             done.step,
-            self.engine.pieces(),
+            self.training.pieces(),
             {"trainer": self._state(done)},
             run_id=self.run_id,
             incarnation=self.incarnation,
@@ -256,7 +261,7 @@ class Saver:
         return {
             **done.as_state(),
             "run_id": self.run_id,
-            "world_size": self.engine.world_size,
+            "world_size": self.training.world_size,
             "fingerprint": self.fingerprint,
             "architecture": self.architecture,
             "config": as_json(self.config),

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from checkpointing.errors import LayoutError
-from checkpointing.geometry import Piece, Shape
+from checkpointing.geometry import Piece, Shape, Slice
 from checkpointing.layouts.module import describe, materialize, parameter_names
 
 
@@ -74,13 +74,13 @@ def publish_zero(engine: Any) -> None:
                 parameter.data.copy_(master.data)
 
 
-def held_in_partition(engine: Any, master: torch.Tensor) -> list[tuple[torch.Tensor, int, int, int]]:
+def held_in_partition(engine: Any, master: torch.Tensor) -> list[Slice]:
     """What a flat partition, or a whole master, holds on this rank: of every parameter in it, in the same order on all
     ranks, the first element, how many, and where in the partition they lie."""
     for group in _groups(engine.optimizer):
         if group.master is master:
             return [
-                (parameter, held.start, max(0, min(held.length, prod(held.shape) - held.start)), held.position)
+                Slice(parameter, held.start, max(0, min(held.length, prod(held.shape) - held.start)), held.position)
                 for parameter, held in zip(group.parameters, group.held, strict=True)  # padding left out
             ]
     raise LayoutError(f"a tensor of shape {tuple(master.shape)} is no partition of this engine")

@@ -36,14 +36,14 @@ def test_a_run_stops_there(
     for key, value in placed.items():
         monkeypatch.setenv(key, str(value))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    engines: list[Any] = []
-    make_engine = run.make_engine
-    monkeypatch.setattr(run, "make_engine", lambda *a: engines.append(make_engine(*a)) or engines[-1])
+    made: list[Any] = []
+    make_training = run.make_training
+    monkeypatch.setattr(run, "make_training", lambda *a: made.append(make_training(*a)) or made[-1])
     before: dict[str, torch.Tensor] = {}
     save = run.Saver.save
 
     def remember(self: Any, done: Any, *rest: Any, **options: Any) -> None:
-        before.update({p.name: p.tensor.clone() for p in engines[0].pieces()})
+        before.update({p.name: p.tensor.clone() for p in made[0].pieces()})
         save(self, done, *rest, **options)
 
     monkeypatch.setattr(run.Saver, "save", remember)
@@ -58,7 +58,7 @@ def test_a_run_stops_there(
     with pytest.raises((Reached, RuntimeError)):
         run.run(compose([*SMALL, f"run.dir={tmp_path / 'run'}", "train.steps=5"]))
     assert marker.read_text() == f"{point} of step 3"
-    parameters = list(engines[0]._bare.parameters())
+    parameters = list(made[0].engine._bare.parameters())
     assert all(p.grad is not None for p in parameters) == computed
-    changed = [not torch.equal(p.tensor, before[p.name]) for p in engines[0].pieces() if p.name.startswith("model/")]
+    changed = [not torch.equal(p.tensor, before[p.name]) for p in made[0].pieces() if p.name.startswith("model/")]
     assert any(changed) == updated and not all(changed)

@@ -10,7 +10,7 @@ import torch
 from benchmarks import reselections
 from benchmarks.reselections import differing, main
 from trainer.methods.deltas import Delta
-from trainer.methods.sparse.reselect import Entries
+from trainer.methods.entries import Entries
 
 
 @pytest.mark.usefixtures("processes")

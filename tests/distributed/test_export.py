@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from checkpointing import save
 from checkpointing.__main__ import main
-from tests.harness.engines import engine_here, feed_for
+from tests.harness.engines import feed_for, training_here
 from tests.harness.models import save_tiny_model
 from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.test_torch_engine import dataset, whole
@@ -22,7 +22,7 @@ from trainer.loop import optimize
 def train_and_save(overrides: list[str], directory: Path) -> dict[str, Any]:
     """This rank's parts of the model, and what the engine says of a text."""
     config = compose(["train.seq_len=12", *overrides])
-    engine = engine_here(config)
+    engine = training_here(config)
     feed = feed_for(engine, config, dataset())
     for step in (1, 2):
         optimize(engine, feed.step(step), 1e-2, key=step)

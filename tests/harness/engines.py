@@ -1,6 +1,6 @@
-"""Engines started in this process as it is placed, and the layouts that every engine is tried under.
+"""Training in this process as it is placed, and the layouts that every engine is tried under.
 
-`start(overrides)` is the model, the engine and its feed in one; `engine_here` and `feed_for` are its parts, for a
+`start(overrides)` is the model, its training and its feed in one; `training_here` and `feed_for` are its parts, for a
 configuration, model or dataset of one's own. `train_and_save` and `resume` take one layout's state into another.
 """
 
@@ -22,19 +22,18 @@ from checkpointing.generations import newest
 from checkpointing.layouts.zero import describe_zero
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
-from trainer.choices import Lora, Selective
 from trainer.compose import compose
 from trainer.config import Config
 from trainer.data.dataset import Windows
 from trainer.data.feed import Feed
 from trainer.loop import optimize
-from trainer.methods import build
-from trainer.methods.externals import frozen_of, with_external
+from trainer.methods import build, method_of
+from trainer.methods.externals import externals_of, with_external
 from trainer.methods.sparse.layer import sparse_layers
 from trainer.parallel.deepspeed_engine import DeepSpeedEngine
-from trainer.parallel.engine import TrainingEngine, make_engine
 from trainer.parallel.world import World
 from trainer.plan import resolve_topology
+from trainer.training import Training, make_training
 
 CPU = torch.device("cpu")
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
@@ -87,19 +86,19 @@ LEARNING = {"fp32": (1e-3, 257), "bf16": (1e-2, 8)}
 
 @dataclass(frozen=True)
 class Started:
-    """An engine in this process's world, and what it trains on."""
+    """Training in this process's world, and its data."""
 
     config: Config
-    engine: TrainingEngine
+    training: Training
     feed: Feed
 
     def train(self, first: int, last: int) -> list[float]:
         """The losses of steps first to last."""
         lr, _ = LEARNING[self.config.precision.compute.name]
-        return [optimize(self.engine, self.feed.step(step), lr, step)[0] for step in range(first, last + 1)]
+        return [optimize(self.training, self.feed.step(step), lr, step)[0] for step in range(first, last + 1)]
 
     def logits(self) -> torch.Tensor:
-        return self.engine.next_logits(torch.arange(24).reshape(2, 12) * 7 % 257).float().cpu()
+        return self.training.next_logits(torch.arange(24).reshape(2, 12) * 7 % 257).float().cpu()
 
 
 def place() -> World:
@@ -110,16 +109,16 @@ def place() -> World:
     return World(rank, size, rank, size)
 
 
-def engine_here(
+def training_here(
     config: Config, model: nn.Module | None = None, *, device: torch.device = CPU, sizes: dict[str, int] | None = None
-) -> TrainingEngine:
-    """The engine that a configuration asks for, in this process's group; of the model that it names, or of this one."""
+) -> Training:
+    """The training that a configuration asks for, in this process's group, of its own model or the given one."""
     world = place()
     made = build(config, sizes=sizes) if model is None else model
-    return make_engine(config, made, resolve_topology(config.parallel, world.size), world, device, sizes)
+    return make_training(config, made, resolve_topology(config.parallel, world.size), world, device, sizes)
 
 
-def feed_for(engine: TrainingEngine, config: Config, dataset: Any, seed: int = 1) -> Feed:
+def feed_for(training: Training, config: Config, dataset: Any, seed: int = 1) -> Feed:
     """This rank's share of every batch."""
     return Feed(
         dataset,
@@ -127,8 +126,8 @@ def feed_for(engine: TrainingEngine, config: Config, dataset: Any, seed: int = 1
         micro_batch=config.train.micro_batch,
         seed=seed,
         pad=0,
-        num_ranks=engine.data_size,
-        rank=engine.data_rank,
+        num_ranks=training.data_size,
+        rank=training.data_rank,
     )
 
 
@@ -144,19 +143,19 @@ def start(overrides: list[str], full: Path | None = None, seed: int = 0) -> Star
     config = compose([*sizes, *TRAINING, *overrides, f"train.seed={seed}"])
     model = build(config)
     if full is not None:
-        frozen = frozen_of(model, config, 0, 1) if isinstance(config.method, Lora | Selective) else []
+        frozen = externals_of(model, method_of(config), 0, 1)
         load(full, with_external(describe(model), frozen), only=["model/"])
-    engine = engine_here(config, model)
+    training = training_here(config, model)
     _, num_tokens = LEARNING[config.precision.compute.name]
-    return Started(config, engine, feed_for(engine, config, windows(12, num_tokens)))
+    return Started(config, training, feed_for(training, config, windows(12, num_tokens)))
 
 
 def train_and_save(overrides: list[str], directory: Path) -> dict[str, Any]:
     """Six steps under a layout, saved. The losses, and how many tensors differ from what the engine's API gathers."""
     started = start(overrides)
     losses = started.train(1, STEPS)
-    save(directory, STEPS, started.engine.pieces())
-    gathered = gather(started.engine)
+    save(directory, STEPS, started.training.pieces())
+    gathered = gather(started.training.engine)
     return {"losses": losses, "gathered": len(gathered), "wrong": differing(gathered, directory)}
 
 
@@ -199,18 +198,18 @@ def differing(gathered: dict[str, torch.Tensor], directory: Path) -> list[str]:
 def resume(overrides: list[str], source: Path, again: Path, *, control: bool) -> dict[str, Any]:
     """Load under a layout, save at once, compare the first forward, and train on; the losses, and the control's."""
     started = start(overrides, seed=1)
-    load(source, started.engine.pieces())
-    started.engine.publish()
-    save(again, STEPS, started.engine.pieces())
+    load(source, started.training.pieces())
+    started.training.publish()
+    save(again, STEPS, started.training.pieces())
     same = torch.equal(started.logits(), start(overrides, full=source, seed=1).logits())
     found = {"same_forward": same, "losses": started.train(STEPS + 1, 2 * STEPS)}
     if control:
-        load(source, started.engine.pieces())
+        load(source, started.training.pieces())
         with torch.no_grad():
-            for piece in started.engine.pieces():
+            for piece in started.training.pieces():
                 if isinstance(piece, Piece) and piece.name.endswith(("/exp_avg", "/exp_avg_sq")):
                     piece.tensor.zero_()
-        started.engine.publish()
+        started.training.publish()
         found["control"] = started.train(STEPS + 1, 2 * STEPS)
     return found
 
@@ -230,21 +229,21 @@ def furthest(losses: list[float], expected: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(losses, expected, strict=True))
 
 
-def held_by(engine: TrainingEngine) -> list[torch.Tensor]:
-    """What one of our engines keeps between steps."""
-    inner: Any = getattr(engine, "inner", engine)  # of the one that trains entries
-    held = [piece.tensor for piece in engine.pieces() if isinstance(piece, Piece)]
+def held_by(training: Training) -> list[torch.Tensor]:
+    """What training keeps between steps."""
+    inner: Any = training.engine
+    held = [piece.tensor for piece in training.pieces() if isinstance(piece, Piece)]
     for layer in sparse_layers(inner._bare).values():
         if (support := layer._support) is not None:
             held += [support.rows, support.columns]
             if support.pattern is not None:
                 held += [support.pattern.crow_indices(), support.pattern.col_indices(), support.pattern.values()]
-    if (trained := getattr(engine, "_trained", None)) is not None:
+    if (trained := getattr(training.method, "_trained", None)) is not None:
         parts = [part for place in trained._places.values() for part in place.parts]
         held += [t for part in parts for t in (*part.index, *part.chosen) if isinstance(t, torch.Tensor)]
         held += [t for state in trained.states.values() for one in vars(state).values() for t in vars(one).values()]
     if isinstance(inner, DeepSpeedEngine):
-        return held_by_deepspeed(inner._engine) + (held if inner is not engine else [])
+        return held_by_deepspeed(inner._engine) + (held if trained is not None else [])
     # Frozen ones are in no checkpoint.
     return held + [local_of(tensor) for tensor in (*inner._bare.parameters(), *inner._bare.buffers())]
 

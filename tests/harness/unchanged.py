@@ -50,9 +50,9 @@ def trace(overrides: list[str], directory: Path, recorded: Path | None) -> dict[
     """The losses of one pair, by kind, on every rank. The checkpoint is left in `directory`."""
     started = start(overrides)
     losses = {"first": started.train(1, SAVED)}
-    save(directory, SAVED, started.engine.pieces())
+    save(directory, SAVED, started.training.pieces())
     losses["then"] = started.train(SAVED + 1, LAST)
-    started.engine.close()
+    started.training.close()
     losses["resumed"] = resumed(overrides, directory)
     if recorded is not None:
         losses["resumed from the recorded one"] = resumed(overrides, recorded)
@@ -61,10 +61,10 @@ def trace(overrides: list[str], directory: Path, recorded: Path | None) -> dict[
 
 def resumed(overrides: list[str], source: Path) -> list[float]:
     started: Started = start(overrides, seed=0)
-    load(source, started.engine.pieces_for)
-    started.engine.publish()
+    load(source, started.training.pieces_for)
+    started.training.publish()
     losses = started.train(SAVED + 1, LAST)
-    started.engine.close()
+    started.training.close()
     return losses
 
 

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harness.engines import engine_here, feed_for, held_by, place, windows
+from tests.harness.engines import feed_for, held_by, place, training_here, windows
 from tests.harness.peak import Peak
 from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.zoo import save_model
 from trainer.compose import compose
 from trainer.loop import optimize
 from trainer.memory import footprint, plan_memory
-from trainer.methods import build, build_largest
-from trainer.parallel.optimizing import lr_scales, make_optimizer
+from trainer.methods import build, build_largest, method_of
+from trainer.optimizers import make_optimizer
+from trainer.optimizers.groups import lr_scales
 from trainer.plan import MemoryPlan, Topology, plan_batch, resolve_topology
 
 
@@ -30,7 +31,7 @@ def planned_and_measured(overrides: list[str]) -> tuple[int, int]:
     """In this process's world, after a first step that creates what stays."""
     config = compose(["train.global_batch=8", "train.micro_batch=2", *overrides])
     topology = resolve_topology(config.parallel, place().size)
-    engine = engine_here(config)
+    engine = training_here(config)
     feed = feed_for(engine, config, windows(config.train.seq_len, count=60000))
     optimize(engine, feed.step(1), 1e-3, 1)
     gc.collect()
@@ -77,7 +78,7 @@ def planned_and_needed(method: str, layout: list[str]) -> tuple[int, int]:
     config = compose([*sizes, f"method={method}", *METHODS[method], *layout])
     topology = resolve_topology(config.parallel, place().size)
     with Peak([]) as peak:
-        engine = engine_here(config)
+        engine = training_here(config)
         feed = feed_for(engine, config, windows(config.train.seq_len, count=60000))
         gc.collect()
         peak.most = peak.now  # on a CPU the whole model was there meanwhile
@@ -121,7 +122,7 @@ def test_memory_of_the_state_is_exact(method: str, shards: int) -> None:
     config = compose([f"method={method}"])
     model = build(config)
     memory = plan_memory(config, footprint(config, build(config, "meta")), Topology(1, shards), 2)
-    optimizer = make_optimizer(model, config, lr_scales(model, config.optimizer))
+    optimizer = make_optimizer(model, config, method_of(config), lr_scales(model, config.optimizer))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)

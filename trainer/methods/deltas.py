@@ -22,9 +22,7 @@ from torch import nn
 from checkpointing import parameter_names
 from checkpointing.errors import first_few
 from trainer.errors import Refused
-from trainer.methods.sparse.layer import index_dtype
-from trainer.methods.sparse.places import added
-from trainer.methods.sparse.reselect import Entries
+from trainer.methods.entries import Entries, added, index_dtype
 
 FORMAT = "evershard-delta-1"
 _PARTS = ("indices", "values", "originals")

@@ -10,21 +10,27 @@ from torch import nn
 from checkpointing import parameter_names
 from trainer.choices import Selective
 from trainer.errors import Refused
+from trainer.methods.method import Method, Sizes
 
 
-def apply(model: nn.Module, config: Selective) -> nn.Module:
-    """`Refused` where a pattern is none, or all of them together are found in no name."""
-    try:
-        patterns = [re.compile(pattern) for pattern in config.parameters]
-    except re.error as error:
-        raise Refused(f"method.parameters={config.parameters}: {error}. Type patterns such as [norm,bias].") from None
-    names = parameter_names(model)
-    chosen = {p for name, p in names.items() if any(pattern.search(name) for pattern in patterns)}
-    if not chosen:
-        raise Refused(
-            f"method.parameters={config.parameters} is found in no name of a parameter, such as "
-            f"{', '.join(list(names)[:3])}. Type other patterns."
-        )
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter in chosen)
-    return model
+class SelectiveMethod(Method):
+    """Train the parameters whose names match a pattern."""
+
+    def attach(self, model: nn.Module, sizes: Sizes | None = None) -> nn.Module:
+        """`Refused` where a pattern is none, or all of them together are found in no name."""
+        assert isinstance(self.config.method, Selective)
+        given = self.config.method.parameters
+        try:
+            patterns = [re.compile(pattern) for pattern in given]
+        except re.error as error:
+            raise Refused(f"method.parameters={given}: {error}. Type patterns such as [norm,bias].") from None
+        names = parameter_names(model)
+        chosen = {p for name, p in names.items() if any(pattern.search(name) for pattern in patterns)}
+        if not chosen:
+            raise Refused(
+                f"method.parameters={given} is found in no name of a parameter, such as "
+                f"{', '.join(list(names)[:3])}. Type other patterns."
+            )
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in chosen)
+        return model

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from checkpointing import CheckpointError, Piece, describe, external_of, parameter_names
 from checkpointing.format import Manifest
@@ -18,15 +16,12 @@ from checkpointing.generations import newest, read_index, read_manifest, scan
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
 from checkpointing.tensors import DTYPES
-from trainer.choices import Granularity, HuggingFace, Lora, Sparse
-from trainer.config import Config, from_json, method_name
+from trainer.choices import HuggingFace
+from trainer.config import Config, from_json
 from trainer.errors import Refused
 from trainer.identity import came_from, recorded
-from trainer.methods import build
-from trainer.methods.deltas import Applied, Delta, LowRank, difference
-from trainer.methods.sparse.attach import sizes_in, targets_of
-from trainer.methods.sparse.layer import INDICES, ORIGINALS, VALUES
-from trainer.methods.sparse.reselect import Entries
+from trainer.methods import build, method_of
+from trainer.methods.deltas import Delta
 from trainer.models import build_model
 
 
@@ -97,10 +92,7 @@ class Tuned:
         self._check_word()
         config = self.config
         model = build_model(config.model, seq_len=config.train.seq_len, seed=config.train.seed)
-        if isinstance(config.method, Sparse) and config.method.bf16_weights:
-            for layer, _ in targets_of(model, config.method).values():
-                weight: Any = layer.weight
-                weight.data = weight.data.to(torch.bfloat16)
+        method_of(config).prepare_base(model)
         self._check_base(model)
         return model
 
@@ -120,43 +112,13 @@ class Tuned:
                     "that model back where it was: what was trained means nothing on another."
                 )
 
-    def delta(self, base: nn.Module | None = None) -> Delta:
-        """The difference from the base: of a sparse run as it is stored, of others where weights differ."""
-        if isinstance(self.config.method, Lora):
-            raise Refused("The difference of a LoRA is its adapter, not entries. `merge` writes the merged model.")
-        base = self.base() if base is None else base
-        if sizes_in(self.manifest):
-            return self._sparse(base)
-        names = {n: p for n, p in parameter_names(base).items() if f"model/{n}" in self._stored()}
-        tuned = {name: self.tensor(f"model/{name}") for name in names}
-        return difference(names, tuned, method_name(self.config))
-
-    def _stored(self) -> set[str]:
+    @property
+    def names(self) -> set[str]:
         return {*self.manifest.tensors, *self.manifest.aliases}
 
-    def _sparse(self, base: nn.Module) -> Delta:
-        method = self.config.method
-        assert isinstance(method, Sparse)
-        found = Delta(method=method.name)
-        stored = self._stored()
-        for layer, (module, target) in targets_of(base, method).items():
-            name, shape = f"{layer}.weight", (target.rows, target.columns)
-            entries: Entries | None = None
-            if f"model/{layer}.{VALUES}" in stored:
-                indices, originals = (self.tensor(f"buffer/{layer}.{part}") for part in (INDICES, ORIGINALS))
-                entries = _flat(indices, self.tensor(f"model/{layer}.{VALUES}"), originals, target.granularity, shape)
-            if f"method/{layer}/settled_indices" in stored:
-                settled = Entries(*(self.tensor(f"method/{layer}/settled_{key}") for key in vars(_NOTHING)))
-                entries = settled if entries is None else entries.joined(settled)
-            if f"model/{layer}.lora_A.weight" in stored:
-                a, b = (self.tensor(f"model/{layer}.lora_{part}.weight") for part in "AB")
-                found.low_rank[name] = LowRank(a, b, isinstance(module, Conv1D))
-            elif entries is not None and entries.indices.numel():
-                found.entries[name] = entries
-            else:
-                continue
-            found.shapes[name] = shape
-        return found
+    def delta(self, base: nn.Module | None = None) -> Delta:
+        """The difference from the base. `Refused` where the method has none."""
+        return method_of(self.config).delta(self, base)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter of the fine-tuned model, by name."""
@@ -165,51 +127,21 @@ class Tuned:
 
     def merged(self) -> nn.Module:
         """The fine-tuned model, with what was trained in its weights."""
-        if isinstance(self.config.method, Lora):
-            adapted: Any = self.adapted()
-            merged: nn.Module = adapted.merge_and_unload()
-            return merged
-        model = self.base()
-        Applied(model, self.delta(model)) if sizes_in(self.manifest) else self._fill(model)
-        return model
-
-    def _fill(self, model: nn.Module) -> None:
-        stored = self._stored()
-        self.reader.load(
-            [p for p in describe(model) if p.name in stored and self.manifest.stored_name(p.name) == p.name]
-        )
+        return method_of(self.config).merged(self)
 
     def adapted(self) -> nn.Module:
         """The base with its adapter beside it, as peft has them. `Refused` of a run that trained none."""
-        if not isinstance(self.config.method, Lora):
-            raise Refused(
-                f"A run of method={method_name(self.config)} has no adapter. `merge` writes the fine-tuned model, and "
-                "`delta` the difference."
-            )
+        return method_of(self.config).adapter(self)
+
+    def attached(self) -> nn.Module:
         self._check_word()
-        model: nn.Module = build(self.config)
+        model = build(self.config, sizes=method_of(self.config).shapes(self.manifest))
         self._check_base(model)
-        self._fill(model)
+        self.fill(model)
         return model
 
-
-_NOTHING = Entries.none(torch.int32, torch.float32, torch.device("cpu"))
-
-
-def _flat(
-    indices: torch.Tensor,
-    values: torch.Tensor,
-    originals: torch.Tensor,
-    granularity: Granularity,
-    shape: tuple[int, int],
-) -> Entries:
-    """Entries one by one, of whole columns or rows."""
-    if granularity is Granularity.element:
-        return Entries(indices, values, originals)
-    rows, columns = torch.arange(shape[0]), torch.arange(shape[1])
-    if granularity is Granularity.inputs:
-        columns = indices.long()
-    else:
-        rows = indices.long()
-    flat = (rows[:, None] * shape[1] + columns[None]).reshape(-1)
-    return Entries(flat.to(indices.dtype), values.reshape(-1), originals.reshape(-1))
+    def fill(self, model: nn.Module) -> None:
+        stored = self.names
+        self.reader.load(
+            [p for p in describe(model) if p.name in stored and self.manifest.stored_name(p.name) == p.name]
+        )

@@ -23,6 +23,7 @@ from torch import nn
 
 from trainer.config import Compute, Config, Parallel
 from trainer.errors import Refused
+from trainer.parallel.computing import MakeOptimizer
 from trainer.parallel.deepspeed_engine import DeepSpeedEngine
 from trainer.parallel.deepspeed_options import check_deepspeed, read_options
 from trainer.parallel.mesh import Mesh
@@ -94,13 +95,17 @@ def _deepspeed_in(environment: Mapping[str, str]) -> tuple[int, bool, str | None
 
 
 def make_accelerate_engine(
-    config: Config, model: nn.Module, topology: Topology, world: World, device: torch.device
+    config: Config,
+    model: nn.Module,
+    topology: Topology,
+    world: World,
+    device: torch.device,
+    make_optimizer: MakeOptimizer,
 ) -> TorchEngine | DeepSpeedEngine:
     if config.parallel.uses_deepspeed:
-        return DeepSpeedEngine(config, model, topology, world, device, initialize_by=initialize)
-    return TorchEngine(
-        config, model, topology, world, device, distribute_by=partial(prepare, compute=config.precision.compute)
-    )
+        return DeepSpeedEngine(config, model, topology, world, device, make_optimizer, initialize_by=initialize)
+    distribute_by = partial(prepare, compute=config.precision.compute)
+    return TorchEngine(config, model, topology, world, device, make_optimizer, distribute_by=distribute_by)
 
 
 def topology_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from checkpointing import Held
 from trainer.config import Compute
 from trainer.data.dataset import IGNORE, Batch
 from trainer.elastic.randomness import reseed
 from trainer.models import draws_randomness
 
+# Of a model as this rank computes with it; by the logical names of parameters, of what it holds a part after a cut.
+MakeOptimizer = Callable[[nn.Module, Mapping[str, Held]], torch.optim.Optimizer]
 AT_ONCE = 1 << 25  # logits that are in fp32 at a time: 128 MiB
 # What matrix products are computed in where that is not fp32.
 LOW: dict[Compute, torch.dtype] = {Compute.bf16: torch.bfloat16, Compute.fp16: torch.float16}
@@ -122,3 +125,9 @@ class Draws:
                 reseed(self._key, self._number, index)
 
         return hook
+
+
+def set_lr(groups: list[dict[str, Any]], lr: float) -> None:
+    """Set the learning rate of a step in all param groups."""
+    for group in groups:
+        group["lr"] = lr * group["lr_scale"]

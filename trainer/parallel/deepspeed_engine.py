@@ -19,18 +19,22 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from checkpointing import External, Piece, parameter_names
-from checkpointing.format import Manifest
+from checkpointing import Piece, Slice, parameter_names
 from checkpointing.layouts.zero import describe_zero, held_in_partition, publish_zero
 from trainer.config import Config
 from trainer.data.dataset import Batch
-from trainer.methods.externals import with_external
-from trainer.methods.sparse.entry_optimizers import EntrySM3, Slice
-from trainer.methods.sparse.layer import SparseLayer, sparse_layers
 from trainer.models import blocks
-from trainer.parallel.computing import LOW, Draws, computed_in, logits_of, parts_of, summed_loss
+from trainer.parallel.computing import (
+    LOW,
+    Draws,
+    MakeOptimizer,
+    computed_in,
+    logits_of,
+    parts_of,
+    set_lr,
+    summed_loss,
+)
 from trainer.parallel.deepspeed_options import engine_options
-from trainer.parallel.optimizing import lr_scales, make_optimizer, set_lr
 from trainer.parallel.torch_engine import checkpoint_blocks
 from trainer.parallel.world import World
 from trainer.plan import Topology
@@ -46,11 +50,10 @@ class DeepSpeedEngine:
         topology: Topology,
         world: World,
         device: torch.device,
+        make_optimizer: MakeOptimizer,
         initialize_by: Callable[[nn.Module, torch.optim.Optimizer, dict[str, Any]], Any] | None = None,
     ) -> None:
         self.device, self.world_size = device, world.size
-        self.fence: Callable[[], None] = lambda: None
-        self.frozen: Sequence[External] = ()  # what checkpoints name by its hash, and do not hold
         self.data_rank, self.data_size = world.rank, topology.data_size
         self._local_batch = config.parallel.local_batch
         self._clip = config.optimizer.clip
@@ -65,10 +68,9 @@ class DeepSpeedEngine:
             model.forward = computed_in(low, device)(model.forward)
         ours = functional.linear
         make_ready(world, device)
-        optimizer = make_optimizer(model, config, lr_scales(model, config.optimizer))
+        optimizer = make_optimizer(model, {})
         options = engine_options(config, sum(p.numel() for p in model.parameters() if p.requires_grad))
         self._engine = (initialize_by or initialize)(model, optimizer, options)
-        self._tell_positions(optimizer)
         # Stage 3 replaces torch's linear in the whole process by one that does not keep gathered weights for the
         # backward; here it is in place only while this engine computes.
         self._linear, functional.linear = functional.linear, ours
@@ -86,9 +88,11 @@ class DeepSpeedEngine:
                 total += loss.detach()
         return total
 
-    def step(self, lr: float, loss_scale: float | None = None) -> torch.Tensor:
+    def step(
+        self, lr: float, loss_scale: float | None = None, before_update: Callable[[], None] = lambda: None
+    ) -> torch.Tensor:
         optimizer = self._engine.optimizer
-        self.fence()
+        before_update()
         set_lr(optimizer.param_groups, lr)
         # DeepSpeed takes the mean over ranks (and over as many turns as it was told: one).
         factor = self.data_size / (loss_scale or 1.0)
@@ -132,15 +136,8 @@ class DeepSpeedEngine:
         with self._evaluating() as model:
             return logits_of(model, tokens, low=None)[:, -1]
 
-    def pieces(self) -> list[Piece | External]:
-        return with_external(self._held(), self.frozen)
-
-    def _held(self) -> list[Piece]:
+    def pieces(self) -> list[Piece]:
         return describe_zero(self._engine)
-
-    def pieces_for(self, manifest: Manifest) -> list[Piece | External]:
-        """With the bytes of what is frozen where the generation holds them."""
-        return with_external(self._held(), self.frozen if manifest.external else ())
 
     @property
     def layer_group(self) -> dist.ProcessGroup | None:
@@ -182,23 +179,10 @@ class DeepSpeedEngine:
     def _shards_parameters(self) -> bool:
         return bool(self._engine.zero_optimization_stage() == 3)
 
-    def _tell_positions(self, optimizer: torch.optim.Optimizer) -> None:
-        """To an optimizer that must know which entries a partition holds."""
-        if not isinstance(optimizer, EntrySM3):
-            return
-        layers: dict[torch.Tensor, SparseLayer] = {
-            layer.sparse_values: layer for layer in sparse_layers(self._bare).values()
-        }
-
-        def located(values: torch.Tensor) -> list[Slice]:
-            if values in layers:
-                return [Slice(layers[values], 0, values.numel(), 0)]
-            return [
-                Slice(layers[parameter], start, length, position)
-                for parameter, start, length, position in held_in_partition(self._engine, values)
-            ]
-
-        optimizer.locate, optimizer.group = located, self.layer_group
+    def held_of(self, tensor: torch.Tensor) -> list[Slice]:
+        if any(tensor is parameter for parameter in self._bare.parameters()):  # stage 0 takes nothing apart
+            return [Slice(tensor, 0, tensor.numel(), 0)]
+        return held_in_partition(self._engine, tensor)
 
     def publish(self) -> None:
         publish_zero(self._engine)

@@ -23,8 +23,8 @@ from checkpointing import Piece, parameter_names
 from trainer.config import PipelineSchedule
 from trainer.errors import Refused
 from trainer.models import blocks
+from trainer.models.families import FAMILIES
 from trainer.parallel.computing import Draws, Part, computed_in, summed_loss
-from trainer.parallel.families import FAMILIES
 from trainer.parallel.shares import balanced
 
 INTERLEAVED = 2  # stages a rank has then

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,31 @@ from transformers.pytorch_utils import Conv1D
 from checkpointing import Held, Piece, parameter_names, pieces_of
 from checkpointing.geometry import Interval
 from trainer.errors import Refused
-from trainer.methods.sparse.layer import SparseLayer
 from trainer.models import blocks
-from trainer.parallel.families import FAMILIES, INNER, KV, QKV, Family, Units
+from trainer.models.families import FAMILIES, INNER, KV, QKV, Family, Units
 from trainer.parallel.shares import Share, balanced, share_of
 
 logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Cuttable(Protocol):
+    """A linear layer that a method computes in its own way, and that may be cut."""
+
+    def take_share(self, share: Held) -> None:
+        """Learn what is left of the weight on this tensor-parallel rank."""
+
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The layer's output without its bias, of the share of the inputs that this rank has."""
+
+
+@runtime_checkable
+class Adapted(Protocol):
+    """A layer that a method has put others into, which are cut as it is."""
+
+    def follows(self) -> Mapping[str, Literal["rows", "columns", "whole"]]:
+        """By the name of a child: whether its rows are cut as the layer's outputs, its columns as the layer's inputs,
+        or it stays whole. Children that are not named are the layer itself."""
 
 
 @dataclass
@@ -105,7 +124,7 @@ def check_splittable(model: Any, size: int) -> None:
         uncut += [block.get_submodule(path.rpartition(".")[0]) for path in FAMILIES[kind].tensors]
         for path in FAMILIES[kind].regions:
             _refuse_dropout(block.get_submodule(path), size)
-    if any(hasattr(module, "base_layer") for module in uncut):
+    if any(isinstance(module, Adapted) for module in uncut):
         raise Refused(
             f"parallel.tp={size} does not go with adapters on experts, embeddings or the output. Name other layers in "
             "method.target_modules, such as [q_proj,v_proj], or type parallel.tp=1."
@@ -217,9 +236,7 @@ class _Cutter:
 
     def _cut_outputs(self, layer: nn.Module, units: Units) -> None:
         for path, module in layer.named_modules():
-            if path.startswith("lora_") and "lora_B" not in path:
-                continue
-            if isinstance(module, nn.Linear | Conv1D):
+            if _is_cut(layer, path, "rows") and isinstance(module, nn.Linear | Conv1D):
                 dim = 1 if isinstance(module, Conv1D) else 0
                 self._cut_parameter(module, "weight", dim, units)
                 if module.bias is not None:
@@ -229,9 +246,7 @@ class _Cutter:
         """The outputs are added up, and only then the bias, which every rank holds whole."""
         bias: list[nn.Module] = []
         for path, module in layer.named_modules():
-            if path.startswith("lora_") and "lora_A" not in path:
-                continue
-            if isinstance(module, nn.Linear | Conv1D):
+            if _is_cut(layer, path, "columns") and isinstance(module, nn.Linear | Conv1D):
                 self._cut_parameter(module, "weight", 0 if isinstance(module, Conv1D) else 1, units)
                 if module.bias is not None:
                     self._unsum(module.bias)
@@ -296,7 +311,7 @@ class _Cutter:
             self._unsum(old)
         self.replaced[old] = new
         setattr(module, name, new)
-        if isinstance(module, SparseLayer) and name == "weight":
+        if isinstance(module, Cuttable) and name == "weight":
             module.take_share(Held(tuple(old.shape), ranges))
         if isinstance(module, Conv1D) and name == "weight":
             module.nx, module.nf = kept.shape  # which its forward reads
@@ -337,7 +352,8 @@ def _refuse_dropout(region: nn.Module, size: int) -> None:
     """Inside a region every rank would draw for other heads and channels than one that holds all of them."""
     chances = [float(getattr(region, name, 0) or 0) for name in ("attention_dropout", "jitter_noise")]
     inner = [m.p for path, m in region.named_modules() if isinstance(m, nn.Dropout) and path in _INSIDE]
-    inner += [m.p for path, m in region.named_modules() if isinstance(m, nn.Dropout) and "lora_dropout" in path]
+    adapted = (module for module in region.modules() if isinstance(module, Adapted))
+    inner += [m.p for module in adapted for m in module.modules() if isinstance(m, nn.Dropout)]
     if any(chance > 0 for chance in (*chances, *inner)):
         raise Refused(
             f"parallel.tp={size} does not go with dropout inside of layers (on attention weights, or method.dropout) "
@@ -348,10 +364,16 @@ def _refuse_dropout(region: nn.Module, size: int) -> None:
 _INSIDE = ("attn_dropout",)
 
 
+def _is_cut(layer: nn.Module, path: str, along: Literal["rows", "columns"]) -> bool:
+    """Whether a module inside of a layer that is cut along its rows or columns is cut with it."""
+    children = layer.follows() if isinstance(layer, Adapted) else {}
+    return children.get(path.partition(".")[0], along) == along
+
+
 def _without_bias(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(inputs: torch.Tensor) -> torch.Tensor:
-        if isinstance(module, SparseLayer):
-            return module.product(inputs)  # type: ignore[no-any-return]
+        if isinstance(module, Cuttable):
+            return module.product(inputs)
         weight: Any = module.weight
         return functional.linear(inputs, weight.T if isinstance(module, Conv1D) else weight)
 

@@ -20,19 +20,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpointing import External, Piece, describe, parameter_names, pieces_of
-from checkpointing.format import Manifest
+from checkpointing import Piece, Slice, describe, parameter_names, pieces_of
 from trainer.config import Config
 from trainer.data.dataset import Batch
 from trainer.errors import Refused
-from trainer.methods.externals import with_external
-from trainer.methods.sparse.entry_optimizers import EntrySM3, Slice
-from trainer.methods.sparse.layer import sparse_layers
 from trainer.models import blocks
 from trainer.parallel.compiling import Compiled
-from trainer.parallel.computing import LOW, Draws, logits_of, parts_of, summed_loss
+from trainer.parallel.computing import LOW, Draws, MakeOptimizer, logits_of, parts_of, set_lr, summed_loss
 from trainer.parallel.mesh import Mesh
-from trainer.parallel.optimizing import lr_scales, make_optimizer, set_lr
 from trainer.parallel.pipeline import Pipeline, Shape, Stage, check_stages, inside
 from trainer.parallel.tensor import Cuts, check_splittable, cut
 from trainer.parallel.world import World
@@ -50,11 +45,10 @@ class TorchEngine:
         topology: Topology,
         world: World,
         device: torch.device,
+        make_optimizer: MakeOptimizer,
         distribute_by: Callable[[nn.Module, Mesh, torch.device], nn.Module] | None = None,
     ) -> None:
         self.device, self.world_size = device, world.size
-        self.fence: Callable[[], None] = lambda: None
-        self.frozen: Sequence[External] = ()  # what checkpoints name by its hash, and do not hold
         self._mesh = Mesh.of(topology, world.rank, device)
         self.data_rank, self.data_size = self._mesh.data_rank, topology.data_size
         self._local_batch = config.parallel.local_batch
@@ -64,7 +58,6 @@ class TorchEngine:
             check_splittable(model, topology.tp)
         if topology.pp > 1:
             check_stages(model, topology.pp, config.parallel.pp_schedule)
-        scales = lr_scales(model, config.optimizer)
         whole = next_token(model) if topology.tp * topology.pp > 1 else None
         order = {block: number for number, block in enumerate(blocks(model))}
         self._cuts = Cuts()
@@ -85,8 +78,7 @@ class TorchEngine:
             self._pipeline.make_stages(self._draws, lambda stage: wrap(stage, self._mesh, device))
         else:
             self._model = wrap(model, self._mesh, device)
-        self._optimizer = make_optimizer(model, config, scales, self._cuts.held)
-        self._tell_positions()
+        self._optimizer = make_optimizer(model, self._cuts.held)
         if whole is not None:
             self._check_same(whole, topology)
         self._compiled: Compiled | None = None
@@ -108,7 +100,9 @@ class TorchEngine:
             total += loss.detach()
         return total
 
-    def step(self, lr: float, loss_scale: float | None = None) -> torch.Tensor:
+    def step(
+        self, lr: float, loss_scale: float | None = None, before_update: Callable[[], None] = lambda: None
+    ) -> torch.Tensor:
         named = {p: name for name, p in reversed(parameter_names(self._bare).items())}  # a tied one once
         gradients = {name: p.grad for p, name in named.items() if p.grad is not None}
         if (holders := self._mesh.group("dp_shard", "tp")) is not None:
@@ -122,7 +116,7 @@ class TorchEngine:
                 factor = factor * (self._clip / (norm + 1e-6)).clamp(max=1.0)
             if gradients and (self._clip > 0 or factor != 1.0):
                 torch._foreach_mul_([local_of(gradient) for gradient in gradients.values()], factor)
-            self.fence()
+            before_update()
             set_lr(self._optimizer.param_groups, lr)
             self._optimizer.step()
         self._clear()
@@ -150,20 +144,13 @@ class TorchEngine:
         assert logits is not None
         return logits[:, -1]
 
-    def pieces(self) -> list[Piece | External]:
-        return with_external(self._held(), self.frozen)
-
-    def _held(self) -> list[Piece]:
+    def pieces(self) -> list[Piece]:
         if self._pipeline is not None:
             self._pipeline.reshard()
         here = parameter_names(self._bare)
         held = {name: held for name, held in self._cuts.held.items() if name in here}
         pieces = self._cuts.one_by_one(describe(self._bare, self._optimizer, logical=held))
         return pieces if self._pipeline is None else self._pipeline.under_all_names(pieces)
-
-    def pieces_for(self, manifest: Manifest) -> list[Piece | External]:
-        """With the bytes of what is frozen where the generation holds them."""
-        return with_external(self._held(), self.frozen if manifest.external else ())
 
     def publish(self) -> None:
         """Nothing here is derived from the pieces: masters are what computes."""
@@ -192,21 +179,14 @@ class TorchEngine:
     def written(self, parameters: Sequence[nn.Parameter]) -> None:
         """Nothing is gathered between steps."""
 
+    def held_of(self, tensor: torch.Tensor) -> list[Slice]:
+        """A shard has whole rows. What tensor-parallel ranks hold a part of is told by their pieces alone."""
+        pieces = pieces_of("", tensor)
+        start = pieces[0].offset[0] * prod(tensor.shape[1:]) if pieces and tensor.dim() else 0
+        return [Slice(tensor, start, local_of(tensor).numel(), 0)]
+
     def close(self) -> None:
         """Nothing but this object holds the model."""
-
-    def _tell_positions(self) -> None:
-        """To an optimizer that must know which entries a shard of sparse values holds."""
-        if not isinstance(self._optimizer, EntrySM3):
-            return
-        layers = {layer.sparse_values: layer for layer in sparse_layers(self._bare).values()}
-
-        def located(values: torch.Tensor) -> list[Slice]:
-            pieces = pieces_of("values", values)
-            start = pieces[0].offset[0] if pieces else 0
-            return [Slice(layers[values], start, local_of(values).numel(), 0)]  # type: ignore[index]
-
-        self._optimizer.locate, self._optimizer.group = located, self.layer_group
 
     def _check_same(self, whole: torch.Tensor, topology: Topology) -> None:
         """`Refused`, on all ranks, if the parts together do not compute what the whole model did."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.harness.engines import engine_here, feed_for
+from tests.harness.engines import feed_for, training_here
 from tests.harness.worlds import SharedWorld
 from trainer.compose import compose
 from trainer.data.dataset import IGNORE, Records, collate, predicted
@@ -120,7 +120,7 @@ def losses(overrides: list[str], packed: bool) -> list[float]:
     sizes = ["model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=2", f"train.seq_len={SEQ_LEN}"]
     dataset = Packed(records(), SEQ_LEN) if packed else records()
     config = compose([*sizes, f"train.global_batch={len(dataset)}", "train.micro_batch=3", *overrides])
-    engine = engine_here(config)
+    engine = training_here(config)
     feed = feed_for(engine, config, dataset)
     return [optimize(engine, feed.step(step), 1e-2, key=step)[0] for step in range(1, 5)]
 

@@ -55,15 +55,15 @@ def base_model(config: Config) -> nn.Module:
 
 def save_to(directory: Path, started: Started, step: int) -> None:
     state = {"config": as_json(started.config), "step": step}
-    save(directory, step, started.engine.pieces(), objects={"trainer": state})
+    save(directory, step, started.training.pieces(), objects={"trainer": state})
 
 
 def train_link(method: str, layout: str, before: Path | None, after: Path, first: int) -> list[float]:
     """One link of a chain: go on from where another engine left off, train, save. On every rank."""
     started = start([*overrides(method), *LAYOUTS[layout][1]])
     if before is not None:
-        load(before, started.engine.pieces_for)
-        started.engine.publish()
+        load(before, started.training.pieces_for)
+        started.training.publish()
     losses = started.train(first, first + STEPS - 1)
     save_to(after, started, first + STEPS - 1)
     return losses
@@ -91,7 +91,7 @@ class Trained:
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         """What the engine computes with, of the parameters that the base has."""
-        inner: Any = getattr(self.started.engine, "inner", self.started.engine)
+        inner: Any = self.started.training.engine
         names = parameter_names(self.base)
         return {name: p.detach() for name, p in parameter_names(inner._bare).items() if name in names}
 
@@ -132,7 +132,7 @@ def trainable(trained: Trained) -> tuple[int, int, int]:
     """Elements that train: as the model declares them, as the optimizer keeps moments of, as are in the checkpoint."""
     found = newest(FileStorage(trained.directory))
     assert found is not None and found.manifest is not None
-    inner: Any = getattr(trained.started.engine, "inner", trained.started.engine)
+    inner: Any = trained.started.training.engine
     names = {n: p for n, p in parameter_names(inner._bare).items() if p.requires_grad}
     stored = found.manifest.tensors
     in_groups = sum(p.numel() for group in inner._optimizer.param_groups for p in group["params"])
@@ -165,4 +165,4 @@ def is_exact(method: str) -> bool:
 
 
 def pieces_named(started: Started, ending: str) -> list[Piece]:
-    return [p for p in started.engine.pieces() if isinstance(p, Piece) and p.name.endswith(ending)]
+    return [p for p in started.training.pieces() if isinstance(p, Piece) and p.name.endswith(ending)]

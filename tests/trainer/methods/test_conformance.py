@@ -95,14 +95,14 @@ def test_values_that_are_not_zero_are_no_no_op() -> None:
     started = start(overrides("random_sparse"))
     (piece, *_) = pieces_named(started, "sparse_values")
     piece.tensor.data[0] = 0.1
-    started.engine.publish()
+    started.training.publish()
     assert not is_no_op_at_the_start(started)
 
 
 @pytest.mark.usefixtures("long")
 def test_a_value_or_an_original_that_is_off_is_found(tmp_path: Path) -> None:
     trained = Trained.by("random_sparse", tmp_path)
-    layer = next(iter(trained.started.engine._trained.layers.values()))  # type: ignore[attr-defined]
+    layer = next(iter(trained.started.training.method._trained.layers.values()))  # type: ignore[attr-defined]
     with torch.no_grad():
         layer.weight.view(-1)[layer.sparse_indices[0].long()] += 0.5
     assert furthest_merged(trained) > 1e-5
@@ -120,7 +120,7 @@ def test_state_that_is_lost_or_shifted_is_found(what: str, tmp_path: Path) -> No
     undisturbed = start(overrides(method)).train(1, 10)
     train_link(method, "single", None, tmp_path, 1)
     started = start(overrides(method))
-    load(tmp_path, started.engine.pieces_for)
+    load(tmp_path, started.training.pieces_for)
     if what == "moments":
         for piece in pieces_named(started, "/exp_avg") + pieces_named(started, "/exp_avg_sq"):
             piece.tensor.zero_()
@@ -131,13 +131,13 @@ def test_state_that_is_lost_or_shifted_is_found(what: str, tmp_path: Path) -> No
     else:
         (piece,) = pieces_named(started, "method/position")
         piece.tensor.add_(1)
-    started.engine.publish()
+    started.training.publish()
     assert furthest(started.train(3, 10), undisturbed[2:]) > BAR
 
 
 def test_a_layer_that_trains_more_than_it_says_is_counted(tmp_path: Path) -> None:
     trained = Trained.by("random_sparse", tmp_path)
-    layer = next(iter(trained.started.engine._trained.layers.values()))  # type: ignore[attr-defined]
+    layer = next(iter(trained.started.training.method._trained.layers.values()))  # type: ignore[attr-defined]
     layer.weight.requires_grad_(True)
     declared, in_groups, _ = trainable(trained)
     assert declared != in_groups

@@ -13,7 +13,7 @@ from torch import nn
 
 from trainer.errors import Refused
 from trainer.methods.deltas import Applied, Delta, LowRank, compose, difference, take_out
-from trainer.methods.sparse.reselect import Entries
+from trainer.methods.entries import Entries
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Module:

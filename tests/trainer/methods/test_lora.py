@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from trainer.choices import Lora, TinyLlama
+from trainer.config import Config, Train
 from trainer.errors import Refused
-from trainer.methods import apply_method
+from trainer.methods.lora import LoraMethod
 from trainer.models import build_model, draws_randomness
 
 
 def model(config: Lora, seed: int = 0) -> torch.nn.Module:
-    return apply_method(build_model(TinyLlama(), seq_len=8, seed=0), config, seed=seed)
+    whole = Config(method=config, train=Train(seed=seed))
+    return LoraMethod(whole).attach(build_model(TinyLlama(), seq_len=8, seed=0))
 
 
 def test_the_output_is_bitwise_the_base_at_the_start() -> None:

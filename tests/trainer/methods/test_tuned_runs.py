@@ -72,7 +72,7 @@ def test_another_base_under_the_same_name_is_refused(method: str, tmp_path: Path
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="holds no committed generation"):
         Tuned.open(tmp_path / "nowhere")
-    save(tmp_path, 1, start([]).engine.pieces())
+    save(tmp_path, 1, start([]).training.pieces())
     with pytest.raises(Refused, match="was not written by this trainer"):
         Tuned.open(tmp_path)
     Trained.by("lora", tmp_path / "lora", steps=1)

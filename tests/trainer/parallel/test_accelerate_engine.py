@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from checkpointing import Piece, load, save
-from tests.harness.engines import engine_here, place
+from tests.harness.engines import place, training_here
 from tests.harness.runs import SMALL as TINY
 from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.test_torch_engine import SMALL, dataset, train_steps, whole
@@ -29,11 +29,11 @@ from trainer.loop import optimize
 from trainer.methods import build
 from trainer.parallel import accelerate_engine
 from trainer.parallel.accelerate_engine import as_configured, prepare, topology_of
-from trainer.parallel.engine import TrainingEngine, make_engine
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.world import World
 from trainer.plan import Topology
 from trainer.run import run
+from trainer.training import Training, make_training
 
 CPU = torch.device("cpu")
 BATCH = ["train.global_batch=10", "train.micro_batch=2"]  # five micro-batches: two ranks do not divide them
@@ -51,28 +51,28 @@ class OnGpus(accelerate.Accelerator):
         self.state.distributed_type, self.state.fsdp_plugin = DistributedType.FSDP, plugin
 
 
-def engine_of(overrides: list[str]) -> TrainingEngine:
+def engine_of(overrides: list[str]) -> Training:
     """`sharded` among the overrides stands for accelerate's FSDP2."""
     config = compose([*SMALL, *BATCH, *(o for o in overrides if o != "sharded")])
     if "sharded" not in overrides:
-        return engine_here(config)
+        return training_here(config)
     world = place()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accelerate_engine, "Accelerator", OnGpus)
-        return make_engine(config, build(config), Topology(dp_shard=world.size), world, CPU)
+        return make_training(config, build(config), Topology(dp_shard=world.size), world, CPU)
 
 
-def feed_of(engine: TrainingEngine) -> Feed:
+def feed_of(engine: Training) -> Feed:
     return Feed(
         dataset(), global_batch=10, micro_batch=2, seed=1, pad=0, num_ranks=engine.data_size, rank=engine.data_rank
     )
 
 
-def contents(engine: TrainingEngine) -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]:
+def contents(engine: Training) -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]:
     return [(p.name, p.offset, p.global_shape, p.tensor.detach().clone().numpy()) for p in held(engine)]
 
 
-def held(engine: TrainingEngine) -> list[Piece]:
+def held(engine: Training) -> list[Piece]:
     """Without the frozen base, of which checkpoints have the hash."""
     return [piece for piece in engine.pieces() if isinstance(piece, Piece)]
 
@@ -194,7 +194,7 @@ def first_losses(directory: str) -> list[float]:
     config = compose([*SMALL, *BATCH, "parallel=accelerate"])
     model = build(config)
     model.load_state_dict({p.name.removeprefix("model/"): p.tensor for p in loaded.pieces() if "model/" in p.name})
-    fresh = engine_here(config, model)
+    fresh = training_here(config, model)
     other = engine_of(["parallel=accelerate", "train.seed=9"])
     return [float(engine.loss(batches)) for engine in (loaded, fresh, other)]
 
@@ -307,7 +307,7 @@ def with_deepspeed(overrides: list[str]) -> dict[str, Any]:
         found = train_steps([*overrides, "parallel=accelerate"])
         engine = engine_of([*overrides, "parallel=accelerate"])
         changed = {key for key in before.keys() | os.environ.keys() if before.get(key) != os.environ.get(key)}
-    made: Any = engine._engine  # type: ignore[attr-defined]
+    made: Any = engine.engine._engine  # type: ignore[attr-defined]
     stage = made.zero_optimization_stage()
     return {
         **found,

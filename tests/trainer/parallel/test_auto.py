@@ -18,7 +18,7 @@ from trainer.compose import compose
 from trainer.config import Config
 from trainer.errors import Refused
 from trainer.memory import Footprint, footprint, plan_memory
-from trainer.methods import apply_method, build
+from trainer.methods import build, method_of
 from trainer.parallel.auto import USABLE, Cluster, choose, layouts, memory_of
 from trainer.parallel.tensor import is_splittable
 from trainer.plan import plan_batch, resolve_topology
@@ -50,7 +50,7 @@ def model_of(name: str, method: str) -> tuple[Config, Footprint]:
             ),
             dtype=torch.float32,
         )
-        model = apply_method(model, config.method, seed=0)
+        model = method_of(config).attach(model)
     return config, footprint(config, model)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from checkpointing import load, save
-from tests.harness.engines import contents_differ, engine_here, feed_for
+from tests.harness.engines import contents_differ, feed_for, training_here
 from tests.harness.peak import Peak
 from tests.harness.processes import wait_for
 from tests.harness.runs import SMALL as TINY
@@ -95,7 +95,7 @@ class Leg:
     def take(self, overrides: list[str]) -> list[tuple[float, float]]:
         """Losses and norms of the steps."""
         config = compose([*SMALL, "train.seq_len=12", "train.global_batch=10", *overrides])
-        engine = engine_here(config)
+        engine = training_here(config)
         if self.start:
             load(self.start, engine.pieces())
             for piece in engine.pieces():
@@ -114,7 +114,7 @@ class Leg:
 def held(directory: Path) -> dict[str, torch.Tensor]:
     """What a checkpoint holds, as one process sees it."""
     config = compose([*SMALL, "train.seq_len=12"])
-    engine = engine_here(config)
+    engine = training_here(config)
     pieces = engine.pieces()
     load(directory, pieces)
     return {piece.name: piece.tensor for piece in pieces}
@@ -200,7 +200,7 @@ def left_of(layout: list[str], *, closed: bool) -> float:
     """Of the bytes that an engine held after a step, the share that is there when it is gone."""
     config = compose(["train.global_batch=4", "train.micro_batch=2", *layout])
     with Peak([]) as peak:
-        engine = engine_here(config)
+        engine = training_here(config)
         optimize(engine, feed_for(engine, config, dataset()).step(1), 1e-3, 1)
         gc.collect()
         held = peak.now

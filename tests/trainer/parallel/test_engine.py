@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.harness.engines import engine_here, feed_for, place
+from tests.harness.engines import feed_for, place, training_here
 from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.test_torch_engine import SMALL, dataset
 from tests.trainer.parallel.zoo import save_model
@@ -16,8 +16,8 @@ from trainer.compose import compose
 from trainer.data.feed import Feed
 from trainer.loop import optimize
 from trainer.methods import build
-from trainer.parallel.engine import TrainingEngine
 from trainer.progress import LossScale
+from trainer.training import Training
 
 LAYOUTS = {
     "ddp": (2, ["parallel=ddp"]),
@@ -44,14 +44,14 @@ def alone_of(layout: str) -> list[str]:
     return [option for option in LAYOUTS[layout][1] if option.startswith("model.")]
 
 
-def start(overrides: list[str]) -> tuple[TrainingEngine, Feed]:
+def start(overrides: list[str]) -> tuple[Training, Feed]:
     small = [] if "model=hf" in overrides else SMALL
     config = compose(["train.seq_len=12", "train.global_batch=10", "train.micro_batch=2", *small, *overrides])
-    engine = engine_here(config)
+    engine = training_here(config)
     return engine, feed_for(engine, config, dataset())
 
 
-def contents(engine: TrainingEngine) -> dict[Any, np.ndarray]:
+def contents(engine: Training) -> dict[Any, np.ndarray]:
     return {(p.name, p.offset): p.tensor.detach().clone().numpy() for p in engine.pieces()}
 
 
@@ -143,7 +143,7 @@ def still_there(overrides: list[str]) -> int:
     config = compose(overrides)
     model = build(config)
     whole = [weakref.ref(parameter) for parameter in model.parameters()]
-    engine = engine_here(config, model)
+    engine = training_here(config, model)
     del model
     gc.collect()
     assert engine.world_size == place().size

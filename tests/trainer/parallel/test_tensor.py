@@ -14,7 +14,8 @@ from tests.trainer.parallel.zoo import MODELS
 from trainer.compose import compose
 from trainer.errors import Refused
 from trainer.methods import build
-from trainer.parallel import families, shares, tensor
+from trainer.models import families
+from trainer.parallel import shares, tensor
 from trainer.parallel.tensor import check_splittable
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from checkpointing import Piece
 from checkpointing.collective import Team
 from tests.conftest import ALLOWED_SKIP
-from tests.harness.engines import engine_here, feed_for, windows
+from tests.harness.engines import feed_for, training_here, windows
 from tests.harness.processes import ROOT
 from tests.harness.runs import environment
 from tests.harness.worlds import SharedWorld
@@ -37,7 +37,7 @@ def train_steps(overrides: list[str], num_steps: int = 4) -> dict:
     """Losses, norms, the evaluation and the parameters after a few steps, on this process's world."""
     small = [] if "model=hf" in overrides else SMALL
     config = compose(["train.seq_len=12", *small, *overrides])
-    engine = engine_here(config)
+    engine = training_here(config)
     feed = feed_for(engine, config, dataset())
     rows = [optimize(engine, feed.step(s), 1e-2, key=s) for s in range(1, num_steps + 1)]
     held_out = evaluate(engine, feed.evenly(dataset(), 7))
@@ -114,7 +114,7 @@ def test_local_batches_change_memory_and_not_the_result() -> None:
 
 def test_the_loss_is_the_mean_over_the_targets_of_the_global_batch() -> None:
     config = compose([*SMALL, "train.global_batch=6", "train.micro_batch=2"])
-    engine = engine_here(config)
+    engine = training_here(config)
     feed = feed_for(engine, config, dataset())
     share = feed.step(1)
     inputs = torch.cat([b.inputs for _, b in share.micro_batches])
@@ -130,7 +130,7 @@ def test_the_loss_is_the_mean_over_the_targets_of_the_global_batch() -> None:
 def test_clipping_bounds_the_gradient_and_zero_turns_it_off() -> None:
     def first_moment(clip: float) -> float:
         config = compose([*SMALL, f"optimizer.clip={clip}", "optimizer.betas=[0.0,0.9]"])
-        engine = engine_here(config)
+        engine = training_here(config)
         feed = feed_for(engine, config, dataset())
         optimize(engine, feed.step(1), 1e-3, key=0)
         moments = [p.tensor for p in engine.pieces() if p.name.endswith("/exp_avg")]
@@ -150,7 +150,7 @@ def test_blocks_are_the_repeated_layers() -> None:
 def describe_after_evaluation() -> bool:
     """FSDP2 leaves the root gathered after an evaluation; the pieces must be shards all the same."""
     config = compose([*SMALL, "parallel=fsdp"])
-    engine = engine_here(config)
+    engine = training_here(config)
     feed = feed_for(engine, config, dataset())
     evaluate(engine, feed.evenly(dataset(), 4))
     held = {p.name: p.tensor.numel() for p in engine.pieces() if isinstance(p, Piece)}
@@ -172,7 +172,7 @@ def compare_gpu_and_cpu() -> None:
     config = compose([*SMALL, "train.global_batch=8"])
     rows = []
     for device in (torch.device("cpu"), torch.device("cuda", 0)):
-        engine = engine_here(config, device=device)
+        engine = training_here(config, device=device)
         feed = feed_for(engine, config, dataset())
         rows.append([optimize(engine, feed.step(s), 1e-2, key=s) for s in range(1, 4)])
     np.testing.assert_allclose(rows[1], rows[0], rtol=1e-3)

@@ -14,13 +14,13 @@ from checkpointing.format import Manifest
 from trainer.choices import Allocator, Granularity, Growth, Method, Reselection, Selector, Sparse
 from trainer.elastic.randomness import reseed
 from trainer.errors import Refused
+from trainer.methods.selection.choosing import Ranks, choose_above, choose_each, choose_together
+from trainer.methods.selection.scores import Subject, scores_of, selection_key
 from trainer.methods.sparse.budgets import Target, counts_of, dense_hits, together
-from trainer.methods.sparse.choosing import Ranks, choose_above, choose_each, choose_together
 from trainer.methods.sparse.layer import INDICES, SparseLayer, choose, make_sparse, undo_sparse
 from trainer.methods.sparse.promoted import make_promoted
-from trainer.methods.sparse.scores import Subject, scores_of, selection_key
 from trainer.methods.targets import targeted
-from trainer.parallel.families import FAMILIES, KV, Q
+from trainer.models.families import FAMILIES, KV, Q
 
 # How many entries, columns or rows of a layer train; none, and it stays as it is.
 Sizes = Mapping[str, int]

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import nn
 
 from trainer.choices import Selector, Sparse
-from trainer.data.dataset import Batch
+from trainer.methods.method import Backwards
+from trainer.methods.selection.choosing import Ranks
+from trainer.methods.selection.scores import Subject
 from trainer.methods.sparse.attach import targets_of
-from trainer.methods.sparse.choosing import Ranks
 from trainer.methods.sparse.places import assemble
-from trainer.methods.sparse.scores import Subject
 from trainer.methods.sparse.trained import Trained
 from trainer.methods.sparse.watching import GradientWatch
 
@@ -23,13 +23,7 @@ Subjects = Callable[[str, bool], "Subject | None"]
 EARLY = (Selector.gradient, Selector.squared_gradient)  # need gradients before anything trains
 
 
-def by_gradient(
-    trained: Trained,
-    base: nn.Module,
-    world: Ranks,
-    micro_batches: Sequence[tuple[int, Batch]],
-    weight: float,
-) -> Subjects:
+def by_gradient(trained: Trained, base: nn.Module, world: Ranks, backwards: Backwards) -> Subjects:
     """Sums over the micro-batches of all data ranks of gradients, or of their squares.
 
     A layer of the model at a time: of no other are dense gradients in memory, at the price of a pass each.
@@ -42,7 +36,7 @@ def by_gradient(
         if name not in sums:
             sums.clear()
             together = [other for other in targets if layer_of(other) == layer_of(name)]
-            sums.update(_gradients(trained, together, micro_batches, weight))
+            sums.update(_gradients(trained, together, backwards))
         whole: Any = targets[name][0].weight
         total = sums.pop(name)
         if total is None:
@@ -54,23 +48,22 @@ def by_gradient(
     return subject
 
 
-def _gradients(
-    trained: Trained, names: Sequence[str], micro_batches: Sequence[tuple[int, Batch]], weight: float
-) -> Mapping[str, torch.Tensor | None]:
+def _gradients(trained: Trained, names: Sequence[str], backwards: Backwards) -> Mapping[str, torch.Tensor | None]:
     """Of this data rank's micro-batches, on one of its ranks."""
-    inner, layers = trained.inner, trained.layers
+    host, layers = trained.host, trained.layers
     squared = trained.method.selector is Selector.squared_gradient
-    watches = {n: GradientWatch(layers[n], inner.tensor_group, squared) for n in names if n in layers}
+    watches = {n: GradientWatch(layers[n], host.tensor_group, squared) for n in names if n in layers}
     for name, watch in watches.items():
         layers[name].watch = watch
-    for one in micro_batches:
-        inner.accumulate([one], weight)
+
+    def flush() -> None:
         for watch in watches.values():
             watch.flush()
-        inner.step(0.0)  # clears gradients; values are zero and stay so
+
+    backwards(flush)
     for name in watches:
         layers[name].watch = None
-    return {n: watches[n].total if n in watches and inner.tensor_rank == 0 else None for n in names}
+    return {n: watches[n].total if n in watches and host.tensor_rank == 0 else None for n in names}
 
 
 def by_change(trained: Trained, base: nn.Module, world: Ranks) -> Subjects:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from checkpointing import Slice
+from trainer.methods.method import Host
 from trainer.methods.sparse.layer import SparseLayer
 
 
@@ -67,16 +68,6 @@ class EntryAdamW(torch.optim.Optimizer):
                 value.sub_((mean / (1 - beta1**age)).div_(root).mul_(group["lr"]))
 
 
-@dataclass(frozen=True)
-class Slice:
-    """What an optimizer's tensor holds of a layer's values: `length` of them from `start`, at `position` in it."""
-
-    layer: SparseLayer
-    start: int
-    length: int
-    position: int
-
-
 class EntrySM3(torch.optim.Optimizer):
     """SM3 (Anil et al. 2019, arXiv:1901.11150) over the rows and columns of the weight, without momentum.
 
@@ -86,16 +77,19 @@ class EntrySM3(torch.optim.Optimizer):
 
     def __init__(self, params: Any, lr: float = 1e-3, eps: float = 1e-8, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
-        # What a tensor of the param groups holds of layers' values: every engine has its own way.
-        self.locate: Callable[[torch.Tensor], list[Slice]] = lambda _: []
-        self.group: dist.ProcessGroup | None = None  # of all ranks that hold parts of the same layers
+        self._host: Host | None = None
+        self._layers: dict[torch.Tensor, SparseLayer] = {}  # by their values
+
+    def place(self, host: Host, layers: Iterable[SparseLayer]) -> None:
+        """Learn, before the first step, which entries the tensors of the param groups hold."""
+        self._host, self._layers = host, {layer.sparse_values: layer for layer in layers}
 
     def prepare(self) -> None:
         """There is no state by parameter."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # called without one
-        assert closure is None
+        assert closure is None and self._host is not None
         for group in self.param_groups:
             touched: list[SparseLayer] = []
             news: list[torch.Tensor] = []
@@ -103,16 +97,16 @@ class EntrySM3(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 values, gradients = _local(p).reshape(-1), _local(p.grad).reshape(-1)
-                for part in self.locate(p):
+                for part in self._host.held_of(p):
                     at = slice(part.position, part.position + part.length)
-                    touched.append(part.layer)
-                    news += self._update(part, values[at], gradients[at], group)
+                    touched.append(self._layers[part.parameter])
+                    news += self._update(touched[-1], part, values[at], gradients[at], group)
             self._keep(touched, news)
 
     def _update(
-        self, part: Slice, value: torch.Tensor, gradient: torch.Tensor, options: dict[str, Any]
+        self, layer: SparseLayer, part: Slice, value: torch.Tensor, gradient: torch.Tensor, options: dict[str, Any]
     ) -> list[torch.Tensor]:
-        layer, (rows, columns) = part.layer, accumulators(part.layer)
+        rows, columns = accumulators(layer)
         here = layer.sparse_indices[part.start : part.start + part.length].long()
         row, column = here // layer.shape[1], here % layer.shape[1]
         # Offloaded values are in host memory, and what is shared between ranks is on their devices.
@@ -127,9 +121,9 @@ class EntrySM3(torch.optim.Optimizer):
     def _keep(self, layers: list[SparseLayer], news: list[torch.Tensor]) -> None:
         if not news:
             return
-        flat = torch.cat(news)
-        if self.group is not None:
-            dist.all_reduce(flat, dist.ReduceOp.MAX, group=self.group)
+        flat, group = torch.cat(news), None if self._host is None else self._host.layer_group
+        if group is not None:
+            dist.all_reduce(flat, dist.ReduceOp.MAX, group=group)
         parts = torch.split(flat, [part.numel() for part in news])
         for number, layer in enumerate(layers):
             for kept, new in zip(accumulators(layer), parts[2 * number : 2 * number + 2], strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from trainer.choices import Allocator, Growth, Reselection, Sparse
+from trainer.methods.method import Needs
 from trainer.methods.sparse.attach import PROMOTED, Sizes, targets_of
 from trainer.methods.sparse.budgets import counts_of, dense_hits
 from trainer.methods.sparse.calibration import EARLY, layer_of
@@ -36,18 +37,17 @@ def expected_sizes(model: nn.Module, config: Sparse) -> Sizes:
 
 
 @dataclass(frozen=True)
-class Entries:
-    """What a sparse method needs memory for beside what every method does, in bytes."""
+class SparseNeeds(Needs):
+    """Bytes beside what every method needs; `places` are where entries lie, what the base has there, and their ages."""
 
-    values: int = 0  # what trains of layers, which every tensor-parallel rank holds whole
-    places: int = 0  # where they lie, what the base has there, how often each was stepped
+    method: Sparse = field(default_factory=Sparse)
     weight: int = 0  # the largest that is targeted, in fp32
     layer: int = 0  # and all that are targeted of a layer of the model
     most: int = 0  # of `values` in one of them
     base: int = 0  # the model as it was read, where that is read into the memory that it trains in
 
-    def selection(self, method: Sparse, step: int, kept: int, parameters: int) -> int:
-        """What selecting needs beyond a step, which needs `step`, of it `kept` also between steps."""
+    def beyond(self, step: int, kept: int, parameters: int) -> int:
+        method = self.method
         if method.selector in EARLY:  # gradients of a layer at a time, summed over micro-batches
             return self.base + 2 * self.layer
         if method.schedule is Reselection.rewind:
@@ -62,8 +62,8 @@ class Entries:
         return 4 * self.weight if by_gradient else 0
 
 
-def entries_of(model: nn.Module, method: Sparse) -> Entries:
-    """`model` has shapes only."""
+def needs_of(model: nn.Module, method: Sparse) -> SparseNeeds:
+    """Work out the memory of a method from shapes alone."""
     layers: Counter[str] = Counter()
     weights = [0]
     for name, (layer, _) in targets_of(model, method).items():
@@ -74,7 +74,8 @@ def entries_of(model: nn.Module, method: Sparse) -> Entries:
     values = sum(sizes)
     base = 0 if torch.cuda.is_available() else sum(p.nbytes for p in model.parameters()) - values
     places = sum(bytes_of_places(layer, method) for layer in found)
-    return Entries(values, places, max(weights), max(layers.values(), default=0), max(sizes, default=0), base)
+    most = max(layers.values(), default=0)
+    return SparseNeeds(values, places, method, max(weights), most, max(sizes, default=0), base)
 
 
 def share_below(threshold: float, model: nn.Module, layers: Sequence[str]) -> float:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from trainer.choices import Growth, Reselection
 from trainer.config import Config
-from trainer.methods.sparse.layer import index_dtype
+from trainer.methods.entries import index_dtype
 from trainer.methods.sparse.reselect import Candidates
 from trainer.methods.sparse.reselecting import is_due, to_replace
 from trainer.methods.sparse.trained import Trained
@@ -31,7 +31,7 @@ def watch(trained: Trained, config: Config, step: int) -> None:
         layer.watch = None
         if due and left == method.window:
             count = CANDIDATES * to_replace(config, method, layer, step + left)
-            layer.watch = ChoiceWatch(layer, trained.inner.tensor_group, count)
+            layer.watch = ChoiceWatch(layer, trained.host.tensor_group, count)
         elif due and left < method.window and candidates.numel():
             layer.watch = CandidateWatch(layer, candidates)
 

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from checkpointing import Held
 from checkpointing.geometry import Interval
 from trainer.choices import Granularity, Reselection
+from trainer.methods.entries import Entries, index_dtype
 from trainer.methods.sparse.places import short
 
 VALUES, INDICES, ORIGINALS = "sparse_values", "sparse_indices", "sparse_originals"
@@ -122,10 +123,6 @@ def resize(layer: SparseLayer, count: int) -> None:
     # What the weight has there, so that going back to the base changes nothing before others are chosen or loaded.
     layer.register_buffer(ORIGINALS, at(layer.weight, indices, layer.granularity).clone())
     layer.forget()
-
-
-def index_dtype(shape: tuple[int, int]) -> torch.dtype:
-    return torch.int32 if shape[0] * shape[1] < 2**31 else torch.int64
 
 
 def values_shape(shape: tuple[int, int], granularity: Granularity, count: int) -> tuple[int, ...]:
@@ -315,3 +312,22 @@ def _gradient(layer: SparseLayer, g: torch.Tensor, x: torch.Tensor, whole: bool,
     if by_columns and (whole or transposed):
         right = right.index_select(-1, support.columns)
     return support.gradient(left, right)
+
+
+def flat_entries(
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    originals: torch.Tensor,
+    granularity: Granularity,
+    shape: tuple[int, int],
+) -> Entries:
+    """Entries one by one, where indices may be those of whole columns or rows."""
+    if granularity is Granularity.element:
+        return Entries(indices, values, originals)
+    rows, columns = torch.arange(shape[0]), torch.arange(shape[1])
+    if granularity is Granularity.inputs:
+        columns = indices.long()
+    else:
+        rows = indices.long()
+    flat = (rows[:, None] * shape[1] + columns[None]).reshape(-1)
+    return Entries(flat.to(indices.dtype), values.reshape(-1), originals.reshape(-1))

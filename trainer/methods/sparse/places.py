@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from checkpointing import Piece
 from trainer.choices import Granularity
+from trainer.methods.entries import added
 
 # What an element is where a rank does not hold it, in a maximum over the bits of all ranks: minus zero, as an integer
 # the least there is.
@@ -55,12 +56,6 @@ class Place:
         for part in self.parts:
             found[part.chosen] = part.tensor[part.index].float()
         return spread(found, group).to(like.dtype)
-
-
-def added(base: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """In the base's dtype. What is unchanged stays so, also where the base is minus zero."""
-    changed = (base.float() + values).to(base.dtype)
-    return torch.where(values == 0, base, changed)
 
 
 def _part(piece: Piece, indices: torch.Tensor, granularity: Granularity) -> Part | None:

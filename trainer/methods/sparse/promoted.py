@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
+
+from checkpointing import Held
 
 
 class PromotedLayer(nn.Module):
-    """`y = W x + b + B A x`, B zero at first. Named as peft's adapters are, so that it is cut as they are."""
+    """`y = W x + b + B A x`, B zero at first."""
 
     lora_A: nn.Linear
     lora_B: nn.Linear
@@ -19,6 +22,20 @@ class PromotedLayer(nn.Module):
         base: torch.Tensor = super().forward(inputs)  # of the layer that it became of
         added: torch.Tensor = self.lora_B(self.lora_A(inputs))
         return base + added
+
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The output without the bias."""
+        weight: Any = self.weight
+        base = functional.linear(inputs, weight.t() if isinstance(self, Conv1D) else weight)
+        added: torch.Tensor = self.lora_B(self.lora_A(inputs))
+        return base + added
+
+    def take_share(self, share: Held) -> None:
+        """Nothing is derived from the weight."""
+
+    def follows(self) -> dict[str, Literal["rows", "columns", "whole"]]:
+        """A has the layer's inputs, B its outputs."""
+        return {"lora_A": "columns", "lora_B": "rows"}
 
 
 class PromotedLinear(PromotedLayer, nn.Linear):

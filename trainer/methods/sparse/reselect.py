@@ -8,34 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from trainer.methods.entries import Entries
+
 Moments = Mapping[str, torch.Tensor]  # of an optimizer, each of the values' shape
-
-
-@dataclass
-class Entries:
-    """Entries of a weight, by their flat indices, sorted: the difference from the base, and the base."""
-
-    indices: torch.Tensor
-    values: torch.Tensor
-    originals: torch.Tensor
-
-    @staticmethod
-    def none(indices: torch.dtype, originals: torch.dtype, device: torch.device) -> Entries:
-        return Entries(
-            torch.empty(0, dtype=indices, device=device),
-            torch.empty(0, device=device),
-            torch.empty(0, dtype=originals, device=device),
-        )
-
-    def at(self, positions: torch.Tensor) -> Entries:
-        return Entries(self.indices[positions], self.values[positions], self.originals[positions])
-
-    def joined(self, other: Entries) -> Entries:
-        """Both, sorted; they have none in common."""
-        indices = torch.cat([self.indices, other.indices])
-        order = indices.argsort()
-        values, originals = torch.cat([self.values, other.values]), torch.cat([self.originals, other.originals])
-        return Entries(indices[order], values[order], originals[order])
 
 
 @dataclass

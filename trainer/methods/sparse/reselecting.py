@@ -9,12 +9,13 @@ import torch
 from checkpointing import Piece
 from trainer.choices import Growth, Reselection, Sparse
 from trainer.config import Config
-from trainer.methods.sparse.choosing import best
+from trainer.methods.entries import Entries
+from trainer.methods.selection.choosing import best
+from trainer.methods.selection.scores import Subject, scores_of, selection_key
 from trainer.methods.sparse.entry_optimizers import accumulators
 from trainer.methods.sparse.layer import SparseLayer
 from trainer.methods.sparse.places import Place, assemble
-from trainer.methods.sparse.reselect import Candidates, Entries, Moments, Renewed, number_to_replace, regrow, renew
-from trainer.methods.sparse.scores import Subject, scores_of, selection_key
+from trainer.methods.sparse.reselect import Candidates, Moments, Renewed, number_to_replace, regrow, renew
 from trainer.methods.sparse.trained import Gathered, Trained
 
 

@@ -10,13 +10,14 @@ from torch import nn
 
 from checkpointing import Piece
 from trainer.choices import Granularity, Growth, Reselection, Sparse
+from trainer.methods.entries import Entries, index_dtype
+from trainer.methods.method import Host
+from trainer.methods.selection.choosing import Ranks
 from trainer.methods.sparse.attach import targets_of
-from trainer.methods.sparse.choosing import Ranks
 from trainer.methods.sparse.entry_optimizers import EntryAdamW, accumulators
-from trainer.methods.sparse.layer import VALUES, SparseLayer, index_dtype, sparse_layers
+from trainer.methods.sparse.layer import VALUES, SparseLayer, sparse_layers
 from trainer.methods.sparse.places import Place, assemble, by_name, put_back
-from trainer.methods.sparse.reselect import Candidates, Entries, Moments
-from trainer.parallel.engine import TrainingEngine
+from trainer.methods.sparse.reselect import Candidates, Moments
 
 Gathered = dict[str, tuple[Entries, dict[str, torch.Tensor]]]  # by layer; moments by the optimizer's name for them
 
@@ -35,11 +36,14 @@ class Known:
 
     layers: Mapping[str, SparseLayer]
     shapes: Mapping[str, tuple[int, int]]  # of every targeted weight, sparse or not
+    num_values: int
 
     @staticmethod
     def of(model: nn.Module, method: Sparse) -> Known:
         targets = targets_of(model, method)
-        return Known(sparse_layers(model), {name: (t.rows, t.columns) for name, (_, t) in targets.items()})
+        layers = sparse_layers(model)
+        num_values = sum(layer.sparse_values.numel() for layer in layers.values())
+        return Known(layers, {name: (t.rows, t.columns) for name, (_, t) in targets.items()}, num_values)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -50,13 +54,13 @@ class Known:
 class Trained:
     """Every method is collective over the ranks that hold the same layers."""
 
-    def __init__(self, inner: TrainingEngine, known: Known, method: Sparse) -> None:
-        self.inner, self.method, self.sizes = inner, method, known.sizes
-        here = inner.parameter_names()  # of a pipeline's stage those of its layers
+    def __init__(self, host: Host, known: Known, method: Sparse) -> None:
+        self.host, self.method, self.sizes = host, method, known.sizes
+        here = host.parameter_names()  # of a pipeline's stage those of its layers
         self.layers = {name: layer for name, layer in known.layers.items() if f"{name}.weight" in here}
-        self.ranks = Ranks.of(inner.layer_group, inner.device)
-        self.first = inner.data_rank == 0  # whether this rank computes the first of a step's micro-batches
-        self.speaks = self.first and inner.tensor_rank == 0
+        self.ranks = Ranks.of(host.layer_group, host.device)
+        self.first = host.data_rank == 0  # whether this rank computes the first of a step's micro-batches
+        self.speaks = self.first and host.tensor_rank == 0
         self.states = {n: self._no_state(shape) for n, shape in known.shapes.items() if f"{n}.weight" in here}
         for layer in self.layers.values():
             layer.first_here = self.first
@@ -64,12 +68,12 @@ class Trained:
 
     def _no_state(self, shape: tuple[int, int]) -> State:
         dtype = torch.bfloat16 if self.method.bf16_weights else torch.float32
-        none = Entries.none(index_dtype(shape), dtype, self.inner.device)
+        none = Entries.none(index_dtype(shape), dtype, self.host.device)
         return State(none, Candidates.of(none.indices))
 
     def shards(self) -> list[Piece]:
         """What the engine holds here. Not collective."""
-        return [piece for piece in self.inner.pieces() if isinstance(piece, Piece)]
+        return list(self.host.pieces())
 
     def weights(self) -> dict[str, list[Piece]]:
         """The pieces of every layer's weight on this rank, none where it has none."""
@@ -91,10 +95,10 @@ class Trained:
     def write(self) -> None:
         """Values into the weights."""
         layers = list(self.layers.items())
-        values = self.inner.whole([layer.sparse_values for _, layer in layers])
+        values = self.host.whole([layer.sparse_values for _, layer in layers])
         for (name, layer), value in zip(layers, values, strict=True):
             self._places[name].write(layer.sparse_originals, value)
-        self.inner.written([layer.weight for _, layer in layers])
+        self.host.written([layer.weight for _, layer in layers])
 
     def publish(self) -> None:
         """After entries, values or what is settled were replaced."""
@@ -119,7 +123,7 @@ class Trained:
 
     def replaced(self) -> None:
         """After values and moments were put back, of entries that have changed."""
-        self.inner.publish()
+        self.host.publish()
         self.publish()
 
     @property
@@ -170,4 +174,4 @@ class Values:
 
     def _whole(self, name: str, layer: SparseLayer) -> torch.Tensor:
         shape, ranks = tuple(layer.sparse_originals.shape), self._trained.ranks
-        return assemble(self._held.get(name, []), ranks.group, self._trained.inner.device, shape=shape)
+        return assemble(self._held.get(name, []), ranks.group, self._trained.host.device, shape=shape)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.choices import Granularity
-from trainer.methods.sparse.choosing import best
+from trainer.methods.selection.choosing import best
 from trainer.methods.sparse.layer import SparseConv1D, SparseLayer, Support
 
 

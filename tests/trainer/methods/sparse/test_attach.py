@@ -14,6 +14,7 @@ from trainer.choices import Sparse
 from trainer.compose import compose
 from trainer.errors import Refused
 from trainer.methods import build
+from trainer.methods.selection.choosing import Ranks
 from trainer.methods.sparse.attach import (
     PROMOTED,
     attach,
@@ -24,7 +25,6 @@ from trainer.methods.sparse.attach import (
     targets_of,
     train_whole,
 )
-from trainer.methods.sparse.choosing import Ranks
 from trainer.methods.sparse.layer import SparseConv1D, SparseLayer, sparse_layers
 from trainer.methods.sparse.promoted import PromotedLinear
 from trainer.models import build_model

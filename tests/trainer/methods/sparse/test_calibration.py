@@ -10,7 +10,7 @@ import torch
 from tests.harness.engines import LAYOUTS, start
 from tests.harness.worlds import SharedWorld
 from tests.trainer.methods.conformance import base_model, overrides
-from trainer.methods.sparse import tuned
+from trainer.methods.sparse import method as sparse
 from trainer.methods.sparse.calibration import layer_of
 from trainer.parallel.computing import logits_of, summed_loss
 
@@ -32,7 +32,7 @@ def sums_by_hand(squared: bool) -> dict[str, torch.Tensor]:
 def judged(layout: str, method: str) -> dict[str, torch.Tensor]:
     """What the selector is given, on this rank, of the weights that it owns."""
     seen: dict[str, torch.Tensor] = {}
-    whole = tuned.by_gradient
+    whole = sparse.by_gradient
 
     def listening(*arguments: Any) -> Any:
         subjects = whole(*arguments)
@@ -45,11 +45,11 @@ def judged(layout: str, method: str) -> dict[str, torch.Tensor]:
 
         return subject
 
-    tuned.by_gradient = listening
+    sparse.by_gradient = listening
     try:
         start([*overrides("spt"), f"method.selector={method}", *LAYOUTS[layout][1]]).train(1, 1)
     finally:
-        tuned.by_gradient = whole
+        sparse.by_gradient = whole
     return seen
 
 

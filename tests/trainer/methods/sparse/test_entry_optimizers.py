@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from checkpointing import Slice
 from tests.harness.worlds import SharedWorld
 from trainer.choices import Granularity
-from trainer.methods.sparse.entry_optimizers import EntryAdamW, EntrySM3, Slice, accumulators
+from trainer.methods.sparse.entry_optimizers import EntryAdamW, EntrySM3, accumulators
 from trainer.methods.sparse.layer import choose, make_sparse
 
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -86,8 +89,11 @@ def sm3_of_a_share() -> tuple[list[float], list[float], list[float]]:
     start, length = (0, 6) if size == 1 else ((0, 4), (4, 2))[rank]
     parameter = nn.Parameter(torch.zeros(length))
     optimizer = EntrySM3([parameter], lr=0.01)
-    optimizer.locate = lambda _: [Slice(layer, start, length, 0)]  # type: ignore[arg-type]
-    optimizer.group = dist.group.WORLD if size > 1 else None
+    host = SimpleNamespace(
+        held_of=lambda _: [Slice(layer.sparse_values, start, length, 0)],  # type: ignore[arg-type]
+        layer_group=dist.group.WORLD if size > 1 else None,
+    )
+    optimizer.place(host, [layer])  # type: ignore[arg-type, list-item]
     for gradient in gradients(5):
         parameter.grad = gradient[start : start + length].clone()
         optimizer.step()

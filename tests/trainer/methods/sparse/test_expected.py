@@ -13,9 +13,9 @@ from tests.harness.models import save_tiny_model
 from trainer.choices import Sparse
 from trainer.compose import compose
 from trainer.methods import build
+from trainer.methods.selection.choosing import Ranks
 from trainer.methods.sparse.attach import PROMOTED, attach, select
-from trainer.methods.sparse.choosing import Ranks
-from trainer.methods.sparse.expected import entries_of, expected_sizes, share_below
+from trainer.methods.sparse.expected import expected_sizes, needs_of, share_below
 from trainer.models import build_model
 
 ALONE = Ranks.of(None, torch.device("cpu"))
@@ -72,7 +72,7 @@ def test_only_what_selects_in_the_run_needs_more_than_a_step() -> None:
     def needed(name: str) -> int:
         options = compose([f"method={name}"]).method
         assert isinstance(options, Sparse)
-        return entries_of(model, options).selection(options, 10**9, 10**8, 10**7)
+        return needs_of(model, options).beyond(10**9, 10**8, 10**7)
 
     assert needed("random_sparse") == needed("s2ft") == 0
     assert 0 < needed("spiel") < needed("spt")
@@ -81,9 +81,9 @@ def test_only_what_selects_in_the_run_needs_more_than_a_step() -> None:
 def test_selecting_anew_counts_where_a_step_needs_less() -> None:
     options = compose(["method=lift"]).method
     assert isinstance(options, Sparse)
-    entries = entries_of(build(compose(["method=lift"]), "meta"), options)
-    assert entries.selection(options, 10**9, 10**8, 10**7) == 0
-    assert entries.selection(options, 10**8, 10**8, 10**7) > 8 * entries.weight
+    needs = needs_of(build(compose(["method=lift"]), "meta"), options)
+    assert needs.beyond(10**9, 10**8, 10**7) == 0
+    assert needs.beyond(10**8, 10**8, 10**7) > 8 * needs.weight
 
 
 def test_only_matrices_of_that_very_name_count(tmp_path: Path) -> None:

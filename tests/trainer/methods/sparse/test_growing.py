@@ -15,9 +15,9 @@ from trainer.parallel.computing import logits_of, summed_loss
 
 def dense_gradients(started: Any, step: int, *, first_only: bool) -> dict[str, torch.Tensor]:
     """By autograd, of the weights as they are before a step."""
-    model = started.engine.inner._bare
+    model = started.training.engine._bare
     share = started.feed.step(step)
-    weights = {f"{name}.weight": layer.weight for name, layer in started.engine._trained.layers.items()}
+    weights = {f"{name}.weight": layer.weight for name, layer in started.training.method._trained.layers.items()}
     for weight in weights.values():
         weight.grad = None
     found = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -53,7 +53,7 @@ class Dense(torch.nn.Module):
 
 def test_candidates_and_their_sums_are_those_of_autograd() -> None:
     started = start(overrides("spiel"))
-    trained = started.engine._trained  # type: ignore[attr-defined]
+    trained = started.training.method._trained  # type: ignore[attr-defined]
     started.train(1, 2)
     assert all(state.candidates.indices.numel() == 0 for state in trained.states.values())
     expected = dense_gradients(started, 3, first_only=True)

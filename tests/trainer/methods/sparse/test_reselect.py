@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.methods.sparse.reselect import Candidates, Entries, number_to_replace, regrow, renew
+from trainer.methods.entries import Entries
+from trainer.methods.sparse.reselect import Candidates, number_to_replace, regrow, renew
 
 SIZE = 40
 

@@ -11,12 +11,12 @@ from tests.harness.engines import start
 from tests.trainer.methods.conformance import base_model, overrides
 from trainer.choices import Sparse
 from trainer.compose import compose
+from trainer.methods.selection.scores import SCORES, Subject
 from trainer.methods.sparse.reselecting import is_due
-from trainer.methods.sparse.scores import SCORES, Subject
 
 
 def snapshot(started: Any) -> dict[str, dict[str, torch.Tensor]]:
-    state = started.engine.inner._optimizer.state
+    state = started.training.engine._optimizer.state
     return {
         name: {
             "indices": layer.sparse_indices.long().clone(),
@@ -24,7 +24,7 @@ def snapshot(started: Any) -> dict[str, dict[str, torch.Tensor]]:
             "weight": layer.weight.detach().clone(),
             **{key: one.clone() for key, one in state[layer.sparse_values].items()},
         }
-        for name, layer in started.engine._trained.layers.items()
+        for name, layer in started.training.method._trained.layers.items()
     }
 
 
@@ -61,14 +61,14 @@ def test_renewing_takes_the_principal_weights_and_keeps_what_was_learned() -> No
     started = start([*overrides("lift"), "optimizer.lr=0.05"])
     started.train(1, 4)
     before = snapshot(started)
-    trained: Any = started.engine._trained  # type: ignore[attr-defined]
+    trained: Any = started.training.method._trained  # type: ignore[attr-defined]
     weights = {}
 
     def remember(position: int) -> None:
         weights.update({n: layer.weight.detach().clone() for n, layer in trained.layers.items()})
 
-    step = started.engine.inner.step  # type: ignore[attr-defined]
-    started.engine.inner.step = lambda *a: (step(*a), trained.write(), remember(5))[0]  # type: ignore[attr-defined]
+    step = started.training.engine.step  # type: ignore[attr-defined]
+    started.training.engine.step = lambda *a: (step(*a), trained.write(), remember(5))[0]  # type: ignore[attr-defined]
     started.train(5, 5)
     settled = 0
     for name, now in snapshot(started).items():
@@ -90,7 +90,7 @@ def test_narrowing_goes_on_with_what_is_still_below_and_keeps_the_rest() -> None
     started.train(1, 6)
     before = snapshot(started)
     started.train(7, 7)
-    after, trained = snapshot(started), started.engine._trained  # type: ignore[attr-defined]
+    after, trained = snapshot(started), started.training.method._trained  # type: ignore[attr-defined]
     for name, was in before.items():
         if name not in after:
             continue

@@ -17,7 +17,7 @@ def gathered(layout: str) -> tuple[dict[str, list[list[float]]], bool]:
     """Entries and moments of every layer of this rank's stage after some steps; whether reverting gives the base."""
     started = start([*overrides("lift"), *LAYOUTS[layout][1]])
     started.train(1, 6)
-    trained: Any = started.engine._trained  # type: ignore[attr-defined]
+    trained: Any = started.training.method._trained  # type: ignore[attr-defined]
     values, found = trained.values(), {}
     for name in trained.layers:
         entries, moments = values.gathered(name)
@@ -48,7 +48,7 @@ def test_all_ranks_of_a_layer_gather_the_same(layout: str, world: SharedWorld) -
 
 
 def test_room_is_made_for_what_a_checkpoint_holds() -> None:
-    trained: Any = start(overrides("lift")).engine._trained  # type: ignore[attr-defined]
+    trained: Any = start(overrides("lift")).training.method._trained  # type: ignore[attr-defined]
     name = next(iter(trained.states))
     trained.make_room(f"method/{name}/settled_values", 7)
     assert trained.tensors()[f"method/{name}/settled_values"].shape == (7,)
@@ -57,5 +57,5 @@ def test_room_is_made_for_what_a_checkpoint_holds() -> None:
 
 def test_sizes_are_of_all_layers_of_the_model() -> None:
     started: Any = start(overrides("random_sparse"))
-    known = Known.of(started.engine.inner._bare, started.config.method)
-    assert known.sizes == started.engine._trained.sizes and len(known.shapes) == 35
+    known = Known.of(started.training.engine._bare, started.config.method)
+    assert known.sizes == started.training.method._trained.sizes and len(known.shapes) == 35

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from trainer.methods.changes import as_rows, changes, compare
 from trainer.methods.deltas import Delta, LowRank
-from trainer.methods.sparse.reselect import Entries
-from trainer.methods.statistics import as_rows, changes, compare
+from trainer.methods.entries import Entries
 
 
 def test_density_and_change_of_every_weight() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trainer.choices import Granularity, Selector
-from trainer.methods.sparse.scores import SCORES, Subject, scores_of, selection_key
+from trainer.methods.selection.scores import SCORES, Subject, scores_of, selection_key
 
 
 def subject(shape: tuple[int, int] = (5, 8), **more: torch.Tensor) -> Subject:

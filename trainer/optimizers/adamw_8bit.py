@@ -17,7 +17,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from checkpointing import Held, materialize, parameter_names
+from checkpointing import materialize, parameter_names
+from trainer.config import Config, Implementation
+from trainer.errors import Refused
+from trainer.parallel.tensor import is_splittable, shares_of
+from trainer.plan import Topology
 
 BLOCK = 256  # values that share a scale
 LEAST = 4096  # parameters with fewer values keep fp32 moments, as in bitsandbytes and torchao
@@ -29,13 +33,34 @@ def is_in_blocks(shape: tuple[int, ...] | torch.Size) -> bool:
     return len(shape) >= 2 and shape[-1] % BLOCK == 0 and prod(shape) >= LEAST
 
 
-def parameters_in_blocks(model: nn.Module, held: Mapping[str, Held]) -> set[nn.Parameter]:
-    """What trains with 8-bit moments; `held` says of what the parameters of a tensor-parallel rank are a part."""
-    return {
-        parameter
-        for name, parameter in parameter_names(model).items()
-        if parameter.requires_grad and is_in_blocks(held[name].shape if name in held else parameter.shape)
-    }
+class EightBitKind:
+    """AdamW with moments of 8 bits, of matrices whose rows are multiples of `BLOCK`."""
+
+    def __init__(self, config: Config) -> None:
+        self._options = config.optimizer
+
+    def refuse(self, model: nn.Module, topology: Topology) -> None:
+        """`Refused` where tensor-parallel ranks would hold a part of a block."""
+        if topology.tp > 1:
+            check_blocks(model, topology.tp)
+
+    def bytes_of(self, shape: torch.Size) -> float:
+        return shape.numel() * (BYTES if is_in_blocks(shape) else 8)
+
+    def make(self, groups: list[dict[str, Any]], shapes: Mapping[nn.Parameter, tuple[int, ...]]) -> Optimizer:
+        options = self._options
+        blocked = {parameter for parameter, shape in shapes.items() if is_in_blocks(shape)}
+        betas = (options.betas[0], options.betas[1])
+        return EightBitAdamW(groups, blocked, lr=options.lr, betas=betas, eps=options.eps)
+
+    def goes_on_from(self, other: str) -> bool:
+        """Codes and scales are of no use to another one."""
+        return other == Implementation.torchao_8bit.value
+
+    def about(self, model: nn.Module) -> str:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        low, total = sum(p.numel() for p in trained if is_in_blocks(p.shape)), sum(p.numel() for p in trained)
+        return f"AdamW ({self._options.implementation.value}: {low / max(1, total):.0%} of the moments)"
 
 
 class EightBitAdamW(Optimizer):
@@ -154,3 +179,32 @@ def _library() -> tuple[Callable[..., Optimizer], Callable[[torch.Tensor, torch.
         return state
 
     return AdamW8bit, state_of
+
+
+def check_blocks(model: nn.Module, size: int) -> None:
+    """`Refused` if one of so many tensor-parallel ranks would hold a part of a block. Of a model on meta."""
+    if (cut := cut_within(model, size)) is None:
+        return
+    name, at = cut
+    smaller = [other for other in range(size - 1, 0, -1) if size % other == 0]  # which fit the same processes
+    fits = next(other for other in smaller if other == 1 or _fits(model, other))
+    raise Refused(
+        f"8-bit moments have a scale for every {BLOCK} values of a row, and parallel.tp={size} cuts the rows of {name} "
+        f"at {at}, within such a block. Type parallel.tp={fits}, or optimizer.implementation=fused."
+    )
+
+
+def _fits(model: nn.Module, size: int) -> bool:
+    return is_splittable(model, size) and cut_within(model, size) is None
+
+
+def cut_within(model: nn.Module, size: int) -> tuple[str, int] | None:
+    """A parameter whose rows are cut within a block, and where."""
+    trained = {name for name, parameter in parameter_names(model).items() if parameter.requires_grad}
+    for cuts in shares_of(model, size) if size > 1 else ():
+        for name, part in cuts.held.items():
+            if name in trained and is_in_blocks(part.shape):
+                for at in (n for start, length in part.ranges[-1] for n in (start, start + length)):
+                    if at % BLOCK:
+                        return name, at
+    return None

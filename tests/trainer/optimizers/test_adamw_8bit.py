@@ -16,22 +16,28 @@ from torchao.optim import AdamW8bit
 from torchao.optim.quant_utils import create_dynamic_map
 
 from checkpointing import Piece, describe, load, save
-from tests.harness.engines import engine_here, feed_for
+from tests.harness.engines import feed_for, training_here
 from tests.harness.runs import rows
 from tests.harness.runs import train as run_trainer
 from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.test_torch_engine import dataset
+from tests.trainer.parallel.zoo import save_model
 from trainer import check
 from trainer.compose import compose
-from trainer.config import Optimizer
+from trainer.config import Config, Optimizer
 from trainer.errors import Refused
 from trainer.loop import optimize
 from trainer.memory import footprint, plan_memory
 from trainer.methods import build
+from trainer.methods.method import Method
+from trainer.optimizers.adamw_8bit import EightBitAdamW, check_blocks, cut_within, is_in_blocks
+from trainer.optimizers.groups import param_groups
+from trainer.parallel.computing import set_lr
 from trainer.parallel.deepspeed_options import check_deepspeed
-from trainer.parallel.eight_bit import EightBitAdamW, parameters_in_blocks
-from trainer.parallel.optimizing import param_groups, set_lr
+from trainer.parallel.tensor import shares_of
+from trainer.parallel.world import World
 from trainer.plan import resolve_topology
+from trainer.run import pick_device, read
 
 # Rows of 512, so that two tensor-parallel ranks hold a whole block of each.
 MODEL = ["model.hidden_size=512", "model.intermediate_size=512", "model.num_layers=2", "model.vocab_size=256"]
@@ -48,7 +54,7 @@ def train(overrides: list[str], steps: list[int], start: str = "", end: str = ""
     """On this process's world, from one generation to another: losses, and all that it holds."""
     with eager():
         config = compose([*COMMON, *overrides])
-        engine = engine_here(config)
+        engine = training_here(config)
         if start:
             load(start, engine.pieces())
         feed = feed_for(engine, config, dataset())
@@ -143,11 +149,13 @@ def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, set_rate: Any, s
 
 
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:
-    return param_groups(model, Optimizer(lr=1e-3, weight_decay=0.1), {n: 1.0 for n, _ in model.named_parameters()})
+    scales = {n: 1.0 for n, _ in model.named_parameters()}
+    return param_groups(model, Optimizer(lr=1e-3, weight_decay=0.1), scales, Method(Config()).decays)
 
 
 def ours(model: nn.Module) -> EightBitAdamW:
-    return EightBitAdamW(groups_of(model), parameters_in_blocks(model, {}), lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    blocked = {p for p in model.parameters() if p.requires_grad and is_in_blocks(p.shape)}
+    return EightBitAdamW(groups_of(model), blocked, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
 
 
 @pytest.mark.usefixtures("processes")
@@ -298,3 +306,52 @@ def test_the_plan_counts_a_quarter_of_the_optimizers_state() -> None:
     held = describe(model, ours(model))
     taken = sum(p.tensor.nbytes for p in held if p.name.startswith("optim/") and p.tensor.dim())
     assert planned("optimizer=adamw_8bit") == taken < 0.26 * planned()
+
+
+# A layout that would cut blocks is refused on every process alike, with one that does not.
+WIDE = ["model.hidden_size=512", "model.num_heads=4", "model.num_kv_heads=4", "model.num_layers=2"]
+
+
+def meta(*overrides: str) -> object:
+    return build(compose([*WIDE, *overrides]), "meta")
+
+
+def test_shares_that_only_some_ranks_would_hold_in_part_are_found() -> None:
+    model = meta("model.intermediate_size=768")
+    runs = [cuts.held["model.layers.0.self_attn.o_proj.weight"].ranges[-1] for cuts in shares_of(model, 3)]
+    assert runs == [[(0, 256)], [(256, 128)], [(384, 128)]]  # the first has a whole block
+    before = {name: p.shape for name, p in model.named_parameters()}  # type: ignore[attr-defined]
+    with pytest.raises(
+        Refused, match=r"parallel\.tp=3 cuts the rows of model\.layers\.0\.self_attn\.o_proj\.weight at 384"
+    ):
+        check_blocks(model, 3)  # type: ignore[arg-type]
+    with pytest.raises(Refused, match=r"Type parallel\.tp=1, or optimizer\.implementation=fused"):
+        check_blocks(model, 2)  # type: ignore[arg-type]  # 384 of the inner width
+    assert {name: p.shape for name, p in model.named_parameters()} == before  # type: ignore[attr-defined]
+    fits = meta("model.intermediate_size=1024")
+    check_blocks(fits, 2)  # type: ignore[arg-type]
+    with pytest.raises(Refused, match=r"Type parallel\.tp=2, or"):
+        check_blocks(fits, 4)  # type: ignore[arg-type]
+    assert cut_within(fits, 1) is None  # type: ignore[arg-type]
+    small = meta("model.intermediate_size=768", "method=lora", "method.r=4")  # what is frozen has no moments
+    assert cut_within(small, 2) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("long")
+def test_the_run_refuses_it_before_it_reads_anything(tmp_path: Path) -> None:
+    common = [*WIDE, "model.intermediate_size=768", "parallel.tp=2", f"run.dir={tmp_path}"]
+    world = World(0, 2, 0, 2)
+    for kind in ("adamw_8bit", "adamw"):
+        config = compose([*common, f"optimizer={kind}"])
+        if kind == "adamw":
+            read(config, world, pick_device(World()))
+        else:
+            with pytest.raises(Refused, match="within such a block"):
+                read(config, world, pick_device(World()))
+
+
+def test_every_familys_shares_are_known_from_shapes_alone(tmp_path: Path) -> None:
+    for name in ("gpt2", "mixtral", "phi3"):
+        save_model(tmp_path / name, name)
+        model = build(compose(["model=hf", f"model.path={tmp_path / name}", "train.seq_len=8"]), "meta")
+        assert all(cuts.held for cuts in shares_of(model, 2))

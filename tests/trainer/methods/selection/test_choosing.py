@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.harness.worlds import SharedWorld
-from trainer.methods.sparse.choosing import Ranks, best, choose_above, choose_each, choose_together
+from trainer.methods.selection.choosing import Ranks, best, choose_above, choose_each, choose_together
 
 CPU = torch.device("cpu")
 SCORES = st.lists(st.sampled_from([0.0, 1.0, 2.0, 2.5, -1.0, float("nan"), float("inf")]), min_size=1, max_size=30)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from checkpointing import External, MismatchError, Piece, load
-from tests.harness.engines import LAYOUTS, engine_here, furthest, start
+from tests.harness.engines import LAYOUTS, furthest, start, training_here
 from tests.harness.runs import train
 from tests.harness.worlds import SharedWorld
 from tests.trainer.methods.conformance import base_model, overrides, save_to
@@ -24,7 +24,7 @@ from trainer.methods.tuned_runs import Tuned
 def test_entries_that_do_not_train_are_untouched_after_a_thousand_steps_in_bf16() -> None:
     small = ["model.num_layers=1", "train.seq_len=4", "train.global_batch=2", "precision=bf16"]
     started: Any = start([*overrides("random_sparse"), "method.bf16_weights=true", *small, "train.steps=1000"])
-    layers = started.engine._trained.layers
+    layers = started.training.method._trained.layers
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     assert all(weight.dtype is torch.bfloat16 for weight in before.values())
     started.train(1, 1000)
@@ -36,7 +36,7 @@ def test_entries_that_do_not_train_are_untouched_after_a_thousand_steps_in_bf16(
         assert layer.sparse_values.abs().gt(0).all() and layer.sparse_values.dtype is torch.float32
         merged = (layer.sparse_originals.float() + layer.sparse_values).to(torch.bfloat16)
         assert torch.equal(after[layer.sparse_indices.long()], merged)
-    started.engine._trained.revert()
+    started.training.method._trained.revert()
     assert all(torch.equal(layer.weight, before[name]) for name, layer in layers.items())
 
 
@@ -53,8 +53,8 @@ def test_frozen_weights_in_bf16_under_every_kind_of_shard(layout: str, world: Sh
 
 def go_on(method: str, before: Path, first: int, last: int) -> list[float]:
     started = start([*overrides(method), "parallel=fsdp"])
-    load(before, started.engine.pieces_for)
-    started.engine.publish()
+    load(before, started.training.pieces_for)
+    started.training.publish()
     return started.train(first, last)
 
 
@@ -77,16 +77,16 @@ def test_an_engine_made_for_a_checkpoint_has_the_base_before_and_goes_on_after(t
     started: Any = start(overrides("spiel"))
     started.train(1, 3)
     save_to(tmp_path, started, 3)
-    config, sizes = started.config, started.engine._trained.sizes
-    engine: Any = engine_here(config, sizes=sizes)
+    config, sizes = started.config, started.training.method._trained.sizes
+    training: Any = training_here(config, sizes=sizes)
     manifest = Tuned.open(tmp_path).manifest
-    engine.pieces_for(manifest)
+    training.pieces_for(manifest)
     base = dict(base_model(config).named_parameters())
-    for name, layer in engine._trained.layers.items():
+    for name, layer in training.method._trained.layers.items():
         assert torch.equal(layer.weight, base[f"{name}.weight"]), name
-    load(tmp_path, engine.pieces_for)
-    engine.publish()
-    again = replace(started, engine=engine).train(4, 8)
+    load(tmp_path, training.pieces_for)
+    training.publish()
+    again = replace(started, training=training).train(4, 8)
     assert furthest(again, undisturbed[3:]) == 0
 
 
@@ -96,13 +96,15 @@ def test_loading_into_an_engine_that_has_trained_starts_from_the_base(tmp_path: 
     started.train(1, 3)
     save_to(tmp_path, started, 3)
     onward = started.train(4, 8)
-    load(tmp_path, started.engine.pieces_for)
-    started.engine.publish()
+    load(tmp_path, started.training.pieces_for)
+    started.training.publish()
     assert started.train(4, 8) == onward
     # The control: what it had trained would be in the weights.
-    load(tmp_path, started.engine.pieces_for)
-    started.engine._trained.layers[next(iter(started.engine._trained.layers))].weight.data.view(-1)[:50] += 0.1
-    started.engine.publish()
+    load(tmp_path, started.training.pieces_for)
+    started.training.method._trained.layers[next(iter(started.training.method._trained.layers))].weight.data.view(-1)[
+        :50
+    ] += 0.1
+    started.training.publish()
     assert started.train(4, 8) != onward
 
 
@@ -114,13 +116,13 @@ def test_a_load_that_gave_up_half_way_is_tried_again_from_the_base(half: bool, t
     started.train(1, 3)
     save_to(tmp_path, started, 3)
     onward = started.train(4, 8)
-    started.engine.pieces_for(Tuned.open(tmp_path).manifest)
+    started.training.pieces_for(Tuned.open(tmp_path).manifest)
     if half:
-        for layer in started.engine._trained.layers.values():
+        for layer in started.training.method._trained.layers.values():
             layer.sparse_originals.add_(1.0)
             layer.sparse_values.data.fill_(2.0)
-    load(tmp_path, started.engine.pieces_for)
-    started.engine.publish()
+    load(tmp_path, started.training.pieces_for)
+    started.training.publish()
     assert started.train(4, 8) == onward
 
 
@@ -128,30 +130,30 @@ def test_the_base_is_external_and_another_one_is_refused(tmp_path: Path) -> None
     started = start(overrides("random_sparse"))
     started.train(1, 2)
     save_to(tmp_path, started, 2)
-    pieces = started.engine.pieces()
+    pieces = started.training.pieces()
     base = {name for name, _ in base_model(started.config).named_parameters()}
     assert {one.name for one in pieces if isinstance(one, External)} == {f"model/{name}" for name in base}
     assert not {p.name for p in pieces if isinstance(p, Piece)} & {f"model/{name}" for name in base}
     other = start(overrides("random_sparse"), seed=1)
     with pytest.raises(MismatchError, match="is not what the checkpoint was saved with"):
-        load(tmp_path, other.engine.pieces_for)
+        load(tmp_path, other.training.pieces_for)
 
 
 def test_values_decay_towards_the_base_and_are_clipped() -> None:
     """A rate of zero on the gradient's part leaves decay alone: what is large shrinks."""
     started: Any = start([*overrides("random_sparse"), "optimizer.weight_decay=0.5", "optimizer.eps=1e30"])
-    layer = next(iter(started.engine._trained.layers.values()))
+    layer = next(iter(started.training.method._trained.layers.values()))
     with torch.no_grad():
         layer.sparse_values.fill_(1.0)
     started.train(1, 1)
     assert layer.sparse_values.detach().allclose(torch.tensor(1 - 1e-3 * 0.5))
-    norm = float(started.engine.inner.step(0.0))
+    norm = float(started.training.engine.step(0.0))
     assert norm == 0.0
     clipped: Any = start([*overrides("random_sparse"), "optimizer.clip=1e-6"])
     share = clipped.feed.step(1)
-    clipped.engine.accumulate(share.micro_batches, 1 / share.num_targets)
-    whole = torch.cat([one.sparse_values.grad for one in clipped.engine._trained.layers.values()]).norm()
-    assert float(clipped.engine.step(1e-3)) == pytest.approx(float(whole), rel=1e-5)
+    clipped.training.accumulate(share.micro_batches, 1 / share.num_targets)
+    whole = torch.cat([one.sparse_values.grad for one in clipped.training.method._trained.layers.values()]).norm()
+    assert float(clipped.training.step(1e-3)) == pytest.approx(float(whole), rel=1e-5)
 
 
 @pytest.mark.usefixtures("long")
