@@ -30,8 +30,8 @@ from checkpointing.reader import GenerationReader
 from checkpointing.retention import Keep, clear_leftovers, prune
 from checkpointing.storage import FileStorage
 from trainer.compose import compose
-from trainer.config import Config
 from trainer.identity import Identity, identify, recorded
+from trainer.options.config import Config
 from trainer.resume import become_itself, make_memory_directory, memory_directory
 from trainer.track.files import Metrics, read_lines, roll_back
 

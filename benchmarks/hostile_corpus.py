@@ -23,7 +23,7 @@ import torch
 from checkpointing import Piece, save
 from tests.harness.runs import SMALL
 from trainer.compose import compose
-from trainer.config import as_json
+from trainer.options.stored import as_json
 
 SECRET = "a line of a private key"
 ESCAPE = "\x1b]0;owned\x07"

@@ -41,12 +41,12 @@ from tests.harness.engines import feed_for, local_of, training_here
 from tests.harness.peak import Peak, parts_of
 from tests.harness.worlds import on_ranks
 from trainer.compose import compose
-from trainer.config import Config
 from trainer.data.dataset import Batch, Windows
 from trainer.loop import optimize
 from trainer.methods import build
 from trainer.methods.sparse.layer import SparseLayer, sparse_layers
 from trainer.models import build_model
+from trainer.options.config import Config
 from trainer.training import Training
 
 MODEL = [

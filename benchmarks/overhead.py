@@ -29,13 +29,13 @@ from benchmarks.report import Row, compared, cores, finish, options_of
 from tests.harness.engines import feed_for, place, training_here
 from tests.harness.worlds import on_ranks
 from trainer.compose import compose
-from trainer.config import Config
 from trainer.data.dataset import Windows
 from trainer.data.order import samples_of_step
 from trainer.data.sources import load_corpus
 from trainer.loop import check_finite, train_step
 from trainer.methods import build
 from trainer.models import load_tokenizer
+from trainer.options.config import Config
 from trainer.parallel.world import World
 from trainer.track.tracker import RunTracker
 

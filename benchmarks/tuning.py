@@ -31,9 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.report import Row, finish, options_of
 from tests.harness.engines import training_here
-from trainer.choices import Reselection, Sparse
 from trainer.compose import compose
-from trainer.config import Config, method_name
 from trainer.data.feed import Feed
 from trainer.data.sources import Corpus, load_corpus, stdlib_files
 from trainer.data.tokenizer import ByteTokenizer
@@ -41,6 +39,8 @@ from trainer.evaluation import evaluate
 from trainer.loop import optimize
 from trainer.methods import build
 from trainer.models import load_tokenizer
+from trainer.options.config import Config, method_name
+from trainer.options.method import Reselection, Sparse
 from trainer.schedule import learning_rate
 
 SEQ_LEN, BATCH = 192, 8

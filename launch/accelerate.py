@@ -5,8 +5,8 @@ from __future__ import annotations
 from launch.command import TRAINER, Command, python, threads
 from launch.deepspeed import run_program
 from launch.options import Call, check_file, check_sizes
-from trainer.choices import AccelerateLaunch
-from trainer.config import Compute
+from trainer.options.launch import AccelerateLaunch
+from trainer.options.precision import Compute
 
 
 def check(call: Call) -> None:

@@ -11,7 +11,7 @@ from launch.command import TRAINER, Command, python, threads
 from launch.options import Call, check_file, check_sizes
 from launch.port import port_for
 from launch.supervise import supervise
-from trainer.choices import DeepspeedLaunch
+from trainer.options.launch import DeepspeedLaunch
 
 
 def check(call: Call) -> None:

@@ -15,10 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from checkpointing.errors import reason_of
 from trainer.check import check
-from trainer.choices import CHOICES, Launch, is_secret
 from trainer.compose import CONFIG_DIR, compose
-from trainer.config import Config
 from trainer.errors import Refused
+from trainer.options.config import CHOICES, Config
+from trainer.options.launch import Launch, is_secret
 from trainer.plan import plan_batch, resolve_topology
 
 TARGETS = CHOICES["launch"]

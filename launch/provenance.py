@@ -13,8 +13,8 @@ from pathlib import Path
 
 from launch.command import ROOT
 from launch.options import Call
-from trainer.config import as_yaml
 from trainer.errors import Refused
+from trainer.options.stored import as_yaml
 
 
 def leave_behind(call: Call) -> None:

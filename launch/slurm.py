@@ -17,10 +17,10 @@ from launch.health import OPTIONS
 from launch.options import Call, bounds, check_sizes
 from launch.provenance import leave_behind
 from launch.scheduler import OVER, ask, state_of, submit
-from trainer.choices import SlurmLaunch
-from trainer.config import Elastic
 from trainer.errors import Refused
 from trainer.inside import refuse_links
+from trainer.options.elastic import Elastic
+from trainer.options.launch import SlurmLaunch
 
 TEMPLATE = Path(__file__).with_name("job.sbatch")
 ALLOWED = ("partition", "account", "qos")  # without which some clusters take no job

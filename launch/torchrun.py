@@ -18,10 +18,10 @@ from pathlib import Path
 from launch.command import TRAINER, Command, python, threads
 from launch.options import Call, bounds, check_sizes
 from launch.supervise import MORE_S, say_how, supervise
-from trainer.choices import TorchrunLaunch
-from trainer.config import Config
 from trainer.elastic.preemption import not_ignored, was_warned
 from trainer.errors import Refused
+from trainer.options.config import Config
+from trainer.options.launch import TorchrunLaunch
 
 # A machine that is lost is noticed after three heartbeats; one that comes late is waited for this long.
 MEET_S = 60.0  # how long a machine may be out of reach, as one that still boots

@@ -15,6 +15,14 @@ ELSEWHERE = {
     "trainer/optimizers/optimizer.py": "a contract only, which every kind is tested for",
     "trainer/__main__.py": "trainer/cli.py, in processes of its own",
 }
+# Fields with their bounds, help and refusals: those of all groups together are tried in trainer/test_check.py.
+ELSEWHERE |= {
+    f"trainer/options/{group}.py": "trainer/check.py"
+    for group in (
+        *("checkpoint", "data", "elastic", "evaluation", "launch", "model", "optimizer", "parallel", "precision"),
+        *("run", "schedule", "tracking", "train"),
+    )
+}
 # Of what tests share, these are used by all of them, or are tested through another.
 SHARED = ("cluster", "engines", "models", "rank", "runs", "threads")
 MODULES = [

@@ -15,9 +15,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.check import from_hydra, register, text_keys, unknown_key
-from trainer.choices import is_secret
-from trainer.config import Config
 from trainer.errors import Refused
+from trainer.options.config import Config
+from trainer.options.launch import is_secret
 
 # A path, not a package name: a directory or package called `conf` elsewhere must not be taken for ours.
 CONF = Path(__file__).resolve().parents[1] / "conf"

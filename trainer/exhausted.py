@@ -8,9 +8,11 @@ from contextlib import contextmanager
 import torch
 
 from checkpointing.errors import reason_of
-from trainer.choices import Full
-from trainer.config import Compute, Config, Implementation
 from trainer.errors import TrainingFailed
+from trainer.options.config import Config
+from trainer.options.method import Full
+from trainer.options.optimizer import Implementation
+from trainer.options.precision import Compute
 
 
 @contextmanager

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from checkpointing.collective import Team
-from trainer.config import Config
 from trainer.data.feed import Feed, Share
 from trainer.elastic.preemption import Preemption
 from trainer.elastic.randomness import derive
 from trainer.errors import TrainingFailed
 from trainer.evaluation import Evaluation
 from trainer.memory import memory_used
+from trainer.options.config import Config
 from trainer.profiling import Window
 from trainer.progress import LossScale, Progress
 from trainer.saving import Saver

@@ -16,12 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn import functional
 
-from trainer.config import Config, PipelineSchedule
 from trainer.methods import method_of
 from trainer.methods.method import Needs
 from trainer.models import blocks
 from trainer.models.families import FAMILIES
 from trainer.optimizers import optimizer_of
+from trainer.options.config import Config
+from trainer.options.parallel import PipelineSchedule
 from trainer.parallel.computing import LOW, computed_in, summed_loss
 from trainer.parallel.deepspeed_options import engine_options
 from trainer.parallel.pipeline import INTERLEAVED, cut_out, inside, stages_of

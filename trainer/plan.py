@@ -10,8 +10,9 @@ from math import prod
 
 from torch import nn
 
-from trainer.config import Config, Engine, Parallel, choice_of, method_name
 from trainer.errors import Refused
+from trainer.options.config import Config, choice_of, method_name
+from trainer.options.parallel import Engine, Parallel
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from trainer.check import window_of
+from trainer.options.train import window_of
 
 
 class Window:

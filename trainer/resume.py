@@ -23,44 +23,18 @@ from checkpointing.generations import Generation, abandon, candidates, read_inde
 from checkpointing.memory.directory import DEFAULT, why_not_private
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage, read_small, replace_file, sync_directory
-from trainer.choices import CHOICES, Full, Stdlib, Text
-from trainer.config import Config, as_json, choice_of, flatten
 from trainer.errors import Refused, TrainingFailed
 from trainer.identity import came_from, identify, recorded
 from trainer.methods import build, method_of
-from trainer.methods.sparse.attach import grows_by_gradient
 from trainer.models import architecture, draws_randomness
 from trainer.optimizers import optimizer_of
+from trainer.options.config import CHOICES, Config, choice_of, is_free
+from trainer.options.data import Stdlib, Text
+from trainer.options.method import Full
+from trainer.options.stored import as_json, flatten
 from trainer.track.history import History
 
 logger = logging.getLogger(__name__)
-
-# Where something lies, how fast it is computed and what is watched: free to change. What `data.path` and `model.path`
-# hold is checked by content.
-FREE = (
-    "run.",
-    "resume",
-    "dry_run",
-    "parallel.",
-    "checkpoint.",
-    "elastic.",
-    "launch",
-    "tracking.",
-    "eval.",
-    "data.path",
-    "data.eval_path",
-    "data.log_ids",
-    "data.cache",
-    "data.workers",
-    "model.path",
-    "model.lr",
-    "model.attention",
-    "method.lr",
-    "method.weight_decay",
-    "train.deterministic",
-    "train.profile",
-    "train.epochs",  # what follows from it is looked at: train.steps
-)
 
 
 @dataclass(frozen=True)
@@ -133,7 +107,7 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     incarnation = max(incarnation, manifest.incarnation + 1)
     directories = [str(tier) for tier in tiers if any(tier is other for other, _ in found)] or [str(storage)]
     memory = next((str(tier) for tier, _ in found if isinstance(tier, MappedStorage)), None)
-    altered = any(not key.startswith(FREE) for key in changes)
+    altered = any(not is_free(key) for key in changes)
     return Start(generation.step, directories, memory, named, is_own, incarnation, state, lines, altered, sizes)
 
 
@@ -225,13 +199,13 @@ def check_state(
 ) -> dict[str, tuple[Any, Any]]:
     """What has changed since a checkpoint was saved, as (was, is) by option; `Refused` if that alters the result."""
     changes = _changes(_filled(state["config"], config), as_json(config))
-    refused = {key: f"{key} (was {was}, is {now})" for key, (was, now) in changes.items() if not key.startswith(FREE)}
+    refused = {key: f"{key} (was {was}, is {now})" for key, (was, now) in changes.items() if not is_free(key)}
     if "optimizer.implementation" in changes:
         _check_moments(config, *changes["optimizer.implementation"])
         del refused["optimizer.implementation"]  # the same arithmetic, rounded in another order
     if "train.steps" in refused and config.train.steps > changes["train.steps"][0]:
         del refused["train.steps"]
-    if "parallel.local_batch" in changes and grows_by_gradient(config.method):
+    if "parallel.local_batch" in changes and config.method.grows_by_parts:
         refused["parallel.local_batch"] = "parallel.local_batch (entries grow by gradients of its first part)"
     if "model.attention" in changes and draws_randomness(model):
         refused["model.attention"] = "model.attention (the model has dropout, which each kernel draws in its own way)"

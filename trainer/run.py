@@ -30,7 +30,6 @@ from checkpointing.memory.mapped import MappedStorage
 from checkpointing.patience import PATIENCE
 from checkpointing.printing import shown
 from checkpointing.storage import FileStorage
-from trainer.config import Compute, Config
 from trainer.data.dataset import Dataset
 from trainer.data.feed import Feed
 from trainer.data.order import steps_of
@@ -48,6 +47,8 @@ from trainer.methods import build, build_largest
 from trainer.models import architecture, check_packing, leave_description, load_tokenizer
 from trainer.optimizers import optimizer_of, suits
 from trainer.optimizers.groups import lr_scales
+from trainer.options.config import Config
+from trainer.options.precision import Compute
 from trainer.outcome import Outcome, has_failed, leave
 from trainer.parallel.auto import Cluster, choose, memory_of
 from trainer.parallel.compiling import check_compiling

@@ -18,9 +18,10 @@ from checkpointing.lease import Holder, Lease
 from checkpointing.lease_protocol import EXPIRY_S, RELEASED
 from checkpointing.retention import clear_leftovers
 from checkpointing.storage import FileStorage, read_small, replace_file
-from trainer.config import Config, as_yaml
 from trainer.errors import FULL, PASSING, Refused, TrainingFailed
 from trainer.inside import refuse_links
+from trainer.options.config import Config
+from trainer.options.stored import as_yaml
 from trainer.parallel.world import World
 from trainer.resume import Start, cannot_read, own_tiers, turn_away_from
 from trainer.track.files import SPARE, roll_back

@@ -23,8 +23,9 @@ from checkpointing.collective import Team
 from checkpointing.memory import Durable, Outcome, Snapshotter
 from checkpointing.retention import Keep, prune
 from checkpointing.storage import FileStorage
-from trainer.config import Config, as_json
 from trainer.errors import TrainingFailed
+from trainer.options.config import Config
+from trainer.options.stored import as_json
 from trainer.progress import Progress
 from trainer.rundir import Leases
 from trainer.track.tracker import RunTracker

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import cos, pi
 
-from trainer.config import Curve, Schedule
+from trainer.options.schedule import Curve, Schedule
 
 
 def never_reached(total: int, peak: float, schedule: Schedule) -> str:

@@ -12,7 +12,6 @@ from torch import nn
 
 from checkpointing import External, Piece, parameter_names
 from checkpointing.format import Manifest
-from trainer.config import Config
 from trainer.data.dataset import Batch
 from trainer.methods import build, method_of
 from trainer.methods.externals import externals_of, with_external
@@ -20,6 +19,7 @@ from trainer.methods.method import Method, Rebuild, Sizes
 from trainer.methods.selection.choosing import Ranks
 from trainer.optimizers import make_optimizer
 from trainer.optimizers.groups import lr_scales
+from trainer.options.config import Config
 from trainer.parallel.computing import MakeOptimizer
 from trainer.parallel.engine import TrainingEngine, make_engine
 from trainer.parallel.world import World

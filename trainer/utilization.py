@@ -11,7 +11,7 @@ import re
 import torch
 from torch import nn
 
-from trainer.config import Compute
+from trainer.options.precision import Compute
 
 # Peak of dense bf16 arithmetic on tensor cores with fp32 sums, in 1e12 operations a second, by a part of the device's
 # name; from the vendors' data sheets. Of several that match the first counts.

@@ -23,13 +23,13 @@ from checkpointing.layouts.zero import describe_zero
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
 from trainer.compose import compose
-from trainer.config import Config
 from trainer.data.dataset import Windows
 from trainer.data.feed import Feed
 from trainer.loop import optimize
 from trainer.methods import build, method_of
 from trainer.methods.externals import externals_of, with_external
 from trainer.methods.sparse.layer import sparse_layers
+from trainer.options.config import Config
 from trainer.parallel.deepspeed_engine import DeepSpeedEngine
 from trainer.parallel.world import World
 from trainer.plan import resolve_topology

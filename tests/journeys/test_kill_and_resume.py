@@ -21,10 +21,10 @@ from checkpointing.generations import newest
 from checkpointing.storage import FileStorage
 from checkpointing.tensors import DTYPES
 from tests.harness.runs import assert_same_run, events, kill_when, launch, rows
-from trainer.choices import Jsonl
 from trainer.data.order import samples_of_step
 from trainer.data.sources import load_corpus
 from trainer.data.tokenizer import ByteTokenizer
+from trainer.options.data import Jsonl
 
 pytestmark = pytest.mark.usefixtures("processes")
 

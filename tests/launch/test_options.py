@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from launch.__main__ import parse
 from launch.options import TARGETS, Call, bounds, check_sizes, is_choice, is_override, quote, read
-from trainer.choices import LocalLaunch, SlurmLaunch, TorchrunLaunch
 from trainer.compose import compose
 from trainer.errors import Refused
+from trainer.options.launch import LocalLaunch, SlurmLaunch, TorchrunLaunch
 
 
 def called(*words: str) -> Call:

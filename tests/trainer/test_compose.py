@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 
-from trainer.choices import HuggingFace, Jsonl, Lora, TinyLlama
 from trainer.compose import compose, compose_from_command_line
-from trainer.config import Compute, Curve, Tracker
 from trainer.errors import Refused
+from trainer.options.data import Jsonl
+from trainer.options.method import Lora
+from trainer.options.model import HuggingFace, TinyLlama
+from trainer.options.precision import Compute
+from trainer.options.schedule import Curve
+from trainer.options.tracking import Tracker
 
 
 def test_the_default_is_the_main_job() -> None:

@@ -11,11 +11,11 @@ from transformers import AutoConfig, LlamaConfig
 from tests.harness.models import save_tiny_model, tokenizer
 from tests.harness.runs import rows, train
 from tests.harness.worlds import SharedWorld
-from trainer.choices import SlurmLaunch
 from trainer.compose import compose
 from trainer.data.templates import CHATML
 from trainer.memory import footprint, plan_memory
 from trainer.methods import build_largest
+from trainer.options.launch import SlurmLaunch
 from trainer.plan import plan_batch, resolve_topology
 
 GPU = 80e9

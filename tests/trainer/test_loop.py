@@ -12,13 +12,13 @@ import torch
 from tests.harness.runs import SMALL
 from trainer import loop
 from trainer.compose import compose
-from trainer.config import Config
 from trainer.data.feed import Feed
 from trainer.data.sources import load_corpus
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.errors import TrainingFailed
 from trainer.evaluation import Evaluation, evaluate
 from trainer.loop import due, optimize, train
+from trainer.options.config import Config
 from trainer.progress import LossScale, Progress
 from trainer.schedule import learning_rate
 

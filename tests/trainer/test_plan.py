@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.compose import compose
-from trainer.config import Parallel
 from trainer.errors import Refused
+from trainer.options.parallel import Parallel
 from trainer.plan import Topology, plan_batch, resolve_topology
 
 CONFIG = compose([])

@@ -17,11 +17,11 @@ from checkpointing.memory.directory import make_directory
 from tests.harness.models import save_tiny_model
 from tests.harness.runs import SMALL
 from trainer.compose import compose
-from trainer.config import as_json
 from trainer.errors import Refused
 from trainer.identity import NAME
 from trainer.methods import build
 from trainer.models import architecture
+from trainer.options.stored import as_json
 from trainer.resume import (
     Start,
     become_itself,

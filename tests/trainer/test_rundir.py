@@ -18,8 +18,8 @@ from checkpointing.lease import Lease
 from checkpointing.storage import FileStorage
 from trainer import rundir
 from trainer.compose import compose
-from trainer.config import Config
 from trainer.errors import Refused, TrainingFailed
+from trainer.options.config import Config
 from trainer.parallel.world import World
 from trainer.resume import Start
 from trainer.rundir import bring_back, hold_run_directory

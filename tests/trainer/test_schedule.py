@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.config import Curve, Schedule
+from trainer.options.schedule import Curve, Schedule
 from trainer.schedule import learning_rate, never_reached
 
 

@@ -13,12 +13,12 @@ from torch import nn
 from checkpointing import External, Piece, load, save
 from checkpointing.format import Manifest
 from tests.harness.engines import Started, feed_for, start, windows
-from trainer.choices import Full
 from trainer.compose import compose
-from trainer.config import Config
 from trainer.methods import build
 from trainer.methods.method import Backwards, Host, Method, Rebuild, Sizes
 from trainer.methods.selection.choosing import Ranks
+from trainer.options.config import Config
+from trainer.options.method import Full
 from trainer.parallel.world import World
 from trainer.plan import Topology
 from trainer.training import Training, make_training

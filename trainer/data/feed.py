@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.choices import Order
 from trainer.data.dataset import Batch, Dataset, collate
 from trainer.data.order import Ids, samples_of_step
 from trainer.elastic.batch import deal
+from trainer.options.data import Order
 
 
 @dataclass(frozen=True)

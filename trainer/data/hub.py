@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from checkpointing.errors import reason_of
-from trainer.choices import Hub
 from trainer.data.records import Record
 from trainer.errors import Refused
+from trainer.options.data import Hub
 
 
 def rows(config: Hub, split: str) -> Iterator[tuple[str, bytes, Record]]:

@@ -12,8 +12,8 @@ from math import ceil
 import numpy as np
 import numpy.typing as npt
 
-from trainer.choices import Order
 from trainer.elastic.randomness import derive
+from trainer.options.data import Order
 
 _ROUNDS = 6
 Ids = npt.NDArray[np.int64]

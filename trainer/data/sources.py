@@ -16,7 +16,6 @@ import numpy as np
 import transformers
 import xxhash
 
-from trainer.choices import Chat, Data, Hub, Jsonl, Mix, Stdlib, Text
 from trainer.data import cache, hub
 from trainer.data.conversations import Conversations
 from trainer.data.dataset import Dataset, Records, Windows
@@ -26,6 +25,7 @@ from trainer.data.packing import Packed
 from trainer.data.records import Fields, Record, RecordReader, append, conversational
 from trainer.data.tokenizer import Tokenizer, Tokens
 from trainer.errors import Refused
+from trainer.options.data import Chat, Data, Hub, Jsonl, Mix, Stdlib, Text
 
 STDLIB_HELD_OUT_BYTES = 256 * 1024
 # Data tables, test suites and installed packages: not the kind of source text this corpus is for, and not the same

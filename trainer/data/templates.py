@@ -17,9 +17,9 @@ import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from checkpointing.errors import first_few
-from trainer.choices import Data
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import Refused
+from trainer.options.data import Data
 
 Message = dict[str, Any]
 Span = tuple[int, int]  # of characters

@@ -8,9 +8,9 @@ from importlib import import_module
 from torch import nn
 
 from checkpointing.collective import Team
-from trainer.config import Config
 from trainer.methods.method import Method
 from trainer.models import build_model
+from trainer.options.config import Config
 
 
 def method_of(config: Config) -> Method:

@@ -32,12 +32,12 @@ from checkpointing import CheckpointError, parameter_names
 from checkpointing.export import copy_description, leads_out
 from checkpointing.printing import printable_output
 from checkpointing.storage import read_text
-from trainer.choices import HuggingFace
 from trainer.errors import Refused
 from trainer.methods.changes import as_rows, changes, compare
 from trainer.methods.deltas import DESCRIBED, LONGEST, Applied, Delta, as_any_new_file, compose, take_out
 from trainer.methods.tuned_runs import Tuned
 from trainer.models import load_tokenizer
+from trainer.options.model import HuggingFace
 
 # What a model speaks with, and nothing that says what it is, or that runs.
 SPOKEN = (

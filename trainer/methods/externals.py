@@ -8,8 +8,8 @@ from torch import nn
 
 from checkpointing import External, Piece, external_of, parameter_names
 from checkpointing.collective import Team
-from trainer.choices import HuggingFace
 from trainer.methods.method import Method
+from trainer.options.model import HuggingFace
 
 
 def externals_of(model: nn.Module, method: Method, rank: int, size: int) -> list[External]:

@@ -9,13 +9,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from checkpointing.errors import reason_of
-from trainer.choices import Lora
-from trainer.config import Config
 from trainer.elastic.randomness import reseed
 from trainer.errors import Refused
 from trainer.methods.deltas import Delta
 from trainer.methods.method import Method, Sizes, Stored
 from trainer.methods.targets import ALL, check_targets, check_untied
+from trainer.options.config import Config
+from trainer.options.method import Lora
 
 
 def _follows() -> dict[str, Literal["rows", "columns", "whole"]]:

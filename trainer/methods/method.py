@@ -16,10 +16,10 @@ from torch import nn
 
 from checkpointing import Piece, Slice, parameter_names
 from checkpointing.format import Manifest
-from trainer.config import Config, method_name
 from trainer.errors import Refused
 from trainer.methods.deltas import Delta, difference
 from trainer.methods.selection.choosing import Ranks
+from trainer.options.config import Config, method_name
 
 # How much of each layer trains, by the layer's name: entries, columns, rows, or whatever else a method counts.
 Sizes = Mapping[str, int]

@@ -8,9 +8,9 @@ import re
 from torch import nn
 
 from checkpointing import parameter_names
-from trainer.choices import Selective
 from trainer.errors import Refused
 from trainer.methods.method import Method, Sizes
+from trainer.options.method import Selective
 
 
 class SelectiveMethod(Method):

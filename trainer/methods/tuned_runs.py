@@ -16,13 +16,14 @@ from checkpointing.generations import newest, read_index, read_manifest, scan
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
 from checkpointing.tensors import DTYPES
-from trainer.choices import HuggingFace
-from trainer.config import Config, from_json
 from trainer.errors import Refused
 from trainer.identity import came_from, recorded
 from trainer.methods import build, method_of
 from trainer.methods.deltas import Delta
 from trainer.models import build_model
+from trainer.options.config import Config
+from trainer.options.model import HuggingFace
+from trainer.options.stored import from_json
 
 
 def is_at_home(path: Path) -> bool:

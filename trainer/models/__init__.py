@@ -16,11 +16,11 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import is_flash_attn_2_available
 
 from checkpointing.collective import Team
-from trainer.choices import Attention, HuggingFace, Model, TinyLlama
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import Refused
 from trainer.models import huggingface, tiny_llama
 from trainer.models.lent import read_once
+from trainer.options.model import Attention, HuggingFace, Model, TinyLlama
 
 
 def load_tokenizer(config: Model) -> Tokenizer:

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from checkpointing.errors import first_few, reason_of
-from trainer.choices import HuggingFace
 from trainer.data.files import LFS
 from trainer.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from trainer.errors import Refused
+from trainer.options.model import HuggingFace
 
 logger = logging.getLogger(__name__)
 SAFETENSORS = "model.safetensors"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trainer.choices import TinyLlama
 from trainer.data.tokenizer import ByteTokenizer, Tokenizer
 from trainer.elastic.randomness import reseed
+from trainer.options.model import TinyLlama
 
 
 def load_tokenizer(config: TinyLlama) -> Tokenizer:

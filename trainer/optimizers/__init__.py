@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from checkpointing import Held
-from trainer.config import Config
 from trainer.errors import Refused
 from trainer.methods.method import Method
 from trainer.optimizers.groups import param_groups, whole_shapes
 from trainer.optimizers.optimizer import OptimizerKind
+from trainer.options.config import Config
 from trainer.plan import Topology
 
 

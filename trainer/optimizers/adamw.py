@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.config import Config, Implementation
+from trainer.options.config import Config
+from trainer.options.optimizer import Implementation
 from trainer.plan import Topology
 
 

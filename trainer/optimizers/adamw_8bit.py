@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from checkpointing import materialize, parameter_names
-from trainer.config import Config, Implementation
 from trainer.errors import Refused
+from trainer.options.config import Config
+from trainer.options.optimizer import Implementation
 from trainer.parallel.tensor import is_splittable, shares_of
 from trainer.plan import Topology
 

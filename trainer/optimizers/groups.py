@@ -9,9 +9,8 @@ from typing import Any
 from torch import nn
 
 from checkpointing import Held, parameter_names
-from trainer.check import rates_by_pattern
-from trainer.config import Optimizer
 from trainer.errors import Refused
+from trainer.options.optimizer import Optimizer, rates_by_pattern
 
 
 def lr_scales(model: nn.Module, config: Optimizer) -> dict[str, float]:

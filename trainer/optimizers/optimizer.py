@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from trainer.config import Config
+from trainer.options.config import Config
 from trainer.plan import Topology
 
 

@@ -21,8 +21,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, patch_environment
 from torch import nn
 
-from trainer.config import Compute, Config, Parallel
 from trainer.errors import Refused
+from trainer.options.config import Config
+from trainer.options.parallel import Parallel
+from trainer.options.precision import Compute
 from trainer.parallel.computing import MakeOptimizer
 from trainer.parallel.deepspeed_engine import DeepSpeedEngine
 from trainer.parallel.deepspeed_options import check_deepspeed, read_options

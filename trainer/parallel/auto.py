@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from trainer.config import Config
 from trainer.errors import Refused
 from trainer.memory import Footprint, plan_memory
+from trainer.options.config import Config
 from trainer.plan import Topology, plan_batch
 
 USABLE = 0.9  # of a device's memory: the rest is for the allocator, the libraries and communication

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.config import Config, Implementation
 from trainer.errors import Refused, TrainingFailed
+from trainer.options.config import Config
+from trainer.options.optimizer import Implementation
 
 
 def check_compiling(config: Config, device: torch.device) -> None:

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from checkpointing import Held
-from trainer.config import Compute
 from trainer.data.dataset import IGNORE, Batch
 from trainer.elastic.randomness import reseed
 from trainer.models import draws_randomness
+from trainer.options.precision import Compute
 
 # Of a model as this rank computes with it; by the logical names of parameters, of what it holds a part after a cut.
 MakeOptimizer = Callable[[nn.Module, Mapping[str, Held]], torch.optim.Optimizer]

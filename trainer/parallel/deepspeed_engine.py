@@ -21,9 +21,9 @@ from torch.nn import functional
 
 from checkpointing import Piece, Slice, parameter_names
 from checkpointing.layouts.zero import describe_zero, held_in_partition, publish_zero
-from trainer.config import Config
 from trainer.data.dataset import Batch
 from trainer.models import blocks
+from trainer.options.config import Config
 from trainer.parallel.computing import (
     LOW,
     Draws,

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config, Implementation
 from trainer.errors import Refused
+from trainer.options.config import Config
+from trainer.options.optimizer import Implementation
 from trainer.plan import Topology
 
 BUCKET = 500_000_000  # elements reduced at a time, at most: DeepSpeed's default, allocated however small the model is

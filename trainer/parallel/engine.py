@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import nn
 
 from checkpointing import Piece, Slice
-from trainer.config import Config, Engine
 from trainer.data.dataset import Batch
+from trainer.options.config import Config
+from trainer.options.parallel import Engine
 from trainer.parallel.computing import MakeOptimizer
 from trainer.parallel.deepspeed_options import check_deepspeed
 from trainer.parallel.world import World

@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from checkpointing import Piece, parameter_names
-from trainer.config import PipelineSchedule
 from trainer.errors import Refused
 from trainer.models import blocks
 from trainer.models.families import FAMILIES
+from trainer.options.parallel import PipelineSchedule
 from trainer.parallel.computing import Draws, Part, computed_in, summed_loss
 from trainer.parallel.shares import balanced
 

@@ -21,10 +21,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpointing import Piece, Slice, describe, parameter_names, pieces_of
-from trainer.config import Config
 from trainer.data.dataset import Batch
 from trainer.errors import Refused
 from trainer.models import blocks
+from trainer.options.config import Config
 from trainer.parallel.compiling import Compiled
 from trainer.parallel.computing import LOW, Draws, MakeOptimizer, logits_of, parts_of, set_lr, summed_loss
 from trainer.parallel.mesh import Mesh

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from checkpointing import CheckpointError, LeaseHeldError
-from trainer.config import Config, Tracker, as_json
+from trainer.options.config import Config
+from trainer.options.stored import as_json
+from trainer.options.tracking import Tracker
 from trainer.rundir import Leases
 from trainer.track.console import Console
 from trainer.track.files import SPARE, Events, Metrics, Samples

@@ -13,11 +13,11 @@ import pytest
 
 from tests.harness.models import tokenizer
 from tests.harness.worlds import SharedWorld
-from trainer.choices import Chat, Data, Hub, Jsonl
 from trainer.data import cache
 from trainer.data.sources import Corpus, load_corpus
 from trainer.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from trainer.errors import Refused
+from trainer.options.data import Chat, Data, Hub, Jsonl
 
 SEQ_LEN = 120
 

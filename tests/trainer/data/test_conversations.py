@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from tests.trainer.data.families import AGAIN, ANSWER, ASK, SYSTEM, hugging_face
-from trainer.choices import Chat
 from trainer.data.conversations import Conversations, recognise
 from trainer.data.dataset import Sample
 from trainer.data.sources import load_corpus
 from trainer.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from trainer.errors import Refused
+from trainer.options.data import Chat
 
 
 def read(family: str, messages: list[dict[str, Any]], seq_len: int = 1000, merges: bool = False, **more: Any) -> Any:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 
-from trainer.choices import Chat, Hub, Jsonl, Mix
 from trainer.data.sources import Corpus, load_corpus, load_sets
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.errors import Refused
+from trainer.options.data import Chat, Hub, Jsonl, Mix
 
 TALK = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": str(n)}]} for n in range(30)]
 TEXT = [{"text": f"text {n}"} for n in range(30)]

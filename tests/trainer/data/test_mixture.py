@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.choices import Mix
 from trainer.data.dataset import Records, predicted
 from trainer.data.mixture import Mixture, counts_of
 from trainer.data.sources import load_corpus
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.errors import Refused
+from trainer.options.data import Mix
 
 sizes_and_shares = st.lists(st.tuples(st.integers(1, 50), st.floats(0.1, 10)), min_size=1, max_size=4)
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.choices import Order
 from trainer.data.order import permute, samples_of_step, steps_of
+from trainer.options.data import Order
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**62))

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainer.choices import Jsonl, Stdlib, Text
 from trainer.data.dataset import IGNORE, collate
 from trainer.data.sources import STDLIB_HELD_OUT_BYTES, STDLIB_LEFT_OUT, Corpus, held_out_files, load_corpus
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.errors import Refused
+from trainer.options.data import Jsonl, Stdlib, Text
 
 BYTES = ByteTokenizer()
 

@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 
 from tests.harness.models import save_tiny_model
 from tests.trainer.data.families import TOKENIZERS
-from trainer.choices import HuggingFace
 from trainer.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from trainer.errors import Refused
 from trainer.models import load_tokenizer
+from trainer.options.model import HuggingFace
 
 LOSSLESS = [name for name in TOKENIZERS if name != "word pieces"]
 MADE = {name: HuggingFaceTokenizer(make()) for name, make in TOKENIZERS.items()}

@@ -18,11 +18,12 @@ from checkpointing.generations import newest
 from checkpointing.storage import FileStorage
 from tests.harness.engines import LAYOUTS, Started, start
 from tests.harness.processes import ROOT
-from trainer.choices import Reselection, Selective, Sparse
 from trainer.compose import compose
-from trainer.config import Config, as_json
 from trainer.methods.tuned_runs import Tuned
 from trainer.models import build_model
+from trainer.options.config import Config
+from trainer.options.method import Reselection, Selective, Sparse
+from trainer.options.stored import as_json
 from trainer.parallel.computing import logits_of
 
 GENERIC = ("sparse", "selective")  # what methods are made of, and none by themselves

@@ -28,9 +28,9 @@ from tests.trainer.methods.conformance import (
     train_link,
     trainable,
 )
-from trainer.choices import Lora, Reselection, Sparse
 from trainer.compose import compose
 from trainer.methods.tuned_runs import Tuned
+from trainer.options.method import Lora, Reselection, Sparse
 
 SPARSE = [m for m in METHODS if isinstance(compose(overrides(m)).method, Sparse)]
 PHASES = [m for m in SPARSE if "promote_rank" in str(overrides(m)) or "every=7" in str(overrides(m))]

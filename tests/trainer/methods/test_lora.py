@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.choices import Lora, TinyLlama
-from trainer.config import Config, Train
 from trainer.errors import Refused
 from trainer.methods.lora import LoraMethod
 from trainer.models import build_model, draws_randomness
+from trainer.options.config import Config
+from trainer.options.method import Lora
+from trainer.options.model import TinyLlama
+from trainer.options.train import Train
 
 
 def model(config: Lora, seed: int = 0) -> torch.nn.Module:

@@ -13,11 +13,11 @@ from tests.harness.engines import LAYOUTS, start
 from tests.harness.worlds import SharedWorld
 from tests.trainer.methods.conformance import Trained, base_model, overrides, save_to
 from trainer.compose import compose
-from trainer.config import as_json
 from trainer.errors import Refused
 from trainer.identity import identify
 from trainer.methods.deltas import Applied
 from trainer.methods.tuned_runs import Tuned
+from trainer.options.stored import as_json
 
 
 def train_under(layout: str, directory: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.harness.models import save_tiny_model
-from trainer.choices import Attention, HuggingFace
 from trainer.errors import Refused
 from trainer.models import build_model
+from trainer.options.model import Attention, HuggingFace
 
 HERE = [Attention.sdpa, Attention.eager]
 

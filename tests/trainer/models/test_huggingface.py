@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, T5Config
 
 from tests.harness.models import VOCABULARY, save_tiny_model
-from trainer.choices import HuggingFace, TinyLlama
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.errors import Refused
 from trainer.models import architecture, build_model, draws_randomness, leave_description, load_tokenizer
+from trainer.options.model import HuggingFace, TinyLlama
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -15,9 +15,9 @@ from checkpointing.collective import Team
 from tests.harness.models import save_tiny_model
 from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.zoo import MODELS, save_model
-from trainer.choices import HuggingFace
 from trainer.models import build_model, lent
 from trainer.models.lent import read_once
+from trainer.options.model import HuggingFace
 
 
 def held(model: nn.Module) -> dict[str, tuple[torch.Tensor, bool, bool]]:

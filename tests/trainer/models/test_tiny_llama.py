@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trainer.choices import TinyLlama
 from trainer.models import build_model
+from trainer.options.model import TinyLlama
 
 
 def test_the_tiny_llama_follows_from_its_seed() -> None:

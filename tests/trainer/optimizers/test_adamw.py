@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.config import Config, Implementation, Optimizer
 from trainer.optimizers.adamw import AdamWKind
+from trainer.options.config import Config
+from trainer.options.optimizer import Implementation, Optimizer
 
 
 @pytest.mark.parametrize("kind", [Implementation.fused, Implementation.foreach])

@@ -24,7 +24,6 @@ from tests.trainer.parallel.test_torch_engine import dataset
 from tests.trainer.parallel.zoo import save_model
 from trainer import check
 from trainer.compose import compose
-from trainer.config import Config, Optimizer
 from trainer.errors import Refused
 from trainer.loop import optimize
 from trainer.memory import footprint, plan_memory
@@ -32,6 +31,8 @@ from trainer.methods import build
 from trainer.methods.method import Method
 from trainer.optimizers.adamw_8bit import EightBitAdamW, check_blocks, cut_within, is_in_blocks
 from trainer.optimizers.groups import param_groups
+from trainer.options.config import Config
+from trainer.options.optimizer import Optimizer
 from trainer.parallel.computing import set_lr
 from trainer.parallel.deepspeed_options import check_deepspeed
 from trainer.parallel.tensor import shares_of

@@ -6,11 +6,12 @@ import pytest
 from torch import nn
 
 from checkpointing import Held
-from trainer.config import Config, Optimizer
 from trainer.errors import Refused
 from trainer.methods.method import Method
 from trainer.optimizers import make_optimizer
 from trainer.optimizers.groups import lr_scales, param_groups, whole_shapes
+from trainer.options.config import Config
+from trainer.options.optimizer import Optimizer
 from trainer.parallel.computing import set_lr
 
 CONFIG = Optimizer(lr=1e-3, weight_decay=0.1)

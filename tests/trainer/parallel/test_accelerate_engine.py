@@ -22,11 +22,11 @@ from tests.harness.runs import SMALL as TINY
 from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.test_torch_engine import SMALL, dataset, train_steps, whole
 from trainer.compose import compose
-from trainer.config import Compute
 from trainer.data.feed import Feed
 from trainer.errors import Refused
 from trainer.loop import optimize
 from trainer.methods import build
+from trainer.options.precision import Compute
 from trainer.parallel import accelerate_engine
 from trainer.parallel.accelerate_engine import as_configured, prepare, topology_of
 from trainer.parallel.mesh import Mesh

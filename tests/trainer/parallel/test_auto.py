@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from tests.harness.runs import SMALL, train
 from tests.harness.worlds import SharedWorld
 from trainer.compose import compose
-from trainer.config import Config
 from trainer.errors import Refused
 from trainer.memory import Footprint, footprint, plan_memory
 from trainer.methods import build, method_of
+from trainer.options.config import Config
 from trainer.parallel.auto import USABLE, Cluster, choose, layouts, memory_of
 from trainer.parallel.tensor import is_splittable
 from trainer.plan import plan_batch, resolve_topology

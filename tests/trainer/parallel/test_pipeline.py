@@ -13,10 +13,10 @@ from tests.trainer.parallel.test_tensor import assert_alike, overrides
 from tests.trainer.parallel.test_torch_engine import SMALL, train_steps
 from tests.trainer.parallel.zoo import MODELS
 from trainer.compose import compose
-from trainer.config import PipelineSchedule
 from trainer.errors import Refused
 from trainer.methods import build
 from trainer.models import blocks
+from trainer.options.parallel import PipelineSchedule
 from trainer.parallel import pipeline
 from trainer.parallel.pipeline import check_stages, cut_out, inside, stages_of
 

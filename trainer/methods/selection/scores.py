@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.choices import Granularity, Selector
 from trainer.elastic.randomness import derive
+from trainer.options.method import Granularity, Selector
 
 
 @dataclass(frozen=True)

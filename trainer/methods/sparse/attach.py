@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from checkpointing.errors import first_few
 from checkpointing.format import Manifest
-from trainer.choices import Allocator, Granularity, Growth, Method, Reselection, Selector, Sparse
 from trainer.elastic.randomness import reseed
 from trainer.errors import Refused
 from trainer.methods.selection.choosing import Ranks, choose_above, choose_each, choose_together
@@ -21,6 +20,7 @@ from trainer.methods.sparse.layer import INDICES, SparseLayer, choose, make_spar
 from trainer.methods.sparse.promoted import make_promoted
 from trainer.methods.targets import targeted
 from trainer.models.families import FAMILIES, KV, Q
+from trainer.options.method import Allocator, Granularity, Sparse
 
 # How many entries, columns or rows of a layer train; none, and it stays as it is.
 Sizes = Mapping[str, int]
@@ -32,7 +32,6 @@ def attach(model: nn.Module, config: Sparse, seed: int, sizes: Sizes | None = No
 
     Their entries are the first ones until others are chosen.
     """
-    check_selector(config)
     found = targets_of(model, config)
     if sizes is None:
         counts = counts_of(config, {name: target for name, (_, target) in found.items()})
@@ -164,51 +163,3 @@ def select(
 def _channels(slices: torch.Tensor, width: int) -> torch.Tensor:
     """The columns or rows of slices of `width`."""
     return (slices[:, None] * width + torch.arange(width, device=slices.device)).reshape(-1)
-
-
-def grows_by_gradient(method: Method) -> bool:
-    """Whether candidates are chosen by the gradient of a part of a micro-batch."""
-    return isinstance(method, Sparse) and method.schedule is Reselection.regrow and method.growth is Growth.gradient
-
-
-def check_selector(config: Sparse) -> None:
-    """`Refused` for combinations that mean nothing."""
-    early = config.selector in (Selector.gradient, Selector.squared_gradient)
-    if (config.selector is Selector.delta) != (config.schedule.name == "rewind"):
-        raise Refused(
-            f"method.selector={config.selector.name} with method.schedule={config.schedule.name}: the difference of a "
-            "full phase is there after one. Type method.selector=delta method.schedule=rewind together."
-        )
-    if config.granularity is not Granularity.element and config.schedule.name != "once":
-        raise Refused(
-            f"method.granularity={config.granularity.name} with method.schedule={config.schedule.name}: whole channels "
-            "are selected once. Type method.schedule=once, or method.granularity=element."
-        )
-    if config.allocator is Allocator.threshold and config.selector is not Selector.smallest:
-        raise Refused("method.allocator=threshold is of the smallest weights. Type method.selector=smallest with it.")
-    if config.allocator is Allocator.threshold and config.granularity is not Granularity.element:
-        raise Refused("method.allocator=threshold is of single weights. Type method.granularity=element with it.")
-    if config.schedule.name == "narrow" and config.allocator is not Allocator.threshold:
-        raise Refused("method.schedule=narrow goes on below a threshold. Type method.allocator=threshold with it.")
-    if config.schedule.name in ("regrow", "renew") and early:
-        raise Refused(
-            f"method.selector={config.selector.name} is of the start. Type method.schedule=once, or method=spiel."
-        )
-    if config.schedule.name in ("regrow", "renew") and config.every == 0:
-        raise Refused(f"method.schedule={config.schedule.name} needs method.every=STEPS.")
-    if config.schedule.name == "regrow" and config.growth.name == "gradient" and config.every <= config.window:
-        raise Refused(
-            f"method.every={config.every} leaves no room for method.window={config.window} steps of accumulating "
-            f"gradients. Type method.every={config.window + 1} or more."
-        )
-    if config.nuclear and config.granularity is not Granularity.element:
-        raise Refused("method.nuclear is for single entries. Type method.nuclear=0, or method.granularity=element.")
-    if config.bf16_weights and (
-        config.allocator in (Allocator.whole, Allocator.threshold) or config.schedule is Reselection.rewind
-    ):
-        raise Refused(
-            "method.bf16_weights=true is for methods that train a part of every targeted weight, and here some may "
-            "stay as they are, or train whole. Type method.bf16_weights=false, or method.allocator=uniform."
-        )
-    if config.promote_rank and config.schedule.name != "once":
-        raise Refused("method.promote_rank is for method.schedule=once. Type method.promote_rank=0.")

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trainer.choices import Allocator, Granularity, Sparse
 from trainer.errors import Refused
+from trainer.options.method import Allocator, Granularity, Sparse
 
 
 @dataclass(frozen=True)

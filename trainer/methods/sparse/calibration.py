@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from trainer.choices import Selector, Sparse
 from trainer.methods.method import Backwards
 from trainer.methods.selection.choosing import Ranks
 from trainer.methods.selection.scores import Subject
@@ -17,6 +16,7 @@ from trainer.methods.sparse.attach import targets_of
 from trainer.methods.sparse.places import assemble
 from trainer.methods.sparse.trained import Trained
 from trainer.methods.sparse.watching import GradientWatch
+from trainer.options.method import Selector, Sparse
 
 # Of a weight, on the rank that owns it; all ranks ask together, in the model's order.
 Subjects = Callable[[str, bool], "Subject | None"]

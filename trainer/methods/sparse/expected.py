@@ -15,12 +15,12 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from trainer.choices import Allocator, Growth, Reselection, Sparse
 from trainer.methods.method import Needs
 from trainer.methods.sparse.attach import PROMOTED, Sizes, targets_of
 from trainer.methods.sparse.budgets import counts_of, dense_hits
 from trainer.methods.sparse.calibration import EARLY, layer_of
 from trainer.methods.sparse.layer import bytes_of_places, sparse_layers
+from trainer.options.method import Allocator, Growth, Reselection, Sparse
 
 FP32 = 4
 SAMPLES, ROWS = 4, 8  # so many rows in a row, at so many places of a weight

@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from trainer.choices import Growth, Reselection
-from trainer.config import Config
 from trainer.methods.entries import index_dtype
 from trainer.methods.sparse.reselect import Candidates
 from trainer.methods.sparse.reselecting import is_due, to_replace
 from trainer.methods.sparse.trained import Trained
 from trainer.methods.sparse.watching import CandidateWatch, ChoiceWatch
+from trainer.options.config import Config
+from trainer.options.method import Growth, Reselection
 
 CANDIDATES = 2  # for every entry that is to grow
 

@@ -17,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from checkpointing import Held
 from checkpointing.geometry import Interval
-from trainer.choices import Granularity, Reselection
 from trainer.methods.entries import Entries, index_dtype
 from trainer.methods.sparse.places import short
+from trainer.options.method import Granularity, Reselection
 
 VALUES, INDICES, ORIGINALS = "sparse_values", "sparse_indices", "sparse_originals"
 # Above this share of entries a dense product costs less than one at the entries alone: measured on CPUs, where the

@@ -16,8 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from checkpointing import Piece
 from checkpointing.format import Manifest
-from trainer.choices import Growth, Reselection, Sparse
-from trainer.config import Config
 from trainer.elastic.randomness import derive
 from trainer.errors import TrainingFailed
 from trainer.methods.deltas import Applied, Delta, LowRank
@@ -33,6 +31,8 @@ from trainer.methods.sparse.layer import INDICES, ORIGINALS, VALUES, flat_entrie
 from trainer.methods.sparse.reselecting import is_due, narrow, reselect, say_near
 from trainer.methods.sparse.trained import Gathered, Known, State, Trained
 from trainer.methods.sparse.watching import Penalty
+from trainer.options.config import Config
+from trainer.options.method import Growth, Reselection, Sparse
 
 POSITION = "method/position"
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from checkpointing import Piece
-from trainer.choices import Granularity
 from trainer.methods.entries import added
+from trainer.options.method import Granularity
 
 # What an element is where a rank does not hold it, in a maximum over the bits of all ranks: minus zero, as an integer
 # the least there is.

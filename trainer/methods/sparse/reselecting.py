@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from checkpointing import Piece
-from trainer.choices import Growth, Reselection, Sparse
-from trainer.config import Config
 from trainer.methods.entries import Entries
 from trainer.methods.selection.choosing import best
 from trainer.methods.selection.scores import Subject, scores_of, selection_key
@@ -17,6 +15,8 @@ from trainer.methods.sparse.layer import SparseLayer
 from trainer.methods.sparse.places import Place, assemble
 from trainer.methods.sparse.reselect import Candidates, Moments, Renewed, number_to_replace, regrow, renew
 from trainer.methods.sparse.trained import Gathered, Trained
+from trainer.options.config import Config
+from trainer.options.method import Growth, Reselection, Sparse
 
 
 def is_due(config: Config, method: Sparse, position: int) -> bool:

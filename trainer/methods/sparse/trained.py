@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from checkpointing import Piece
-from trainer.choices import Granularity, Growth, Reselection, Sparse
 from trainer.methods.entries import Entries, index_dtype
 from trainer.methods.method import Host
 from trainer.methods.selection.choosing import Ranks
@@ -18,6 +17,7 @@ from trainer.methods.sparse.entry_optimizers import EntryAdamW, accumulators
 from trainer.methods.sparse.layer import VALUES, SparseLayer, sparse_layers
 from trainer.methods.sparse.places import Place, assemble, by_name, put_back
 from trainer.methods.sparse.reselect import Candidates, Moments
+from trainer.options.method import Granularity, Growth, Reselection, Sparse
 
 Gathered = dict[str, tuple[Entries, dict[str, torch.Tensor]]]  # by layer; moments by the optimizer's name for them
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from trainer.choices import Granularity
 from trainer.methods.selection.choosing import best
 from trainer.methods.sparse.layer import SparseConv1D, SparseLayer, Support
+from trainer.options.method import Granularity
 
 
 def full_gradient(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.choices import Granularity, Selector
 from trainer.methods.selection.scores import SCORES, Subject, scores_of, selection_key
+from trainer.options.method import Granularity, Selector
 
 
 def subject(shape: tuple[int, int] = (5, 8), **more: torch.Tensor) -> Subject:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from tests.harness.models import save_tiny_model
-from trainer.choices import Sparse
 from trainer.compose import compose
 from trainer.errors import Refused
 from trainer.methods import build
@@ -18,8 +17,6 @@ from trainer.methods.selection.choosing import Ranks
 from trainer.methods.sparse.attach import (
     PROMOTED,
     attach,
-    check_selector,
-    grows_by_gradient,
     select,
     settle,
     targets_of,
@@ -28,6 +25,7 @@ from trainer.methods.sparse.attach import (
 from trainer.methods.sparse.layer import SparseConv1D, SparseLayer, sparse_layers
 from trainer.methods.sparse.promoted import PromotedLinear
 from trainer.models import build_model
+from trainer.options.method import Sparse
 
 ALONE = Ranks.of(None, torch.device("cpu"))
 
@@ -118,30 +116,3 @@ def test_in_a_full_phase_the_targets_train_as_they_are() -> None:
     assert {n for n, p in made.named_parameters() if p.requires_grad} == {
         f"{n}.weight" for n in targets_of(made, options)
     }
-
-
-def test_growth_by_gradients_is_told_from_other_growth() -> None:
-    assert grows_by_gradient(method("method=spiel")) and not grows_by_gradient(method("method=spiel_ma"))
-    assert not grows_by_gradient(compose(["method=full"]).method)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "why"),
-    [
-        (["method.selector=delta"], "the difference of a full phase is there after one"),
-        (["method=lt_sft", "method.selector=random"], "is there after one"),
-        (["method=s2ft", "method.schedule=renew", "method.every=5"], "whole channels are selected once"),
-        (["method.allocator=threshold"], "is of the smallest weights"),
-        (["method=sara", "method.granularity=inputs", "method.schedule=once"], "is of single weights"),
-        (["method.schedule=narrow"], "goes on below a threshold"),
-        (["method=lift", "method.selector=gradient"], "is of the start"),
-        (["method=lift", "method.every=0"], "needs method.every=STEPS"),
-        (["method=spiel", "method.every=5"], r"Type method\.every=6 or more"),
-        (["method=lift", "method.promote_rank=4"], r"Type method\.promote_rank=0"),
-        (["method=s2ft", "method.nuclear=0.1"], r"Type method\.nuclear=0"),
-        (["method=lt_sft", "method.bf16_weights=true"], r"Type method\.bf16_weights=false"),
-    ],
-)
-def test_combinations_that_mean_nothing_are_refused(overrides: list[str], why: str) -> None:
-    with pytest.raises(Refused, match=why):
-        check_selector(method(*overrides))

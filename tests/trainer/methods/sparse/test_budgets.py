@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.choices import Allocator, Granularity, Sparse
 from trainer.errors import Refused
 from trainer.methods.sparse.budgets import Target, counts_of, dense_hits, densities_by_pattern, together
+from trainer.options.method import Allocator, Granularity, Sparse
 
 TARGETS = {"a.q_proj": Target(100, 200), "a.down_proj": Target(50, 30)}
 HEADS = {"a.o_proj": Target(64, 64, Granularity.inputs, 16), "a.down_proj": Target(64, 172, Granularity.inputs)}

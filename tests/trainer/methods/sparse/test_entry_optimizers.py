@@ -10,9 +10,9 @@ from torch import nn
 
 from checkpointing import Slice
 from tests.harness.worlds import SharedWorld
-from trainer.choices import Granularity
 from trainer.methods.sparse.entry_optimizers import EntryAdamW, EntrySM3, accumulators
 from trainer.methods.sparse.layer import choose, make_sparse
+from trainer.options.method import Granularity
 
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 

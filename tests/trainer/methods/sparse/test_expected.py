@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from tests.harness.models import save_tiny_model
-from trainer.choices import Sparse
 from trainer.compose import compose
 from trainer.methods import build
 from trainer.methods.selection.choosing import Ranks
 from trainer.methods.sparse.attach import PROMOTED, attach, select
 from trainer.methods.sparse.expected import expected_sizes, needs_of, share_below
 from trainer.models import build_model
+from trainer.options.method import Sparse
 
 ALONE = Ranks.of(None, torch.device("cpu"))
 

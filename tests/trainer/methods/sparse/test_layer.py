@@ -10,9 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from checkpointing import Held
-from trainer.choices import Granularity
 from trainer.methods.sparse import layer as layers
 from trainer.methods.sparse.layer import SparseLayer, choose, locate, make_sparse, resize, undo_sparse
+from trainer.options.method import Granularity
 
 ROWS, COLUMNS = 6, 7
 

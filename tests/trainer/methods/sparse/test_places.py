@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from checkpointing import Piece
 from tests.harness.worlds import SharedWorld
-from trainer.choices import Granularity
 from trainer.methods.entries import added
 from trainer.methods.sparse.layer import at, values_shape
 from trainer.methods.sparse.places import Place, assemble, put_back
+from trainer.options.method import Granularity
 
 SHAPE = (5, 6)
 

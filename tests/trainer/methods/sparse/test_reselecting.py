@@ -9,10 +9,10 @@ import torch
 
 from tests.harness.engines import start
 from tests.trainer.methods.conformance import base_model, overrides
-from trainer.choices import Sparse
 from trainer.compose import compose
 from trainer.methods.selection.scores import SCORES, Subject
 from trainer.methods.sparse.reselecting import is_due
+from trainer.options.method import Sparse
 
 
 def snapshot(started: Any) -> dict[str, dict[str, torch.Tensor]]:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.choices import Granularity
 from trainer.methods.sparse.layer import choose, make_sparse
 from trainer.methods.sparse.watching import (
     CandidateWatch,
@@ -18,6 +17,7 @@ from trainer.methods.sparse.watching import (
     full_gradient,
     nuclear_gradient,
 )
+from trainer.options.method import Granularity
 
 G, X = (
     torch.randn(5, 4, generator=torch.Generator().manual_seed(0)),

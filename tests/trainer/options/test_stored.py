@@ -10,7 +10,7 @@ import yaml
 
 from trainer.check import option_keys
 from trainer.compose import compose
-from trainer.config import as_json, as_yaml, flatten, from_json
+from trainer.options.stored import as_json, as_yaml, flatten, from_json
 
 
 def test_json_and_yaml_forms_hold_plain_values(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.harness.processes import ROOT
-from trainer.choices import CHOICES
 from trainer.compose import compose
-from trainer.config import Curve, choice_of, method_name
+from trainer.options.config import CHOICES, choice_of, is_free, method_name
+from trainer.options.schedule import Curve
 
 REQUIRED = {
     "selective": ["method.parameters=[norm]"],
@@ -45,3 +45,23 @@ def test_a_method_suggests_what_the_optimizer_takes_where_nothing_else_is_given(
     assert compose(["method=lift"]).optimizer.lr == 1e-4 and compose(["method=lift"]).optimizer.weight_decay == 0
     assert compose([]).optimizer.lr == 1e-3 and compose([]).optimizer.weight_decay == 0.1
     assert compose(["method=lift", "optimizer.lr=0.5"]).optimizer.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("key", "free"),
+    [
+        *((key, True) for key in ("run.name", "resume", "resume_allow", "dry_run", "launch", "launch.nproc")),
+        *((key, True) for key in ("parallel.tp", "checkpoint.memory.every", "elastic.signal", "tracking.tracker")),
+        *((key, True) for key in ("eval.samples", "data.path", "data.eval_path", "data.log_ids", "data.cache")),
+        *((key, True) for key in ("data.workers", "model.path", "model.lr", "model.attention", "method.lr")),
+        *((key, True) for key in ("method.weight_decay", "train.deterministic", "train.profile", "train.epochs")),
+        *(
+            (key, False)
+            for key in ("train.steps", "train.seed", "train.global_batch", "optimizer.lr", "optimizer.clip")
+        ),
+        *((key, False) for key in ("data", "data.pack", "data.text_field", "model", "model.hidden_size", "method")),
+        *((key, False) for key in ("method.r", "method.density", "precision.compute", "schedule.curve", "unknown.key")),
+    ],
+)
+def test_what_a_run_may_go_on_with(key: str, free: bool) -> None:
+    assert is_free(key) == free

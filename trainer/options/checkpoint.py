@@ -1,0 +1,35 @@
+"""Options of checkpoints, and of snapshots in CPU memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trainer.options.field import option, refuse_unprintable
+
+
+@dataclass
+class Memory:
+    """Snapshots in CPU memory, kept by a process of their own when the trainer dies."""
+
+    every: int = option(0, low=0)  # steps; 1: every step; 0: none, and what is durable is saved while training waits
+    dir: str = ""  # on a tmpfs, of this user alone; empty: a directory of the run under /dev/shm
+    keep_s: float = option(3600, low=1)  # seconds that the memory stays when the run does not come back
+    start_s: float = option(60, low=1)  # that the process that keeps it may take to start
+    flush_rate: float = option(0, low=0)  # bytes a second at most from memory to checkpoint.dir; 0: as fast as it goes
+    check_fence: bool = False  # find writes to the state while it is copied, at twice the price of a snapshot
+
+
+@dataclass
+class Checkpoint:
+    dir: str = "${run.dir}/checkpoints"
+    every: int = option(100, low=0)  # steps; 0: only after the last
+    keep: int = option(2, low=1)  # newest generations that stay
+    keep_every: int = option(0, low=0)  # and those of every so many steps, for ever; 0: none
+    keep_best: int = option(0, low=0)  # and so many of the lowest held-out loss, of those saved where it was evaluated
+    fail_after: int = option(0, low=0)  # durable saves that fail in a row and end the run; 0: it goes on without them
+    check_replicas: bool = True  # compare what several ranks hold before it becomes durable
+    memory: Memory = field(default_factory=Memory)
+
+    def refuse(self) -> None:
+        """Refuse a directory's name that is more than a name."""
+        refuse_unprintable("checkpoint.dir", self.dir)
