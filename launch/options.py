@@ -15,11 +15,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from checkpointing.errors import reason_of
 from trainer.check import check
-from trainer.compose import CONFIG_DIR, compose
+from trainer.compose import compose
 from trainer.errors import Refused
 from trainer.options.config import CHOICES, Config
 from trainer.options.launch import Launch, is_secret
 from trainer.plan import plan_batch, resolve_topology
+from trainer.plugins import CONFIG_DIR
 
 TARGETS = CHOICES["launch"]
 

@@ -18,12 +18,10 @@ from trainer.check import from_hydra, register, text_keys, unknown_key
 from trainer.errors import Refused
 from trainer.options.config import Config
 from trainer.options.launch import is_secret
+from trainer.plugins import CONFIG_DIR, directories_in, load
 
 # A path, not a package name: a directory or package called `conf` elsewhere must not be taken for ours.
 CONF = Path(__file__).resolve().parents[1] / "conf"
-
-
-CONFIG_DIR = ("--config-dir", "-cd")  # Hydra's flag
 
 
 def compose(words: Sequence[str]) -> Config:
@@ -38,18 +36,18 @@ def compose(words: Sequence[str]) -> Config:
 
 
 def _directories(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Where else configurations lie, as Hydra's flag `--config-dir` says it, for its function that knows no flags."""
-    rest, found, given = iter(words), list[str](), list[str]()
+    """Where else configurations lie, as an override for Hydra's function that knows no flags; and the other words."""
+    directories = [directory for _, directory in directories_in(words)]
+    for directory in directories:
+        load(directory)
+    rest, others = iter(words), list[str]()
     for word in rest:
-        flag, equals, value = word.partition("=")
-        if flag in CONFIG_DIR:
-            directory = Path(os.path.expanduser(value if equals else next(rest, ""))).resolve()
-            if not directory.is_dir():
-                raise Refused(f"{flag} {directory} is no directory. Give one that holds configurations.")
-            given.append(f"file://{directory}")
-        else:
-            found.append(word)
-    return [f"hydra.searchpath=[{','.join(_quoted(one) for one in given)}]"] if given else [], found
+        if word.partition("=")[0] not in CONFIG_DIR:
+            others.append(word)
+        elif "=" not in word:
+            next(rest, None)
+    paths = ",".join(_quoted(f"file://{directory}") for directory in directories)
+    return [f"hydra.searchpath=[{paths}]"] if directories else [], others
 
 
 def compose_from_command_line() -> Config | None:
@@ -61,7 +59,8 @@ def compose_from_command_line() -> Config | None:
     if {"-m", "--multirun"} & set(words) or any(re.match(r"hydra\.mode=.*multirun", word) for word in words):
         raise Refused("--multirun would train several runs inside one process. Start one command a run.")
     register()
-    sys.argv[1:] = as_typed(sys.argv[1:])
+    directories, words = _directories(sys.argv[1:])  # Hydra's own flag takes one, and no overrides after it
+    sys.argv[1:] = [*directories, *as_typed(words)]
     composed: list[DictConfig] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised to us rather than printed, with status 1, by Hydra
     try:

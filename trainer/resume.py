@@ -200,9 +200,10 @@ def check_state(
     """What has changed since a checkpoint was saved, as (was, is) by option; `Refused` if that alters the result."""
     changes = _changes(_filled(state["config"], config), as_json(config))
     refused = {key: f"{key} (was {was}, is {now})" for key, (was, now) in changes.items() if not is_free(key)}
-    if "optimizer.implementation" in changes:
-        _check_moments(config, *changes["optimizer.implementation"])
-        del refused["optimizer.implementation"]  # the same arithmetic, rounded in another order
+    for key in ("optimizer", "optimizer.implementation"):
+        if key in changes:
+            _check_moments(config, key, *changes[key])
+    refused.pop("optimizer.implementation", None)  # the same arithmetic, rounded in another order
     if "train.steps" in refused and config.train.steps > changes["train.steps"][0]:
         del refused["train.steps"]
     if "parallel.local_batch" in changes and config.method.grows_by_parts:
@@ -230,22 +231,24 @@ def check_state(
     return changes
 
 
-def _check_moments(config: Config, was: str, now: str) -> None:
-    """`Refused`, whatever is allowed, where the moments of one implementation are not those of the other."""
+def _check_moments(config: Config, key: str, was: str, now: str) -> None:
+    """`Refused`, whatever is allowed, where the moments of one optimizer are not those of the other."""
     if not optimizer_of(config).goes_on_from(was):
         whole = isinstance(config.method, Full)
         leave = "checkpointing export RUN --to hf" if whole else "trainer.methods merge RUN"
         raise Refused(
-            f"This run was saved with optimizer.implementation={was}, whose moments cannot be loaded for {now}. "
-            f"Type optimizer.implementation={was}, or begin another run with its model: `python -m {leave} DIR`, "
+            f"This run was saved with {key}={was}, whose moments cannot be loaded for {now}. "
+            f"Type {key}={was}, or begin another run with its model: `python -m {leave} DIR`, "
             "and model=hf model.path=DIR."
         )
 
 
 def _filled(saved: dict[str, Any], config: Config) -> dict[str, Any]:
-    """A saved configuration with the defaults of options that a later release added."""
+    """A saved configuration with the defaults of options, and of groups of choices, that a later release added."""
     defaults = as_json(Config(**{group: type(getattr(config, group))() for group in CHOICES}))
-    rechosen = {group for group in CHOICES if saved["choices"].get(group) != choice_of(config, group)}
+    choices = {**{group: next(iter(known)) for group, known in CHOICES.items()}, **saved["choices"]}
+    rechosen = {group for group in CHOICES if choices[group] != choice_of(config, group)}
+    saved = {**saved, "choices": choices}
     return _fill(saved, {key: value for key, value in defaults.items() if key not in rechosen})
 
 

@@ -76,7 +76,6 @@ TRAINING = [
     "schedule=constant",
     "schedule.warmup_steps=0",
 ]
-MOMENTS = ("exp_avg", "exp_avg_sq")
 STEPS = 6
 BARS = {"fp32": 1e-5, "bf16": 1e-2}
 # The learning rate, and how many of the 257 tokens the data has: in bf16 a run must get so far in six steps that what
@@ -168,22 +167,31 @@ def gather(engine: Any) -> dict[str, torch.Tensor]:
         inner = engine._engine
         if inner.zero_optimization_stage() == 0:  # nothing is taken apart
             whole = {f"model/{name}": parameter for name, parameter in named.items()}
-            moments = {(n, key): inner.optimizer.state[p][key] for n, p in named.items() for key in MOMENTS}
+            keys = moments_of(inner.optimizer)
+            moments = {(n, key): inner.optimizer.state[p][key] for n, p in named.items() for key in keys}
         else:
             if inner.zero_optimization_stage() < 3:  # its links leave out the second param group until made anew
                 inner.optimizer._hp_optimizer_states_linked = False
                 inner.optimizer._lazy_init_hp_params_optimizer_state()
             whole = {f"model/{name}": safe_get_full_fp32_param(parameter) for name, parameter in named.items()}
-            moments = {(n, key): safe_get_full_optimizer_state(p, key) for n, p in named.items() for key in MOMENTS}
+            keys = moments_of(inner.optimizer.optimizer)
+            moments = {(n, key): safe_get_full_optimizer_state(p, key) for n, p in named.items() for key in keys}
     elif engine._cuts.held or engine._pipeline is not None:  # what torch gathers is then a part only
         return {}
     else:
         sharded = {name: p for name, p in named.items() if isinstance(p, DTensor)}
         state = engine._optimizer.state
         whole = {f"model/{name}": parameter.full_tensor() for name, parameter in sharded.items()}
-        moments = {(n, key): state[p][key].full_tensor() for n, p in sharded.items() for key in MOMENTS}
+        keys = moments_of(engine._optimizer)
+        moments = {(n, key): state[p][key].full_tensor() for n, p in sharded.items() for key in keys}
     found = {**whole, **{f"optim/{name}/{key}": moment for (name, key), moment in moments.items()}}
     return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> list[str]:
+    """What an optimizer keeps in the form of a parameter."""
+    state: dict[str, Any] = next(iter(optimizer.state.values()), {})
+    return [key for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim()]
 
 
 def differing(gathered: dict[str, torch.Tensor], directory: Path) -> list[str]:

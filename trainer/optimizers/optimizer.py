@@ -26,7 +26,11 @@ class OptimizerKind(Protocol):
     def make(
         self, groups: list[dict[str, Any]], shapes: Mapping[nn.Parameter, tuple[int, ...]]
     ) -> torch.optim.Optimizer:
-        """The optimizer of these param groups; `shapes` has each parameter's before it was cut."""
+        """The optimizer of these param groups; `shapes` has each parameter's before it was cut.
+
+        One that is not torch's has a method `prepare`, which creates its state, so that a generation can be loaded
+        before the first step. Parameters may be DTensors, or flat partitions of several.
+        """
 
     def goes_on_from(self, other: str) -> bool:
         """Whether the state that another optimizer.implementation saved is this one's too."""

@@ -55,6 +55,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "slurm": SlurmLaunch,
     },
     "method": {"full": Full, "lora": Lora, "selective": Selective, "sparse": Sparse},
+    "optimizer": {"adamw": Optimizer},
 }
 
 

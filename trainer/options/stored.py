@@ -45,7 +45,10 @@ def from_json(saved: dict[str, Any]) -> Config:
     `KeyError`, `AttributeError` or an error of OmegaConf's where it is no configuration.
     """
     first = {group: next(iter(known)) for group, known in CHOICES.items()}  # of groups that a later release added
-    choices = {group: CHOICES[group][name]() for group, name in {**first, **saved["choices"]}.items()}
+    chosen = {**first, **saved["choices"]}
+    if strangers := [f"{group}={name}" for group, name in chosen.items() if name not in CHOICES[group]]:
+        raise ValueError(f"{strangers[0]} is not known here; --config-dir DIRECTORY says where its files are")
+    choices = {group: CHOICES[group][name]() for group, name in chosen.items()}
     plain = {key: _literal(value) for key, value in saved.items() if key != "choices"}
     merged = OmegaConf.merge(OmegaConf.structured(Config(**choices)), plain)
     config = OmegaConf.to_object(merged)

@@ -35,10 +35,19 @@ BAR = 1e-5
 LEARNING = ["train.micro_batch=2", f"train.steps={LAST}"]
 
 
+def words_of(method: str) -> list[str]:
+    """What a person types to choose a method."""
+    path = Path(method)
+    return [f"method={method}"] if "/" not in method else ["--config-dir", str(path.parents[1]), f"method={path.stem}"]
+
+
 @functools.cache
 def overrides(method: str) -> list[str]:
-    """A method at the size of a model of a few thousand parameters, with several re-selections in a few steps."""
-    base = [f"method={method}", *LEARNING]
+    """A method at the size of a model of a few thousand parameters, with several re-selections in a few steps.
+
+    `method` is a name, or the path of a YAML outside of the project.
+    """
+    base = [*words_of(method), *LEARNING]
     options = compose(base).method
     if not isinstance(options, Sparse):
         return base

@@ -1,0 +1,233 @@
+"""A method and an optimizer of new kinds, each by one file and one YAML in a directory of somebody's own.
+
+Nothing in the project knows them, and the shared suites run on them as on any other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import matrix
+from tests.harness.engines import LAYOUTS, contents_differ, furthest, start
+from tests.harness.runs import SMALL, launch, rows, trainer
+from tests.harness.worlds import SharedWorld
+from tests.trainer.methods import test_conformance as conformance
+from trainer.compose import compose
+from trainer.errors import Refused
+from trainer.options.stored import as_json, from_json
+
+GAINS = '''
+"""Train a gain beside every norm: `y = norm(x) * gain`, one at first. The base is frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from checkpointing import parameter_names
+from trainer.methods.deltas import difference
+from trainer.methods.method import Method
+from trainer.options import method as options
+from trainer.options.field import option
+
+
+@dataclass
+class GainOptions(options.Method):
+    """Train gains."""
+
+    made_by: ClassVar[str] = f"{__name__}:Gains"
+    from_layer: int = option(0, low=0)  # the first layer that has them
+
+
+OPTIONS = GainOptions
+
+
+class Gained(nn.Module):
+    def forward(self, hidden):
+        return super().forward(hidden) * self.gain
+
+
+class Gains(Method):
+    def attach(self, model, sizes=None):
+        model.requires_grad_(False)
+        for module in list(model.modules()):
+            if type(module).__name__.endswith("RMSNorm"):
+                module.__class__ = type("Gained", (Gained, type(module)), {})
+                module.gain = nn.Parameter(torch.ones_like(module.weight))
+        return model
+
+    def adds(self, name):
+        return name.endswith(".gain")
+
+    def merged(self, run):
+        model = run.base()
+        with torch.no_grad():
+            for name, parameter in parameter_names(model).items():
+                gain = f"model/{name.removesuffix('.weight')}.gain"
+                if gain in run.names:
+                    parameter.mul_(run.tensor(gain))
+        return model
+
+    def delta(self, run, base):
+        base = run.base() if base is None else base
+        return difference(parameter_names(base), parameter_names(self.merged(run)), "gains")
+'''
+
+LION = '''
+"""Lion (Chen et al. 2023, arXiv:2302.06675): the sign of an average of gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from trainer.options.optimizer import Optimizer
+
+
+@dataclass
+class LionOptions(Optimizer):
+    """Lion."""
+
+    made_by: ClassVar[str] = f"{__name__}:LionKind"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+
+
+OPTIONS = LionOptions
+
+
+class Lion(torch.optim.Optimizer):
+    def prepare(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.prepare()
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                average = self.state[p]["exp_avg"]
+                direction = average.mul(first).add_(p.grad, alpha=1 - first).sign_()
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"] / 10)
+                average.lerp_(p.grad, 1 - second)
+
+
+class LionKind:
+    def __init__(self, config):
+        self._options = config.optimizer
+
+    def refuse(self, model, topology):
+        pass
+
+    def bytes_of(self, shape):
+        return 4.0 * shape.numel()
+
+    def make(self, groups, shapes):
+        return Lion(groups, {"lr": self._options.lr, "betas": tuple(self._options.betas), "weight_decay": 0.0})
+
+    def goes_on_from(self, other):
+        return other == "lion"
+
+    def about(self, model):
+        return "Lion"
+'''
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A configuration directory with a method and an optimizer of its own."""
+    for group, name, code in (("method", "gains", GAINS), ("optimizer", "lion", LION)):
+        place = tmp_path / "mine" / group
+        place.mkdir(parents=True)
+        (place / f"{name}.py").write_text(code)
+        (place / f"{name}.yaml").write_text(f"defaults:\n  - /schema/{group}@_here_: {name}\n  - _self_\n")
+    return tmp_path / "mine"
+
+
+def words(directory: Path) -> list[str]:
+    return ["--config-dir", str(directory)]
+
+
+def test_its_options_are_checked_saved_and_read_like_any(directory: Path) -> None:
+    config = compose([*words(directory), "method=gains", "method.from_layer=2", "optimizer=lion"])
+    assert type(config.method).__name__ == "GainOptions" and config.optimizer.betas == [0.9, 0.99]
+    assert from_json(as_json(config)) == config
+    with pytest.raises(Refused, match=r"method\.from_layer=-1 must be at least 0"):
+        compose([*words(directory), "method=gains", "method.from_layer=-1"])
+    with pytest.raises(Refused, match=r"method\.from_layer is an option of method=gains only"):
+        compose([*words(directory), "method.from_layer=1"])
+    with pytest.raises(ValueError, match=r"method=stranger is not known here; --config-dir DIRECTORY"):
+        from_json({**as_json(config), "choices": {**as_json(config)["choices"], "method": "stranger"}})
+
+
+@pytest.mark.parametrize(
+    ("group", "code", "why"),
+    [
+        ("method", "import nowhere_at_all", r"method/other\.py cannot be imported: No module named 'nowhere_at_all'"),
+        ("method", "OPTIONS = 3", r"must be a dataclass below trainer\.options\.method\.Method"),
+        ("train", "OPTIONS = 3", "is beside no group that has choices of its own"),
+    ],
+)
+def test_a_file_that_is_none_is_refused(directory: Path, group: str, code: str, why: str) -> None:
+    (directory / group).mkdir(exist_ok=True)
+    (directory / group / "other.py").write_text(code)
+    (directory / group / "other.yaml").write_text("{}")
+    with pytest.raises(Refused, match=why):
+        compose(words(directory))
+    (directory / group / "other.yaml").unlink()  # alone it is somebody's module, and none of ours
+    compose(words(directory))
+
+
+def test_a_method_passes_conformance(directory: Path, tmp_path: Path, world: SharedWorld) -> None:
+    method = str(directory / "method" / "gains.yaml")
+    conformance.test_the_output_is_the_bases_at_the_start(method)
+    conformance.test_merged_reverted_and_counted(method, tmp_path / "merged")
+    conformance.test_a_run_goes_through_every_engine_as_if_it_had_stayed(method, tmp_path, world)
+
+
+def resumed(overrides: list[str], source: Path, again: Path) -> dict[str, Any]:
+    return matrix.resume(overrides, source, again, control=True)
+
+
+def test_an_optimizer_goes_through_the_matrix(directory: Path, tmp_path: Path, world: SharedWorld) -> None:
+    chosen = [*words(directory), "optimizer=lion"]
+    layouts = ["single", "ddp", "fsdp on 3", "tp", "pp", "zero 1", "zero 3"]
+    expected = start(chosen).train(1, 2 * matrix.STEPS)
+    for layout in layouts:
+        size, overrides = LAYOUTS[layout]
+        losses = world.run(matrix.train_and_save, size, [*chosen, *overrides], tmp_path / layout)[0]["losses"]
+        assert furthest(losses, expected[: matrix.STEPS]) < 1e-5
+    for target, source in zip(layouts, [*layouts[3:], *layouts[:3]], strict=True):
+        size, overrides = LAYOUTS[target]
+        again = tmp_path / f"{source} to {target}"
+        found = world.run(resumed, size, [*chosen, *overrides], tmp_path / source, again)[0]
+        assert found["same_forward"] and contents_differ(tmp_path / source, again) == []
+        assert furthest(found["losses"], expected[matrix.STEPS :]) < 1e-5 < furthest(found["control"], found["losses"])
+
+
+@pytest.mark.usefixtures("processes")
+def test_a_whole_run_with_both_is_launched_resumed_and_merged(directory: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    common = [*SMALL, "method=gains", "optimizer=lion", "train.steps=4", f"run.dir={run}", *words(directory)]
+    done = launch(2, [*common, "checkpoint.every=2"])
+    assert done.returncode == 0 and "Lion, lr" in done.stdout and "method=gains trains" in done.stdout, done.stderr
+    again = launch(1, [*common, "parallel=fsdp", "train.steps=6"])
+    assert again.returncode == 0 and [row["step"] for row in rows(run)] == [*range(1, 7)], again.stderr
+    other = launch(1, [*[word for word in common if word != "optimizer=lion"], "train.steps=8"])
+    assert other.returncode == 2, other.stdout
+    assert "saved with optimizer=lion, whose moments cannot be loaded for adamw" in other.stderr
+    unknown = trainer("merge", str(run), str(tmp_path / "out"), module="trainer.methods")
+    assert unknown.returncode == 2 and "method=gains is not known here" in unknown.stderr
+    merged = trainer("merge", str(run), str(tmp_path / "out"), *words(directory), module="trainer.methods")
+    assert merged.returncode == 0 and (tmp_path / "out" / "model.safetensors").is_file(), merged.stderr
