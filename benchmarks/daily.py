@@ -330,9 +330,9 @@ def export_one(how: str, directory: Path) -> None:
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from checkpointing import find
     from checkpointing.commands import open_newest
     from checkpointing.export import export_hugging_face
-    from checkpointing.listing import find
 
     assert transformers.core_model_loading and AutoConfig and AutoModelForCausalLM  # imported, as far as they are lazy
     target = directory / f"{how}.out"
@@ -341,7 +341,7 @@ def export_one(how: str, directory: Path) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: that of the imports is no part of it
     began = time.perf_counter()
     if how == "ours":
-        reader = open_newest(*find(directory / "ours"))
+        reader = open_newest(find(directory / "ours"))
         export_hugging_face(reader, target, directory / "config")
     else:
         dcp_to_torch_save(directory / "dcp", target)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         publish_zero,
         restore_param_groups,
     )
+    from checkpointing.place import Place, find
     from checkpointing.restore import load
     from checkpointing.retention import Keep, prune
     from checkpointing.tensors import external_of
@@ -59,6 +60,7 @@ __all__ = [
     "NotFoundError",
     "PeerError",
     "Piece",
+    "Place",
     "ReplicaError",
     "Slice",
     "UnreadableError",
@@ -66,6 +68,7 @@ __all__ = [
     "describe",
     "describe_zero",
     "external_of",
+    "find",
     "load",
     "materialize",
     "param_groups",
@@ -82,8 +85,10 @@ _ELSEWHERE = {
     "External": "geometry",
     "Keep": "retention",
     "Piece": "geometry",
+    "Place": "place",
     "Slice": "geometry",
     "external_of": "tensors",
+    "find": "place",
     "load": "restore",
     "prune": "retention",
     "save": "commit",

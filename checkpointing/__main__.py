@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpointing.errors import CheckpointError, DamagedError, VersionError
-from checkpointing.listing import find, ls
+from checkpointing.listing import ls
+from checkpointing.place import find
 from checkpointing.printing import open_closed_streams, printable_output, quiet_libraries
 
 DTYPES = ("fp32", "bf16", "fp16")  # that an export rounds to
@@ -84,7 +85,7 @@ def _answer(arguments: argparse.Namespace) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "ls":
-        return ls(*find(arguments.dir), arguments.json)
+        return ls(find(arguments.dir), arguments.json)
 
     from checkpointing import commands  # seconds of imports
 
@@ -92,12 +93,12 @@ def run(arguments: argparse.Namespace) -> int:
         return commands.diff(find(arguments.a), find(arguments.b), arguments.json)
     if arguments.command == "import":
         return commands.take_in(arguments)
-    found = find(arguments.dir)
+    place = find(arguments.dir)
     if arguments.command == "export":
-        return commands.export(commands.open_newest(*found), arguments)
+        return commands.export(commands.open_newest(place), arguments)
     if arguments.command == "inspect":
-        return commands.inspect(commands.open_newest(*found), arguments.json, arguments.tensor)
-    return commands.verify(*found, arguments.json)
+        return commands.inspect(commands.open_newest(place), arguments.json, arguments.tensor)
+    return commands.verify(place, arguments.json)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from checkpointing.foreign import IMPORTED, describe_foreign
 from checkpointing.generations import Generation, check_readable, scan
 from checkpointing.lease import hold
 from checkpointing.listing import state_of, when
+from checkpointing.place import Place
 from checkpointing.printing import unprinted
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import FileStorage
@@ -41,11 +42,10 @@ from checkpointing.tree import human_bytes, render_boxes, render_tree
 
 PROGRESS_BYTES = 16 * 1024 * 1024  # checked between one sign of progress and the next
 
-Found = tuple[FileStorage, list[Generation]]
 
-
-def open_newest(storage: FileStorage, found: list[Generation]) -> GenerationReader:
-    """The newest sound generation found; what is damaged and newer is said."""
+def open_newest(place: Place) -> GenerationReader:
+    """Open the newest sound generation of a place; what is damaged and newer is said."""
+    storage, found = place.storage, place.generations
     check_readable(g for g in found if not g.abandoned)
     generation = next((g for g in found if g.sound and not g.abandoned), None) or next(
         (g for g in found if g.sound), None
@@ -122,9 +122,9 @@ def _by(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def diff(first: Found, second: Found, as_json: bool) -> int:
+def diff(first: Place, second: Place, as_json: bool) -> int:
     """Compare the newest sound generations of two directories."""
-    a, b = open_newest(*first), open_newest(*second)
+    a, b = open_newest(first), open_newest(second)
     with hold(a.storage, a.manifest.generation), hold(b.storage, b.manifest.generation):
         return _diff(a, b, as_json)
 
@@ -190,8 +190,9 @@ def _finite(value: float | None) -> float | str | None:
     return str(value) if value is not None and not isfinite(value) else value
 
 
-def verify(storage: FileStorage, found: list[Generation], as_json: bool) -> int:
-    """Check every committed generation found; with one named, that one."""
+def verify(place: Place, as_json: bool) -> int:
+    """Check every committed generation of a place; of one that was named that one."""
+    storage, found = place.storage, place.generations
     report = [_verify_one(storage, g) for g in found if g.committed]
     skipped = [g.name for g in found if not g.committed]
     damaged, unreadable = any(r["damage"] for r in report), any(r["unreadable"] for r in report)

@@ -7,33 +7,17 @@ from __future__ import annotations
 
 import json
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
-from checkpointing.errors import NotFoundError, UnreadableError
-from checkpointing.generations import Generation, scan
-from checkpointing.storage import FileStorage
+from checkpointing.errors import UnreadableError
+from checkpointing.generations import Generation
+from checkpointing.place import Place
 from checkpointing.tree import human_bytes
 
 
-def find(directory: Path) -> tuple[FileStorage, list[Generation]]:
-    """The generations that DIR means, newest first."""
-    if not directory.is_dir():
-        raise NotFoundError(f"{directory} is not a directory; give a run, a checkpoint directory or a generation")
-    if (directory / "checkpoints").is_dir():
-        directory = directory / "checkpoints"
-    directory = directory.resolve()
-    found = scan(FileStorage(directory))
-    if found:
-        return FileStorage(directory), found
-    parent = FileStorage(directory.parent)
-    found = [g for g in scan(parent) if g.name == directory.name]
-    if not found:
-        raise NotFoundError(f"{directory} holds no generation (directories named step-XXXXXXXX-<save id>)")
-    return parent, found
-
-
-def ls(storage: FileStorage, found: list[Generation], as_json: bool) -> int:
+def ls(place: Place, as_json: bool) -> int:
+    """Print the generations of a place; the exit status says whether one is damaged."""
+    storage, found = place.storage, place.generations
     rows: list[dict[str, Any]] = [
         {
             "generation": g.name,

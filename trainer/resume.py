@@ -5,6 +5,7 @@ Nothing here writes, until `turn_away_from` marks what a run has left behind.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import uuid
@@ -15,7 +16,16 @@ from typing import Any
 
 from torch import nn
 
-from checkpointing import CheckpointError, NotFoundError, UnreadableError, VersionError, describe, parameter_names
+from checkpointing import (
+    CheckpointError,
+    NotFoundError,
+    Place,
+    UnreadableError,
+    VersionError,
+    describe,
+    find,
+    parameter_names,
+)
 from checkpointing.errors import first_few
 from checkpointing.foreign import IMPORTED
 from checkpointing.format import Manifest
@@ -73,8 +83,8 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
                 _check_nothing_was_saved(config, past)
             return Start(incarnation=incarnation, lines=["from scratch", *_what_memory_held(past), *notes])
     else:
-        storage, others, named = _find(Path(config.resume))
-        found = [(storage, generation) for generation in others]
+        place = _find(Path(config.resume))
+        named, found = place.named, [(place.storage, generation) for generation in place.candidates]
     storage, generation, manifest, state, passed_over = _newest_readable(found)
     passed_over = notes + passed_over
     changes = {} if IMPORTED in state else check_state(config, state, fingerprint, model)
@@ -274,23 +284,18 @@ def turn_away_from(tiers: Sequence[FileStorage], start: Start, loaded_step: int)
     return names
 
 
-def _find(path: Path) -> tuple[FileStorage, list[Generation], str | None]:
-    """What resume=<path> means: a run directory, a directory of generations, or one generation, which is then named."""
+def _find(path: Path) -> Place:
+    """What resume=<path> means. `Refused` where nothing there was committed."""
     if not path.is_dir():
         raise Refused(
             f"resume={path} is not a directory. Give a run, its checkpoints, or one generation; or resume=auto."
         )
-    top = (path / "checkpoints" if (path / "checkpoints").is_dir() else path).resolve()
-    storage = FileStorage(top)
-    if found := candidates(storage):
-        return storage, found, None
-    parent = FileStorage(top.parent)
-    found = [g for g in scan(parent) if g.name == top.name and g.committed]
-    if not found:
-        raise Refused(
-            f"resume={path} holds no committed generation. `python -m checkpointing ls {path}` shows what is there."
-        )
-    return parent, found, top.name
+    with contextlib.suppress(NotFoundError):
+        if (place := find(path)).candidates:
+            return place
+    raise Refused(
+        f"resume={path} holds no committed generation. `python -m checkpointing ls {path}` shows what is there."
+    )
 
 
 def _what_memory_held(past: History) -> list[str]:

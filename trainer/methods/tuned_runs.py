@@ -10,11 +10,10 @@ import torch
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from checkpointing import CheckpointError, Piece, describe, external_of, parameter_names
+from checkpointing import CheckpointError, NotFoundError, Piece, describe, external_of, find, parameter_names
 from checkpointing.format import Manifest
-from checkpointing.generations import newest, read_index, read_manifest, scan
+from checkpointing.generations import read_index, read_manifest
 from checkpointing.reader import GenerationReader
-from checkpointing.storage import FileStorage
 from checkpointing.tensors import DTYPES
 from trainer.errors import Refused
 from trainer.identity import came_from, recorded
@@ -48,19 +47,18 @@ class Tuned:
         must be given then, and whether code beside it may run always (`trust_code`).
         """
         path = path.resolve()  # a link, or `.`, has its own name only there
-        top = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        storage, name = FileStorage(top), None
         try:
-            if (found := newest(storage)) is not None:
-                name = found.name
-            elif any(g.name == top.name and g.committed for g in scan(FileStorage(top.parent))):
-                storage, name = FileStorage(top.parent), top.name
-            if name is None:
-                raise Refused(
-                    f"{path} holds no committed generation. `python -m checkpointing ls {path}` shows what is there."
-                )
-            manifest = read_manifest(storage, name)
+            place = find(path)
+            generation = place.candidates[0] if place.named and place.candidates else place.newest
+            if generation is None:
+                raise NotFoundError("nothing there was committed")
+            storage = place.storage
+            manifest = read_manifest(storage, generation.name)
             state = read_index(storage, manifest, 0).objects.get("trainer")
+        except NotFoundError:
+            raise Refused(
+                f"{path} holds no committed generation. `python -m checkpointing ls {path}` shows what is there."
+            ) from None
         except CheckpointError as error:
             raise Refused(
                 f"{path} cannot be read: {error}. `python -m checkpointing verify {path}` says more."

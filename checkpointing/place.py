@@ -1,0 +1,51 @@
+"""What a path means to whoever has generations to look for: a run, a directory of them, or one of them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpointing.errors import NotFoundError
+from checkpointing.generations import Generation, check_readable, scan
+from checkpointing.storage import FileStorage
+
+CHECKPOINTS = "checkpoints"  # of a run, where it is not told otherwise
+
+
+@dataclass(frozen=True)
+class Place:
+    """Generations, and where they lie."""
+
+    storage: FileStorage
+    generations: list[Generation]  # newest first, whatever their state; where one was named that one alone
+    named: str | None  # the name of the one generation that the path is
+
+    @property
+    def candidates(self) -> list[Generation]:
+        """The committed generations that may be loaded: of one that was named that one, abandoned or not."""
+        return [g for g in self.generations if g.committed and (self.named is not None or not g.abandoned)]
+
+    @property
+    def newest(self) -> Generation | None:
+        """The newest sound one of the candidates. `UnreadableError` where the storage fails: any may be the newest."""
+        check_readable(self.candidates)
+        return next((g for g in self.candidates if g.sound), None)
+
+
+def find(path: str | os.PathLike[str]) -> Place:
+    """The generations of a run's directory, of a directory of generations, or of a generation's own.
+
+    Links are followed, and so `.` has a name. `NotFoundError` where there is no directory, or no generation in it.
+    """
+    given = Path(path)
+    if not given.is_dir():
+        raise NotFoundError(f"{path} is not a directory; give a run, a checkpoint directory or a generation")
+    directory = (given / CHECKPOINTS if (given / CHECKPOINTS).is_dir() else given).resolve()
+    storage = FileStorage(directory)
+    if generations := scan(storage):
+        return Place(storage, generations, None)
+    above = FileStorage(directory.parent)
+    if generations := [g for g in scan(above) if g.name == directory.name]:
+        return Place(above, generations, directory.name)
+    raise NotFoundError(f"{directory} holds no generation (directories named step-XXXXXXXX-<save id>)")
