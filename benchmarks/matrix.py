@@ -26,7 +26,7 @@ from tests.harness.engines import BARS, LAYOUTS, STEPS, contents_differ, furthes
 from tests.harness.worlds import fresh_world
 
 WAIT_S = 600
-STEPS_AWAY = (1, 4)  # in the list of layouts: which ones a layout is resumed from
+STEPS_AWAY = (1, 5)  # in the list of layouts: which ones a layout is resumed from
 
 
 def sources_of(names: list[str], target: str, every_pair: bool) -> list[str]:

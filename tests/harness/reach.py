@@ -18,6 +18,8 @@ from pathlib import Path, PurePosixPath
 from tests.harness.processes import ROOT
 
 PACKAGES = ("trainer", "checkpointing", "launch", "benchmarks", "tests")
+# Their modules import whatever an option names (its `made_by`): all that lies below.
+MAKERS = {"trainer/methods/__init__.py": "trainer.methods.", "trainer/optimizers/__init__.py": "trainer.optimizers."}
 EVERYTHING = ("pyproject.toml",)  # what is installed, and how tests run
 # They name what processes have imported beforehand, and what is to be found here: no test needs any of it.
 NAMES_ONLY = ("tests/harness/forks.py", "tests/harness/reach.py", "tests/harness/tiers.py")
@@ -80,6 +82,8 @@ class Graph:
             yield from {str(parent / "conftest.py") for parent in path.parents} & self._python
         if not (self.root / name).is_file():
             return
+        if name in MAKERS:
+            yield from self._named(MAKERS[name])
         tree = ast.parse((self.root / name).read_text(), name)
         texts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings start nothing
         starts = any(isinstance(node, ast.Constant) and node.value == "-m" for node in ast.walk(tree))

@@ -91,7 +91,7 @@ def test_the_graph_of_this_checkout_tells_tests_apart() -> None:
     graph = Graph()
     assert all(name.startswith("tests/harness/") or "/" not in name[6:] for name in graph.closure("tests/conftest.py"))
     tests = {name for name in graph.files if "/test_" in name and name.endswith(".py")}
-    scores = graph.reached_by(["trainer/methods/sparse/scores.py"]) & tests
+    scores = graph.reached_by(["trainer/methods/selection/scores.py"]) & tests
     assert "tests/trainer/methods/test_conformance.py" in scores and len(scores) < 0.75 * len(tests)
     assert not {"tests/checkpointing/test_geometry.py", "tests/checkpointing/test_commit.py"} & scores
     assert len(graph.reached_by(["docs/adopt.md"]) & tests) < 10

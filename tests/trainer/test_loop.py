@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +40,8 @@ class Recorder:
         self.calls += [{"ids": batch.ids.tolist(), "weight": weight, "key": key} for key, batch in micro_batches]
         return self.loss([batch for _, batch in micro_batches])
 
-    def step(self, lr: float, loss_scale: float | None = None) -> torch.Tensor:
+    def step(self, lr: float, loss_scale: float | None, before_update: Callable[[], None]) -> torch.Tensor:
+        before_update()
         self.rates.append(lr)
         self.scales.append(loss_scale)
         return torch.tensor(self.norms.pop(0) if self.norms else 0.5)
@@ -56,6 +58,7 @@ class Sinks:
 
     def __init__(self) -> None:
         self.told: list[tuple[str, int]] = []
+        self.fences = 0
         self.rows: list[dict[str, Any]] = []
 
     def step(self, row: dict[str, Any]) -> None:
@@ -64,6 +67,9 @@ class Sinks:
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         self.told.append((f"{prompt}{text}", step))
+
+    def fence(self) -> None:
+        self.fences += 1
 
     def settle(self) -> dict[str, float]:
         self.told.append(("settle", 0))
@@ -157,6 +163,7 @@ def test_lines_come_before_the_checkpoint_that_counts_them_and_say_what_it_cost(
         ("finish", 5),
     ]
     assert [row["blocked_s"] for row in sinks.rows] == [0.25] * 5
+    assert sinks.fences == 5  # before every update
     assert [row.get("eval_loss") for row in sinks.rows] == [None, None, 1.0, None, 1.0]
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import matrix
-from tests.harness.engines import LAYOUTS, contents_differ, furthest, start
+from tests.harness.engines import LAYOUTS, STEPS, contents_differ, furthest, resume, start, train_and_save
 from tests.harness.runs import SMALL, launch, rows, trainer
 from tests.harness.worlds import SharedWorld
 from tests.trainer.methods import test_conformance as conformance
@@ -197,23 +196,23 @@ def test_a_method_passes_conformance(directory: Path, tmp_path: Path, world: Sha
 
 
 def resumed(overrides: list[str], source: Path, again: Path) -> dict[str, Any]:
-    return matrix.resume(overrides, source, again, control=True)
+    return resume(overrides, source, again, control=True)
 
 
 def test_an_optimizer_goes_through_the_matrix(directory: Path, tmp_path: Path, world: SharedWorld) -> None:
     chosen = [*words(directory), "optimizer=lion"]
     layouts = ["single", "ddp", "fsdp on 3", "tp", "pp", "zero 1", "zero 3"]
-    expected = start(chosen).train(1, 2 * matrix.STEPS)
+    expected = start(chosen).train(1, 2 * STEPS)
     for layout in layouts:
         size, overrides = LAYOUTS[layout]
-        losses = world.run(matrix.train_and_save, size, [*chosen, *overrides], tmp_path / layout)[0]["losses"]
-        assert furthest(losses, expected[: matrix.STEPS]) < 1e-5
+        losses = world.run(train_and_save, size, [*chosen, *overrides], tmp_path / layout)[0]["losses"]
+        assert furthest(losses, expected[:STEPS]) < 1e-5
     for target, source in zip(layouts, [*layouts[3:], *layouts[:3]], strict=True):
         size, overrides = LAYOUTS[target]
         again = tmp_path / f"{source} to {target}"
         found = world.run(resumed, size, [*chosen, *overrides], tmp_path / source, again)[0]
         assert found["same_forward"] and contents_differ(tmp_path / source, again) == []
-        assert furthest(found["losses"], expected[matrix.STEPS :]) < 1e-5 < furthest(found["control"], found["losses"])
+        assert furthest(found["losses"], expected[STEPS:]) < 1e-5 < furthest(found["control"], found["losses"])
 
 
 @pytest.mark.usefixtures("processes")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.check import window_of
 from trainer.errors import Refused
+from trainer.options.train import window_of
 from trainer.profiling import Window
 
 

@@ -22,7 +22,6 @@ from tests.harness.runs import train as run_trainer
 from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.test_torch_engine import dataset
 from tests.trainer.parallel.zoo import save_model
-from trainer import check
 from trainer.compose import compose
 from trainer.errors import Refused
 from trainer.loop import optimize
@@ -31,6 +30,7 @@ from trainer.methods import build
 from trainer.methods.method import Method
 from trainer.optimizers.adamw_8bit import EightBitAdamW, check_blocks, cut_within, is_in_blocks
 from trainer.optimizers.groups import param_groups
+from trainer.options import optimizer as optimizer_options
 from trainer.options.config import Config
 from trainer.options.optimizer import Optimizer
 from trainer.parallel.computing import set_lr
@@ -292,7 +292,7 @@ def test_deepspeed_and_sparse_methods_keep_fp32_moments() -> None:
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    monkeypatch.setattr(optimizer_options, "find_spec", lambda name: None)
     with pytest.raises(Refused, match=r"torchao's, which is not installed\. Type `pip install torchao`, or"):
         compose(["optimizer=adamw_8bit"])
 
