@@ -360,7 +360,7 @@ def _read(storage: Storage, name: str) -> bytes | None:
 
 
 def _numbers(storage: Storage) -> list[int]:
-    """Of all claims, whatever lies under their names: what is no file is one of a process that cannot be told."""
+    """The numbers of all claims. Anything under such a name counts, a directory too: nobody can tell whose it is."""
     names = _names(storage.root) if isinstance(storage, FileStorage) else list(storage.list("lease-"))
     return sorted(int(found[1]) for name in names if (found := _CLAIM.fullmatch(name)))
 

@@ -78,7 +78,7 @@ def agree_on_completeness(team: Team, rows: Sequence[Row], manifest: Manifest) -
 
 
 def forget() -> None:
-    """As in a new process."""
+    """Forget the last plan, as a new process has none."""
     _plans.remembered.clear()
     _complete.remembered.clear()
 

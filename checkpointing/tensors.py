@@ -106,7 +106,7 @@ def divided(tensor: torch.Tensor, divisor: float, dtype: torch.dtype) -> torch.T
 
 
 def _wider(dtype: torch.dtype) -> torch.dtype:
-    """To compute in, so that the result is rounded once: torch casts float64 to the short dtypes by way of float32."""
+    """The dtype to compute in so that the result is rounded once: torch casts float64 by way of float32."""
     return torch.float32 if dtype.itemsize <= 2 else torch.float64
 
 

@@ -20,7 +20,7 @@ class Command:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """To be typed into a shell."""
+        """The command as one types it into a shell."""
         return " ".join(
             [*(f"{key}={shlex.quote(value)}" for key, value in self.environment.items()), shlex.join(self.words)]
         )

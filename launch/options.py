@@ -107,7 +107,7 @@ def is_override(word: str) -> bool:
 
 
 def composable(words: Sequence[str]) -> list[str]:
-    """Of what the trainer is given all that `compose` takes: overrides, and where else configurations lie."""
+    """The words of the trainer's that `compose` takes: overrides, and where else configurations lie."""
     rest, found = iter(words), list[str]()
     for word in rest:
         if word in CONFIG_DIR:
@@ -129,7 +129,7 @@ def is_choice(word: str) -> bool:
 
 
 def quote(value: str | list[str]) -> str:
-    """As Hydra reads it back, whatever is in it."""
+    """Quote a value so that Hydra reads it back, whatever is in it."""
     if isinstance(value, list):
         return f"[{','.join(map(quote, value))}]"
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")

@@ -18,7 +18,7 @@ from trainer.options.stored import as_yaml
 
 
 def leave_behind(call: Call) -> None:
-    """In `launch/` of the run directory: configuration, code and environment."""
+    """Write configuration, code and environment into `launch/` of the run directory."""
     home = Path(call.config.run.dir).absolute() / "launch"
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def code(root: Path) -> tuple[str, bytes]:
 
 
 def environment() -> dict[str, object]:
-    """Of this machine and Python. Of variables only those that say how things are computed: others may be secret."""
+    """Facts of this machine and Python. Variables are left out unless they say how things are computed: secrets."""
     telling = ("CUDA", "NCCL", "OMP", "MKL", "TORCH", "PYTORCH", "GLOO", "DS_", "LOADEDMODULES", "HF_HOME")
     secret = ("KEY", "TOKEN", "SECRET", "PASSWORD")
     shown = {

@@ -58,7 +58,7 @@ def plan(call: Call) -> Script:
 
 
 def script(calls: Sequence[Call], name: str) -> Script:
-    """Of one run, or of several as an array."""
+    """The job script of one run, or of several as an array."""
     options, memory = calls[0].config.launch, calls[0].config.checkpoint.memory
     assert isinstance(options, SlurmLaunch)
     runs = [patient(call) for call in calls]
@@ -103,7 +103,7 @@ def _checked(line: str) -> str:
 
 
 def patient(call: Call) -> Call:
-    """With as much time to save as SLURM gives, unless it is configured how much."""
+    """A call with as much time to save as SLURM gives, unless the configuration says how much."""
     options = call.config.launch
     assert isinstance(options, SlurmLaunch)
     given = any(word.startswith("elastic.grace_s=") for word in call.overrides)
@@ -114,7 +114,7 @@ def patient(call: Call) -> Call:
 
 
 def flags(options: SlurmLaunch, name: str, runs: Sequence[Call]) -> list[str]:
-    """Of sbatch, one a line."""
+    """The options of sbatch, one a line."""
     least, most = bounds(options.nodes, "launch.nodes")
     nodes = f"{least}" if least == most else f"{least}-{most}"
     home = Path(str(_home(runs)).replace("%", "%%"))  # a sign of sbatch's, for numbers of the job
@@ -144,7 +144,7 @@ def _home(runs: Sequence[Call]) -> Path:
 
 
 def _quoted(path: Path) -> str:
-    """As sbatch reads it on a line of its own. `Refused` for what it would read as more than a name."""
+    """Quote a path for sbatch's options. `Refused` for a name that sbatch would read as more than one."""
     if found := re.search(r'["\\]', str(path)):
         raise Refused(f"sbatch takes {found[0]} in {path} for a sign of its own. Type run.dir=DIRECTORY without it.")
     return str(path) if re.fullmatch(r"[\w./%@+:,=-]+", str(path)) else f'"{path}"'

@@ -24,7 +24,7 @@ TAIL = 65536  # bytes, in which the last line of metrics is
 
 @dataclass(frozen=True)
 class Status:
-    """Of one run."""
+    """Where one run stands."""
 
     state: str
     step: int = 0
@@ -134,7 +134,7 @@ def summary(home: Path) -> str:
 
 
 def _is_point(point: Any) -> bool:
-    """As a sweep writes them: a directory right below its own, and words."""
+    """Whether a point is one that a sweep writes: a directory right below its own, and words."""
     if not isinstance(point, dict) or not isinstance(name := point.get("dir"), str):
         return False
     words = point.get("overrides")
@@ -183,7 +183,7 @@ class _Plain(yaml.SafeLoader):  # type: ignore[misc]
 
 
 def _option(run: Path, key: str) -> Any:
-    """Of the run's configuration, as it stands there: nothing in it is resolved. None where that cannot be read."""
+    """One option of the run's configuration, as it stands there: nothing is resolved. None where it cannot be read."""
     found: Any = None
     with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
         found = yaml.load(read_text(run / "config.yaml"), _Plain)  # a safe loader

@@ -60,7 +60,7 @@ def supervise(start: Callable[[], int], *, warning: str, grace_s: float) -> int:
 
 
 def _status(outcome: Outcome | None, status: int | None, signum: int) -> int:
-    """Of what trainers say, of what their launcher does, and of the signal that came. A launcher's 1 says nothing."""
+    """The exit status by what trainers say, how the launcher ended, and which signal came. A launcher's 1 says nothing."""
     if status is not None and status != 1 and not signum:
         return status
     if outcome is not None:
@@ -138,7 +138,7 @@ def trainers(pid: int | None = None) -> list[int]:
 
 
 def _is_trainer(pid: int) -> bool:
-    """By its script among the first words: launchers, which are modules, have it among the last."""
+    """Whether a process is a trainer: its script is among the first words. Launchers have it among the last."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:4]
     except OSError:

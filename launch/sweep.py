@@ -54,7 +54,7 @@ def run_points(call: Call) -> int:
 
 
 def _run(command: Command, warning: str) -> int:
-    """In a session of its own, where a terminal's signals do not reach it twice: all come by way of this process."""
+    """Run a command in a session of its own: a terminal's signals reach it once, by way of this process."""
     with subprocess.Popen(command.words, start_new_session=True) as process:
         numbers = not_ignored([*warnings_of(warning), signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
         before = {n: signal.signal(n, lambda number, _: process.send_signal(number)) for n in numbers}

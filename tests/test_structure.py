@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -71,3 +72,38 @@ def imports_of(package: str) -> dict[str, set[str]]:
 def test_methods_know_no_engine_and_engines_know_no_method(package: str, other: str) -> None:
     wrong = {name: found for name, names in imports_of(package).items() if (found := {n for n in names if other in n})}
     assert wrong == {}
+
+
+# A first line that begins with one of these leans on what is above it.
+PREPOSITIONS = (
+    *(
+        "After",
+        "At",
+        "Before",
+        "Between",
+        "By",
+        "For",
+        "From",
+        "In",
+        "Into",
+        "Of",
+        "On",
+        "To",
+        "Under",
+        "With",
+        "Without",
+    ),
+)
+
+
+def test_no_docstring_begins_with_a_preposition() -> None:
+    wrong = []
+    for package in ("trainer", "checkpointing", "launch"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                    text = ast.get_docstring(node) or "Nothing"
+                    wrong += (
+                        [f"{path.name}: {text.splitlines()[0]}"] if text.split()[0].strip(",:") in PREPOSITIONS else []
+                    )
+    assert wrong == []

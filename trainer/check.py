@@ -55,7 +55,7 @@ def from_hydra(composed: DictConfig) -> Config:
 
 
 def _at_home(part: Any) -> Any:
-    """With the home directory for the `~/` that paths begin with, as a shell puts it before `--flag ~/x` alone."""
+    """Expand the `~/` that paths begin with: a shell does so before `--flag ~/x` alone."""
     found = {f.name: getattr(part, f.name) for f in fields(part)}
     for name, value in found.items():
         if is_dataclass(value):

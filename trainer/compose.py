@@ -1,4 +1,4 @@
-"""From a command line to a checked `Config`, by Hydra; what Hydra refuses becomes one clear paragraph."""
+"""A command line becomes a checked `Config`, by Hydra. Hydra's refusals become one clear paragraph."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def compose_from_command_line() -> Config | None:
 
 
 def as_typed(words: Sequence[str]) -> list[str]:
-    """With quotes around texts that Hydra would read as something else, or not at all.
+    """Quote texts that Hydra would read as something else, or not at all.
 
     So run.name=1e-5 is a run of that name, and data.path=größe/epoch=3 a path.
     """
@@ -93,7 +93,7 @@ def _is_text(word: str, parser: OverridesParser) -> bool:
 
 
 def _quoted(value: str) -> str:
-    """In quotes that the value does not hold; as it is, for Hydra to refuse, where it holds both."""
+    """Quote a value with a mark that it does not hold. A value with both stays as it is, for Hydra to refuse."""
     mark = next((mark for mark in "'\"" if mark not in value), "")
     return f"{mark}{value}{mark}" if not value.endswith("\\") else value
 

@@ -115,7 +115,7 @@ def _moments(config: Config, model: nn.Module) -> int:
 
 
 def plan_memory(config: Config, print_: Footprint, topology: Topology, rounds: int) -> MemoryPlan:
-    """For the stage that needs most; `rounds` are the micro-batches that a process computes in a step."""
+    """The plan of the stage that needs most; `rounds` are the micro-batches that a process computes in a step."""
     return max(
         (_plan_stage(config, print_, topology, rounds, stage) for stage in range(topology.pp)), key=lambda p: p.total
     )

@@ -18,7 +18,7 @@ class LossScale:
     GROWTH_STEPS = 2000  # as torch's GradScaler
 
     def update(self, finite: bool) -> None:
-        """After a step. Every rank sees the same norm, so all have the same scale."""
+        """Adapt the scale after a step. Every rank sees the same norm, so all have the same scale."""
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.factor /= 2
@@ -48,7 +48,7 @@ class Progress:
 
     @staticmethod
     def of(state: dict[str, Any], *, scaled: bool) -> Progress:
-        """From what `as_state` saved, empty from scratch; `scaled` is whether this run scales its loss."""
+        """Progress that `as_state` saved, empty from scratch; `scaled` is whether this run scales its loss."""
         scale = LossScale(**(state.get("loss_scale") or {})) if scaled else None
         best, since = state.get("best_loss"), state.get("since_best", 0)
         return Progress(state.get("step", 0), state.get("tokens", 0), scale, best, since)

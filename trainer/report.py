@@ -247,7 +247,7 @@ def chart(
 
 
 def stretches(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    """Of steps in a row: each time that a run was rolled back by itself."""
+    """Points in stretches of rising steps: a run that was rolled back has several."""
     found: list[list[tuple[float, float]]] = []
     for point in points:
         if not found or point[0] != found[-1][-1][0] + 1:
@@ -257,7 +257,7 @@ def stretches(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, f
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
-    """At most about `most` points, the lowest and the highest of every stretch among them."""
+    """Thin points out to about `most`, the lowest and the highest of every stretch among them."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(2 * len(points) / most)

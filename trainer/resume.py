@@ -163,7 +163,7 @@ def memory_directory(config: Config) -> Path | None:
 
 
 def make_memory_directory(config: Config) -> Path:
-    """As `memory_directory`, with a name of its own for a run that has none yet. For rank 0."""
+    """Name the run's directory in memory, where it has none yet. Rank 0 calls this."""
     if (found := memory_directory(config)) is None:
         if came_from(Path(config.run.dir)):
             become_itself(config, False, None)

@@ -425,7 +425,7 @@ def give_up(tracker: RunTracker, saver: Saver, done: Progress, why: str) -> None
 
 
 def end_at_once(status: int, why: str, *, saved: bool = False) -> NoReturn:
-    """From another thread, whatever the main one does."""
+    """End the process from another thread, whatever the main one does."""
     print(f"trainer: preempted: {why}.", file=sys.stderr, flush=True)
     leave(Outcome(status, final=False, why=f"preempted: {why}", saved=saved))
     os._exit(status)

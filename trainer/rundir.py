@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Leases:
-    """Of the run directory and of the checkpoints', which may be one."""
+    """The leases of the run directory and of the checkpoints', which may be one."""
 
     run: Lease
     checkpoints: Lease

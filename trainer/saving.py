@@ -247,7 +247,7 @@ class Saver:
         self.tracker.sync()
 
     def _prune(self) -> None:
-        """On rank 0. Space that cannot be freed is worth a warning, not the run."""
+        """Delete old generations, on rank 0. Space that cannot be freed is worth a warning, not the run."""
         assert self.leases is not None
         try:
             self.leases.check()

@@ -52,7 +52,7 @@ class Training:
         self._start(model)
 
     def accumulate(self, micro_batches: Sequence[tuple[int, Batch]], weight: float) -> torch.Tensor:
-        """As `TrainingEngine.accumulate`; before the first step of a method that calibrates by gradients also that."""
+        """Add a step's gradients as the engine's `accumulate` says; before the first a method may calibrate."""
         if self.method.calibrates:
 
             def backwards(after_each: Callable[[], None]) -> None:
@@ -68,22 +68,22 @@ class Training:
     def step(
         self, lr: float, loss_scale: float | None = None, before_update: Callable[[], None] = lambda: None
     ) -> torch.Tensor:
-        """As `TrainingEngine.step`, and what the method does after it."""
+        """Step as `TrainingEngine.step` says, then let the method act."""
         norm = self.engine.step(lr, loss_scale, before_update)
         before_update()  # a method may write after a step that was left out, too
         self._follow(self.method.after(norm, loss_scale))
         return norm
 
     def loss(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """As `TrainingEngine.loss`."""
+        """The engine's `loss`."""
         return self.engine.loss(batches)
 
     def reduce(self, values: torch.Tensor) -> torch.Tensor:
-        """As `TrainingEngine.reduce`."""
+        """The engine's `reduce`."""
         return self.engine.reduce(values)
 
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """As `TrainingEngine.next_logits`."""
+        """The engine's `next_logits`."""
         return self.engine.next_logits(tokens)
 
     def pieces(self) -> list[Piece | External]:

@@ -51,7 +51,7 @@ def full_speed(
 
 
 def operations(model: nn.Module, seq_len: int) -> float:
-    """Of one token in a sample of `seq_len`, forward and backward.
+    """The operations of one token in a sample of `seq_len`, forward and backward.
 
     Two for each element of a matrix forward, two for the gradient of its input, and two for its own where it trains.
     Attention is over the whole sample, as in the paper. Of experts those that a token goes through.

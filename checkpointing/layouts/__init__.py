@@ -1,4 +1,4 @@
-"""From an engine's state to pieces: one file per kind of layout."""
+"""Layouts: how an engine's state becomes pieces. One file a kind."""
 
 from checkpointing.layouts.dtensor import Held, pieces_of
 from checkpointing.layouts.module import describe, materialize, param_groups, parameter_names, restore_param_groups

@@ -87,7 +87,7 @@ def held_intervals(
     coordinate: tuple[int, ...],
     placements: tuple[Placement, ...],
 ) -> list[list[Interval]]:
-    """For each dimension, the ranges of the logical tensor that a DTensor's local tensor holds, in local order.
+    """The ranges of the logical tensor that a DTensor's local tensor holds, by dimension, in local order.
 
     `ranges` are those that the whole DTensor holds. Every placement cuts one dimension, so the local tensor is the
     product of its dimensions' ranges.

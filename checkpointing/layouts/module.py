@@ -152,7 +152,7 @@ def _plain(key: str, value: Any) -> Any:
 
 
 def _entries(model: nn.Module | Mapping[str, Entry], optimizer: Optimizer | None) -> dict[str, Entry]:
-    """By the name that goes before what they hold: empty, or with a slash."""
+    """Modules and optimizers by the prefix of their tensors' names: empty, or ending in a slash."""
     if isinstance(model, nn.Module):
         return {"": (model, optimizer)}
     if optimizer is not None:
@@ -170,7 +170,7 @@ def _modules(entries: Mapping[str, Entry]) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _parameters(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Under all their names, where they are tied."""
+    """Every parameter under each of its names: tied ones have several."""
     return ((prefix + name, p) for name, p in _named(module.named_parameters(remove_duplicate=False)))
 
 

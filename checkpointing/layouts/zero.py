@@ -96,7 +96,7 @@ class _Held:
     shape: Shape
 
     def pieces(self, name: str, flat: torch.Tensor) -> list[Piece]:
-        """Of the master, or of a state of the same form; a scalar, such as the step, is whole on every rank."""
+        """Pieces of the master, or of a state of its form. A scalar, such as the step, is whole on every rank."""
         flat = flat.detach()
         if flat.dim() == 0:
             return [Piece(name, flat, (), ())]

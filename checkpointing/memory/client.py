@@ -93,7 +93,7 @@ class Client:
         return True
 
     def hang_up(self) -> None:
-        """On a keeper that does not answer; whether another connection fares better shows by its welcome."""
+        """Close the connection to a keeper that does not answer. The welcome of the next one shows whether it lives."""
         self.connected.clear()
         if (endpoint := self._socket) is not None:
             with contextlib.suppress(OSError):

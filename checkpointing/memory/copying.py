@@ -157,7 +157,7 @@ class Copier:
             raise CheckpointError("the keeper went away while the state was copied")
 
     def _ask(self, snapshot: Snapshot) -> bool:
-        """For an arena; whether there is one."""
+        """Ask for an arena; whether there is one."""
         begin = {"kind": "begin", "serial": snapshot.serial, "everywhere": snapshot.everywhere}
         if not self._client.send(begin):
             snapshot.fail("the keeper is away, and is started again")
@@ -171,7 +171,7 @@ class Copier:
 
     @contextmanager
     def _beside(self, snapshot: Snapshot) -> Iterator[None]:
-        """On streams of this thread's own, which wait for the state and for nothing that training does after it."""
+        """Copy on streams of this thread's own, which wait for the state and for nothing after it."""
         with ExitStack() as entered:
             for device, ready in snapshot.ready.items():
                 if (stream := getattr(self._streams, f"of_{device.index}", None)) is None:

@@ -169,7 +169,7 @@ KEEP_S = 3600.0  # how long the memory stays when the run does not come back
 
 
 def join_start(root: Path, session: str) -> IO[bytes]:
-    """To be kept open by a rank as long as it may write into arenas: the kernel tells by it whether the rank lives."""
+    """A file that a rank keeps open while it may write into arenas: the kernel tells by it whether the rank lives."""
     held = open(root / f"{_START}{session}", "wb")  # noqa: SIM115  # until the process ends, however it does
     fcntl.flock(held, fcntl.LOCK_SH)
     return held

@@ -20,7 +20,7 @@ class Durable:
 
 
 class Durables:
-    """On one rank, as its keeper tells it. For any thread."""
+    """Durable writes that are pending on one rank, as its keeper tells them. Any thread may ask."""
 
     def __init__(self) -> None:
         self._steps: dict[int, int] = {}  # of those on their way, by serial
@@ -33,7 +33,7 @@ class Durables:
             self._steps[serial] = step
 
     def forget(self, serial: int) -> bool:
-        """Of one whose snapshot was not even committed; whether it was expected."""
+        """Forget a write whose snapshot was not even committed; whether it was expected."""
         with self._changed:
             known = self._steps.pop(serial, None) is not None
             self._changed.notify_all()

@@ -86,7 +86,7 @@ class Image:
     def finish(
         self, target: memoryview, pieces: Sequence[Piece], save_id: str, objects: dict[str, Any]
     ) -> tuple[Writer, bytes]:
-        """After all parts were copied: what the manifest says of this writer, and its index."""
+        """End a copy: this writer's entry of the manifest, and its index."""
         values = {}
         for name, position in self._scalars.items():
             values[name] = scalar_hex(multiplied(pieces[position].tensor, pieces[position].divisor))

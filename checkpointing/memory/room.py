@@ -79,7 +79,7 @@ def _of_cgroups(root: Path) -> list[Room]:
 
 
 def _left(directory: Path, limit: str, used: str) -> int | None:
-    """Of files in the page cache what was not used lately counts as free: the kernel gives it up first."""
+    """Bytes left under a limit. Page cache that was not used lately counts as free: the kernel gives it up first."""
     try:
         left = int((directory / limit).read_text()) - int((directory / used).read_text())
     except (OSError, ValueError):

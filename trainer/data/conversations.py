@@ -267,7 +267,7 @@ def _message(where: str, given: Mapping[str, Any]) -> Message:
 
 
 def _called(call: Any) -> Any:
-    """With arguments as an object: hosted models give a text of JSON, which templates would quote again."""
+    """A call with its arguments as an object: hosted models give a text of JSON, which templates would quote again."""
     if isinstance(call, Mapping) and "function" not in call and isinstance(call.get("name"), str):
         call = {"type": "function", "function": call}
     if isinstance(call, Mapping) and isinstance(function := call.get("function"), Mapping):

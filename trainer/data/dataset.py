@@ -28,7 +28,7 @@ class Sample(NamedTuple):
 
 
 def predicted(tokens: Tokens, first: int = 1) -> Sample:
-    """With all tokens from `first` on as targets."""
+    """A sample whose targets are all tokens from `first` on."""
     return Sample(tokens, np.arange(len(tokens)) >= max(first, 1))
 
 
@@ -181,7 +181,7 @@ class Batch:
             yield Batch(self.inputs[rows], self.labels[rows], self.ids[rows], positions)
 
     def widened(self, rows: int, width: int, pad: int = 0) -> Batch:
-        """With rows and columns added that have no targets, and that nothing before them looks at."""
+        """Add rows and columns without targets, which nothing before them looks at."""
         more = (0, width - self.inputs.shape[1], 0, rows - self.inputs.shape[0])
         positions = self.positions
         if positions is not None:  # what is added is a sample of its own

@@ -187,7 +187,7 @@ _HALF = re.compile("[\ud800-\udfff]")
 
 
 def mended(where: str, record: Record, tally: Counter[str]) -> Record:
-    """With U+FFFD for each half of a surrogate pair, as of an emoji that was cut: no tokenizer reads it."""
+    """Replace each half of a surrogate pair, as of an emoji that was cut, by U+FFFD: no tokenizer reads halves."""
     halves = 0
 
     def mend(value: Any) -> Any:

@@ -148,7 +148,7 @@ def _source(config: Mix, source: str) -> tuple[Data, float]:
 
 
 def _packed(corpus: Corpus, seq_len: int) -> Corpus:
-    """With packed rows to train on; what is held out stays as it is, and its loss comparable."""
+    """Pack the rows to train on. Held-out rows stay as they are, and their loss comparable."""
     rows = Packed(corpus.train, seq_len)
     count = len(corpus.train)
     padded = corpus.train.num_tokens(np.arange(count)) / (count * seq_len)
@@ -178,7 +178,7 @@ def _stdlib(tokenizer: Tokenizer, seq_len: int) -> Corpus:
 
 
 def held_out_files(sizes: dict[str, int]) -> set[str]:
-    """At least `STDLIB_HELD_OUT_BYTES` of files, chosen by a hash of their relative path alone."""
+    """Choose files of at least `STDLIB_HELD_OUT_BYTES` in all, by a hash of their relative path alone."""
     chosen: set[str] = set()
     for name in sorted(sizes, key=lambda n: hashlib.sha256(n.encode()).digest()):
         if sum(sizes[n] for n in chosen) >= STDLIB_HELD_OUT_BYTES:
@@ -231,7 +231,7 @@ def _corpus(
     reader: RecordReader,
     seq_len: int,
 ) -> Corpus:
-    """Of records that are read as often as it takes; those `apart` are held out, or a part of the others."""
+    """A corpus of records that are read as often as it takes. Those `apart` are held out, or a part of the others."""
 
     def rows() -> Iterator[cache.Row]:
         for where, content, record in found():

@@ -69,7 +69,7 @@ class Template:
         return [(whole, together)] if len(together) == len(turns) else turns
 
     def _kept(self, where: str, messages: list[Message], whole: str, marked: list[Span]) -> list[Span]:
-        """Of the spans that the template marks those that say something and are learned."""
+        """The spans that the template marks, that say something, and that are learned."""
         said = [message for message in messages if message["role"] == "assistant"]
         if not marked and not all(map(is_empty, said)):
             raise Refused(

@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int], *, specials: bool = False) -> str: ...
 
     def id_of(self, special: str) -> int:
-        """Of one of `specials`."""
+        """The number of one of `specials`."""
 
     def save(self, directory: Path) -> None:
         """What transformers loads the same tokens with."""
@@ -108,7 +108,7 @@ class HuggingFaceTokenizer:
         self._trims = self.tells_spans and _trims(json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"])
 
     def _template(self, tools: Any) -> str | None:
-        """By name where there are several, as transformers chooses."""
+        """The chat template: of several, the one that transformers chooses by name."""
         try:
             return str(self._tokenizer.get_chat_template(tools=tools))
         except ValueError:  # none, or several of which none is the default
@@ -139,7 +139,7 @@ class HuggingFaceTokenizer:
         return np.asarray(ids, dtype=np.int32)[kept], spans[kept]
 
     def _once(self, ids: Sequence[int]) -> slice:
-        """Without a second start token, where the text has its own, and without the end, which documents are given."""
+        """The part to keep: no second start token where the text has its own, and no end, which documents get."""
         first, last = 0, len(ids)
         while last and ids[last - 1] == self.eos:
             last -= 1

@@ -62,7 +62,7 @@ class Preemption:
             os.close(self._writer)
 
     def warn(self, signum: int) -> None:
-        """As if this signal had come."""
+        """Act as if this signal had come."""
         self._note(signum, self._grace_s)
 
     def is_due(self) -> bool:
@@ -127,13 +127,13 @@ def not_ignored(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
 
 
 def note_early() -> None:
-    """From the first moment of a process on: what comes before a run listens is kept for it."""
+    """Note signals from the first moment of a process on: the run that listens later gets them."""
     for number in not_ignored((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)):
         signal.signal(number, _note_early)
 
 
 def listen_no_more() -> None:
-    """At the end of a run: what comes now ends the process."""
+    """Stop listening at the end of a run: a signal that comes now ends the process."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(number) is _note_early:
             signal.signal(number, signal.SIG_DFL)

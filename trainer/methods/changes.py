@@ -16,7 +16,7 @@ CLOSE = 1e-5  # absolute: differences up to here count as none (Mukherjee et al.
 
 @dataclass(frozen=True)
 class Change:
-    """Of one weight. `density` is the share that may have changed, `changed` how much of the weight did."""
+    """How one weight changed. `density` is the share that may have, `changed` the share that did."""
 
     name: str
     numel: int
@@ -50,7 +50,7 @@ def _change(name: str, numel: int, values: torch.Tensor) -> Change:
 
 
 def compare(left: Iterable[tuple[str, torch.Tensor]], right: Mapping[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
-    """Of every tensor that both have: the share of entries that are the same, bit for bit and up to `CLOSE`."""
+    """Compare the tensors that both have: the share of entries that are equal, bit for bit and up to `CLOSE`."""
     for name, here in left:
         if (there := right.get(name)) is None or there.shape != here.shape:
             continue

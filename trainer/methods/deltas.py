@@ -45,7 +45,7 @@ class LowRank:
 
 @dataclass
 class Delta:
-    """By the names of parameters; indices are flat, row-major, and sorted. `described` are small files by name."""
+    """A difference by the names of parameters. Indices are flat, row-major and sorted; `described` are small files."""
 
     entries: dict[str, Entries] = field(default_factory=dict)
     low_rank: dict[str, LowRank] = field(default_factory=dict)

@@ -39,6 +39,6 @@ def index_dtype(shape: tuple[int, int]) -> torch.dtype:
 
 
 def added(base: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """In the base's dtype. What is unchanged stays so, also where the base is minus zero."""
+    """Base plus values, in the base's dtype. A value of zero changes nothing, even where the base is minus zero."""
     changed = (base.float() + values).to(base.dtype)
     return torch.where(values == 0, base, changed)

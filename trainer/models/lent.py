@@ -137,7 +137,7 @@ class Lent:
         return Lent(file, table)
 
     def told(self) -> dict[str, Any]:
-        """To processes of this machine."""
+        """The description that processes of this machine map the memory by."""
         return {"pid": os.getpid(), "file": self.file, "inode": os.fstat(self.file).st_ino, "table": self.table}
 
 

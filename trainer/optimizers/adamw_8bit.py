@@ -109,7 +109,7 @@ class EightBitAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """As `torch.optim.AdamW`, without a closure."""
+        """Step as `torch.optim.AdamW` does, without a closure."""
         assert closure is None, "a closure is not called"
         self.prepare()
         assert self._low is not None
@@ -152,7 +152,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _zeros(parameter: torch.Tensor, dtype: torch.dtype, per: int = 1) -> torch.Tensor:
-    """With one value for every `per` of a row of the parameter, and shared out as that is."""
+    """Zeros, one for every `per` values of a parameter's row, sharded as the parameter is."""
 
     def shape(whole: torch.Size) -> torch.Size:
         return torch.Size((*whole[:-1], whole[-1] // per))

@@ -34,7 +34,7 @@ class Data:
 
 @dataclass
 class RecordData(Data):
-    """Of records, which can be tokenized once and kept."""
+    """Records, which can be tokenized once and kept."""
 
     cache: Optional[str] = free(None)  # a directory for tokenized records, which are mapped from there; null: in memory
     workers: int = option(0, low=0, free=True)  # processes that tokenize into it; 0: one for each core

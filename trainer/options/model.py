@@ -15,7 +15,7 @@ from trainer.options.field import free, option
 
 
 class Attention(Enum):
-    """By transformers' names."""
+    """Kernels of attention, by transformers' names."""
 
     auto = "auto"  # what transformers takes for a model: torch's scaled_dot_product_attention in nearly all
     sdpa = "sdpa"

@@ -46,7 +46,7 @@ class Parallel:
 
     @property
     def uses_deepspeed(self) -> bool:
-        """By its own engine, or as accelerate sets it up."""
+        """Whether DeepSpeed trains: by its own engine, or as accelerate sets it up."""
         return self.engine is Engine.deepspeed or (self.engine is Engine.accelerate and self.zero_stage > 0)
 
     def refuse(self) -> None:

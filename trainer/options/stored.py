@@ -57,7 +57,7 @@ def from_json(saved: dict[str, Any]) -> Config:
 
 
 def _literal(value: Any) -> Any:
-    """With `${` escaped, so that it stands for itself."""
+    """Escape `${`, so that it stands for itself."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     if isinstance(value, dict):

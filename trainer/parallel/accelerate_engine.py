@@ -44,7 +44,7 @@ _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def as_configured(config: Config, environment: Mapping[str, str] = os.environ) -> Config:
-    """With what accelerate's configuration says of DeepSpeed. `Refused` where this command says otherwise."""
+    """Take over what accelerate's configuration says of DeepSpeed. `Refused` where this command says otherwise."""
     parallel = config.parallel
     if not _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
         if parallel.uses_deepspeed and "ACCELERATE_MIXED_PRECISION" in environment:
@@ -215,7 +215,7 @@ def _is_on(environment: Mapping[str, str], key: str) -> bool:
 
 
 def _check_started(environment: Mapping[str, str]) -> None:
-    """Of several processes on CPUs `accelerate launch --cpu` starts one: the others are MPI's to start."""
+    """Refuse several processes on CPUs of which `accelerate launch --cpu` starts one: the others are MPI's to start."""
     several = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_PORT" in environment
     several |= any(int(environment.get(key, "1")) > 1 for key in _MPI_SIZES)
     if several and "RANK" not in environment:

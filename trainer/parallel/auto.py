@@ -66,7 +66,7 @@ def choose(
 def layouts(
     cluster: Cluster, splittable: Callable[[int], bool], stageable: Callable[[int], bool]
 ) -> Iterator[tuple[Topology, bool]]:
-    """From the fastest to the thriftiest, each with or without activation checkpointing.
+    """Layouts from the fastest to the thriftiest, each with or without activation checkpointing.
 
     Whole copies; shards within a machine, which gather over its fast links, then across machines; layers computed
     twice; split layers, within a machine; and stages.

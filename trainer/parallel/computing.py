@@ -48,7 +48,7 @@ def computed_in(low: torch.dtype | None, device: torch.device) -> torch.autocast
 def logits_of(
     model: nn.Module, inputs: torch.Tensor, positions: torch.Tensor | None = None, *, low: torch.dtype | None
 ) -> torch.Tensor:
-    """Of shape [rows, width, vocabulary]. Where `positions` begin again, attention does (see data/packing.py)."""
+    """Logits of shape [rows, width, vocabulary]. Where `positions` begin again, attention does (data/packing.py)."""
     more = {} if positions is None else {"position_ids": positions}
     with computed_in(low, inputs.device):
         logits: torch.Tensor = model(input_ids=inputs, use_cache=False, **more).logits

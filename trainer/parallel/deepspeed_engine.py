@@ -108,7 +108,7 @@ class DeepSpeedEngine:
         return torch.as_tensor(self._engine.get_global_grad_norm()).to(self.device, torch.float32)
 
     def _clip_whole(self, factor: float, *, left_out: bool) -> torch.Tensor:
-        """Of stage 0, whose gradients are whole: multiply and clip them; the norm in between.
+        """Multiply and clip the whole gradients of stage 0; the norm in between.
 
         None are left of a step that overflowed where such steps are left out.
         """

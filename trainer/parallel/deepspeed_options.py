@@ -178,7 +178,7 @@ def _settle_precision(config: Config, options: dict[str, Any], where: str) -> No
 
 
 def _plain(value: Any) -> Any:
-    """Of a feature that is off, only that it is; of what is on the CPU, not whether its memory is pinned."""
+    """Reduce an option to what matters: a feature that is off is off, and pinned memory is CPU memory."""
     if isinstance(value, dict):
         if value.get("enabled") is False:
             return {"enabled": False}

@@ -62,7 +62,7 @@ class TrainingEngine(Protocol):
         """The sum of a small tensor over the ranks that compute a share of it, in place."""
 
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Of the token that follows `tokens` (of shape [samples, positions]), in evaluation mode, on all ranks."""
+        """Logits of the token that follows `tokens` (of shape [samples, positions]), in evaluation, on all ranks."""
 
     def pieces(self) -> Sequence[Piece]:
         """Everything that the engine keeps of the model and the optimizer."""
@@ -87,7 +87,7 @@ class TrainingEngine(Protocol):
 
 
 def as_launched(config: Config) -> Config:
-    """With the layout that the launcher was configured for, where that is accelerate's to say."""
+    """Take over the layout that the launcher was configured for, where that is accelerate's to say."""
     if config.parallel.engine is Engine.accelerate:
         from trainer.parallel.accelerate_engine import as_configured
 

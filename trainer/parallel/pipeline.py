@@ -32,21 +32,21 @@ INTERLEAVED = 2  # stages a rank has then
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the micro-batches that pass through the stages, which must all be alike."""
+    """The shape of the micro-batches that pass through the stages: all have the same."""
 
     samples: int
     positions: int
 
 
 class Absent(nn.Module):
-    """In the place of a layer, or a norm, that another stage has: what comes in goes out."""
+    """A stand-in for a layer, or a norm, that another stage has: the input is the output."""
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states
 
 
 class Nothing(nn.Module):
-    """In the place of position embeddings that the first stage has added already."""
+    """A stand-in for position embeddings that the first stage has added already."""
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         return torch.zeros((), device=positions.device)
@@ -217,7 +217,7 @@ class Pipeline:
         return cut_out(self._whole, layers, first=0 in indices, last=self.num_stages - 1 in indices)
 
     def make_stages(self, draws: Draws, distribute: Callable[[nn.Module], nn.Module]) -> None:
-        """After the layers are what they will be: each stage as it is called, and as it is sharded or replicated."""
+        """Make the stages, sharded or replicated, when the layers are what they will be."""
         for index in self.indices:
             model = cut_out(self.model, self._layers(index), first=index == 0, last=index == self.num_stages - 1)
             stage = Stage(model, draws, first=index == 0, last=index == self.num_stages - 1, low=self._low)
@@ -226,7 +226,7 @@ class Pipeline:
         del self._whole
 
     def accumulate(self, parts: Sequence[Part], weight: float) -> torch.Tensor:
-        """As `TrainingEngine.accumulate`."""
+        """Do what `TrainingEngine.accumulate` says."""
         rows, width = self._shape.samples, self._shape.positions
         parts = [Part(part.batch.widened(rows, width), part.key, part.number) for part in parts]
         least = self.num_stages if self._schedule is not PipelineSchedule.interleaved else self.size
@@ -263,7 +263,7 @@ class Pipeline:
         return self._schedules[count]
 
     def _stage(self, called: nn.Module, index: int) -> PipelineStage:
-        """With the shapes that pass through it told, so that no stage has to ask another."""
+        """A stage that knows the shapes that pass through it, so that none has to ask another."""
         settings: Any = self.model.config
         tokens = (self._shape.samples, self._shape.positions)
         ids = torch.empty(tokens, dtype=torch.int64, device="meta")

@@ -45,7 +45,7 @@ class Adapted(Protocol):
     """A layer that a method has put others into, which are cut as it is."""
 
     def follows(self) -> Mapping[str, Literal["rows", "columns", "whole"]]:
-        """By the name of a child: whether its rows are cut as the layer's outputs, its columns as the layer's inputs,
+        """How each child is cut, by its name: its rows as the layer's outputs, its columns as the layer's inputs,
         or it stays whole. Children that are not named are the layer itself."""
 
 
@@ -62,7 +62,7 @@ class Cuts:
     fused: dict[str, list[Interval]] = field(default_factory=dict)
 
     def one_by_one(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """With those described row by row: only equal boxes may be held twice."""
+        """Describe pieces of fused ranges row by row: only equal boxes may be held twice."""
         found: list[Piece] = []
         for piece in pieces:
             name = piece.name.partition("/")[2]

@@ -223,14 +223,14 @@ class TorchEngine:
         return self._mesh.sum(squares, "pp", "dp_shard", "tp").sqrt().float()
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor | None:
-        """In evaluation; None on ranks that do not compute the last layer."""
+        """The logits in evaluation; None on ranks that do not compute the last layer."""
         if self._pipeline is not None:
             return self._pipeline.logits(tokens, positions)
         return logits_of(self._bare, tokens, positions, low=self.low)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Without gradients DDP has nothing to add, and FSDP2 lives inside the module itself."""
+        """Evaluate by the bare model: DDP has nothing to add, and FSDP2 lives inside the module itself."""
         self._bare.eval()
         with torch.no_grad():
             yield

@@ -122,7 +122,7 @@ class Metrics(JsonLines):
         self.write(row)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """In a file of its own."""
+        """Write to a file of its own."""
 
     def sync(self) -> None:
         try:
@@ -152,7 +152,7 @@ class Samples:
         self._path, self._lines = path, None if not path.exists() else JsonLines(path)
 
     def step(self, row: dict[str, Any]) -> None:
-        """In a file of its own."""
+        """Write to a file of its own."""
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         self._lines = self._lines or JsonLines(self._path)

@@ -33,7 +33,7 @@ class Sink(Protocol):
 
 
 def where_figures_go(config: Config) -> str:
-    """For the plan; empty where they stay in the run's own files."""
+    """A line of the plan; empty where figures stay in the run's own files."""
     if config.tracking.tracker is Tracker.wandb:
         return where_it_goes(Path(config.run.dir))
     return f"tensorboard, in {config.run.dir}/tensorboard" if config.tracking.tracker is Tracker.tensorboard else ""

@@ -138,7 +138,7 @@ def chosen_mode() -> str:
 
 
 def where_it_goes(directory: Path) -> str:
-    """For the plan: nobody is asked before figures leave the machine."""
+    """A line of the plan that says where figures go: nobody is asked before they leave the machine."""
     mode = chosen_mode()
     if mode == "online":
         return f"wandb, online: figures, texts and the configuration go to {_server()} (WANDB_MODE=offline keeps them)"
@@ -146,7 +146,7 @@ def where_it_goes(directory: Path) -> str:
 
 
 def _server() -> str:
-    """By the environment, or by what `wandb login --host` left in wandb's own settings."""
+    """The server, by the environment or by what `wandb login --host` left in wandb's own settings."""
     if url := os.environ.get("WANDB_BASE_URL"):
         return url
     settings = configparser.ConfigParser()

@@ -23,7 +23,7 @@ class Chosen:
 
 
 def best(scores: torch.Tensor, count: int) -> Chosen:
-    """Of one-dimensional scores; what is no number comes last."""
+    """The highest of one-dimensional scores; what is no number comes last."""
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     count = min(count, scores.numel())
     if count == 0:
@@ -85,7 +85,7 @@ class Ranks:
 
     @staticmethod
     def of(group: dist.ProcessGroup | None, device: torch.device) -> Ranks:
-        """Without a group this rank alone."""
+        """The ranks of a group; without one this rank alone."""
         alone = group is None
         return Ranks(device, group, 0 if alone else dist.get_rank(group), 1 if alone else dist.get_world_size(group))
 
@@ -167,7 +167,7 @@ Scorer = Callable[[int, bool], "torch.Tensor | None"]
 
 
 def choose_each(scorer: Scorer, counts: Sequence[int], ranks: Ranks) -> tuple[list[torch.Tensor], int]:
-    """Of every weight its own count. The indices on all ranks, and how many were near the last one chosen."""
+    """Choose from every weight its own count: the indices on all ranks, and how many were near the last one chosen."""
     found, near = [], 0
     for number, count in enumerate(counts):
         scores = scorer(number, ranks.owns(number))

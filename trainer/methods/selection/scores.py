@@ -90,5 +90,5 @@ def scores_of(selector: Selector, subject: Subject, granularity: Granularity, wi
 
 
 def selection_key(seed: int, name: str, number: int) -> int:
-    """Of the draws of a weight's selection, the first being number 0."""
+    """The key of the random draws of a weight's selection; the first selection is number 0."""
     return derive(seed, "select", name, number)

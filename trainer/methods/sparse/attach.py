@@ -72,7 +72,7 @@ def settle(model: nn.Module, config: Sparse, seed: int, selection: Mapping[str, 
 
 
 def train_whole(model: nn.Module, config: Sparse) -> None:
-    """Of an attached model: the targeted weights train as they are, and nothing is sparse."""
+    """Train the targeted weights of an attached model as they are; nothing is sparse."""
     for layer, _ in targets_of(model, config).values():
         undo_sparse(layer)
         layer.weight.requires_grad_(True)

@@ -49,7 +49,7 @@ def by_gradient(trained: Trained, base: nn.Module, world: Ranks, backwards: Back
 
 
 def _gradients(trained: Trained, names: Sequence[str], backwards: Backwards) -> Mapping[str, torch.Tensor | None]:
-    """Of this data rank's micro-batches, on one of its ranks."""
+    """Sum this data rank's gradients, on one of its ranks."""
     host, layers = trained.host, trained.layers
     squared = trained.method.selector is Selector.squared_gradient
     watches = {n: GradientWatch(layers[n], host.tensor_group, squared) for n in names if n in layers}

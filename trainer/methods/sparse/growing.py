@@ -20,7 +20,7 @@ CANDIDATES = 2  # for every entry that is to grow
 
 
 def watch(trained: Trained, config: Config, step: int) -> None:
-    """Before a step, counted from 1."""
+    """Set the watches of a step, counted from 1."""
     method = trained.method
     if method.schedule is not Reselection.regrow or method.growth is not Growth.gradient:
         return
@@ -37,7 +37,7 @@ def watch(trained: Trained, config: Config, step: int) -> None:
 
 
 def look(trained: Trained, config: Config, norm: torch.Tensor, loss_scale: float | None) -> None:
-    """After a step: what was seen, told to all ranks. `norm` is the gradient's before clipping."""
+    """Take in what the watches saw in a step, on all ranks. `norm` is the gradient's before clipping."""
     if all(layer.watch is None for layer in trained.layers.values()):
         return
     clip, ranks = config.optimizer.clip, trained.ranks

@@ -65,7 +65,7 @@ class SparseLayer(nn.Module):
         self.forget()
 
     def forget(self) -> None:
-        """After entries have changed: what was derived from them."""
+        """Forget what was derived from entries that have changed."""
         self._support = None
 
     @property
@@ -164,7 +164,7 @@ def bytes_of_places(layer: SparseLayer, method: Any) -> int:
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
-    """By name, as `checkpointing.describe` names their parents: without the names of wrappers."""
+    """The sparse layers by name, without the names of wrappers, as `checkpointing.describe` has them."""
     return {
         name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): module
         for name, module in model.named_modules()
@@ -220,7 +220,7 @@ class Support:
         return Support(granularity, whole, local, places[kept], everything, pair if share else None, None)
 
     def gradient(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """Of all values, zero where they are not held: `left' right` at the entries, in fp32 or wider.
+        """The gradient of all values, zero where they are not held: `left' right` at the entries, in fp32 or wider.
 
         `left` is (positions, rows) and `right` (positions, columns), of the selected ones where those are whole.
         """

@@ -167,7 +167,7 @@ class SparseMethod(Method):
         return sizes_in(manifest)
 
     def fits(self, sizes: Sizes | None, *, half_loaded: bool) -> bool:
-        """Of a half-loaded one originals are replaced, from which the base cannot be told any more."""
+        """Half-loaded originals are replaced, and the base cannot be told from them any more."""
         trains = {name: size for name, size in (sizes or {}).items() if size > 0}
         return not half_loaded and trains == self._trained.sizes and bool(sizes) == (self._phase is Phase.sparse)
 

@@ -83,12 +83,12 @@ def _part(piece: Piece, indices: torch.Tensor, granularity: Granularity) -> Part
 
 
 def short(indices: torch.Tensor, below: int) -> torch.Tensor:
-    """Of int64: half as long where they fit, for they are kept as long as the entries are."""
+    """Shorten int64 indices to int32 where they fit: they are kept as long as the entries are."""
     return indices.int() if below <= 2**31 else indices
 
 
 def spread(partial: torch.Tensor, group: dist.ProcessGroup | None, to: int | None = None) -> torch.Tensor:
-    """Of fp32 tensors that are minus zero where a rank holds nothing, what the ranks hold together, bit for bit.
+    """Join fp32 tensors that are minus zero where a rank holds nothing, bit for bit.
 
     On all ranks, or on rank `to` of the group. In place; those that hold an element must hold the same. Collective.
     """

@@ -47,7 +47,7 @@ class PromotedConv1D(PromotedLayer, Conv1D):  # type: ignore[misc]  # transforme
 
 
 def make_promoted(layer: nn.Module, rank: int) -> None:
-    """In place; A is drawn from torch's generator as it stands."""
+    """Give a layer its pair, in place. A is drawn from torch's generator as it stands."""
     made: Any = layer
     weight: torch.Tensor = made.weight
     inputs, outputs = weight.shape if isinstance(layer, Conv1D) else weight.shape[::-1]

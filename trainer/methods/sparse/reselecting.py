@@ -84,7 +84,7 @@ def _regrown(
 
 
 def to_replace(config: Config, method: Sparse, layer: SparseLayer, position: int) -> int:
-    """Of a layer, by the re-selection after so many steps."""
+    """The number of a layer's entries that the re-selection after so many steps replaces."""
     return number_to_replace(
         method.rate, layer.sparse_indices.numel(), position, config.train.steps, first=position == method.every
     )

@@ -32,7 +32,7 @@ class State:
 
 @dataclass(frozen=True)
 class Known:
-    """Of all layers of a model, before an engine takes its part of them."""
+    """All layers of a model, before an engine takes its part of them."""
 
     layers: Mapping[str, SparseLayer]
     shapes: Mapping[str, tuple[int, int]]  # of every targeted weight, sparse or not
@@ -101,7 +101,7 @@ class Trained:
         self.host.written([layer.weight for _, layer in layers])
 
     def publish(self) -> None:
-        """After entries, values or what is settled were replaced."""
+        """Bring the weights up to date after entries, values or what is settled were replaced."""
         self.locate()
         for name, place in self._settled.items():
             place.write(self.states[name].settled.originals, self.states[name].settled.values)
@@ -122,7 +122,7 @@ class Trained:
         return () if self._has_accumulators else EntryAdamW.MOMENTS
 
     def replaced(self) -> None:
-        """After values and moments were put back, of entries that have changed."""
+        """Bring engine and weights up to date after values and moments of other entries were put back."""
         self.host.publish()
         self.publish()
 
@@ -144,7 +144,7 @@ class Trained:
         return found
 
     def make_room(self, name: str, length: int) -> None:
-        """For what a checkpoint holds under a name of `tensors`."""
+        """Make room for the tensor that a checkpoint holds under a name of `tensors`."""
         _, layer, key = name.split("/")
         kind, _, part = key.partition("_")
         owner = self.states[layer].settled if kind == "settled" else self.states[layer].candidates

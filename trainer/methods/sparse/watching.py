@@ -15,7 +15,7 @@ from trainer.options.method import Granularity
 def full_gradient(
     layer: SparseLayer, gradient: torch.Tensor, inputs: torch.Tensor, group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """Of the whole weight, fp32, from a backward's gradient of the output and input; `group` is tensor-parallel.
+    """The gradient of the whole weight, fp32, from a backward's gradient of the output, and its input.
 
     Collective over it: each rank has its share, and where a key-value head is held twice, a part of its gradient.
     """
