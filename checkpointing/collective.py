@@ -109,7 +109,7 @@ class Team:
             raise LostError(f"rank {self.rank} cannot reach the others: {error}") from error
 
     def from_first(self, text_of: Callable[[int], str]) -> str:
-        """What rank 0 has for each rank, made when it is that rank's turn. Collective."""
+        """Hand each rank rank 0's text for it, made when it is that rank's turn. Collective."""
         try:
             return self._from_first(text_of)
         except Exception as error:

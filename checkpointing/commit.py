@@ -129,7 +129,7 @@ def save(
 
 @dataclass(frozen=True, slots=True)
 class Mine:
-    """What this rank saves, found fit to be saved."""
+    """The tensors and objects that this rank saves, found fit to be saved."""
 
     pieces: list[Piece]
     external: dict[str, ExternalTensor]
@@ -144,7 +144,7 @@ class Mine:
 def agree_to_save(
     team: Team, given: Sequence[Piece | External], check: Callable[[], None], alike: Sequence[str]
 ) -> tuple[RankPlan, Mine]:
-    """What all ranks save together, after each has found that it can save its part. Collective.
+    """Agree on a save, after each rank has found that it can save its part. Collective.
 
     `check` raises where it cannot; `alike` is what all ranks must say. The plan is the same object while no layout
     changes.
@@ -175,7 +175,7 @@ def agree_to_save(
 def check_save(
     step: int, run_id: str, incarnation: int | None, objects: Any, metrics: Any, budget: int = DEFAULT_BUDGET
 ) -> None:
-    """What could not be read again is refused before anything is written."""
+    """Refuse, before anything is written, a save that could not be read again."""
     for name, value in (("step", step), ("incarnation", 0 if incarnation is None else incarnation)):
         if type(value) is not int or not 0 <= value < 2**62:
             raise LayoutError(f"{name} {value!r} cannot be saved: it is counted from 0, as an int")
@@ -202,7 +202,7 @@ def as_storage(directory: str | os.PathLike[str] | Storage) -> Storage:
 
 
 def as_writer(record: dict[str, Any]) -> Writer:
-    """What came from another rank as JSON, which knows no tuples."""
+    """A writer that came from another rank as JSON, which knows no tuples."""
     return Writer(**{**record, "cover": tuple((low, high) for low, high in record["cover"])})
 
 
@@ -219,7 +219,7 @@ def _declared(given: Sequence[External]) -> dict[str, ExternalTensor]:
 
 @dataclass(frozen=True, slots=True)
 class SaveStart:
-    """What rank 0 decides for all when a save begins."""
+    """The decisions of rank 0 for all when a save begins."""
 
     save_id: str
     parent: str

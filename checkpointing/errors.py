@@ -54,7 +54,7 @@ def first_few(names: list[str], limit: int = 5) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """What a library's error says, in one line: as much of it as holds the reason, which may come after a colon."""
+    """The reason in a library's error, in one line: as much of it as holds the reason, which may come after a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines or type(error) is KeyError:  # which says a key and nothing more
         return repr(error)

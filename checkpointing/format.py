@@ -70,7 +70,7 @@ def checksums(data: memoryview, block: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class LogicalTensor:
-    """What a user knows of a tensor: dtype (a safetensors name) and global shape; and who wrote it, if they are few."""
+    """A tensor as its user knows it: dtype (a safetensors name) and global shape; and its writers, if they are few."""
 
     dtype: str
     shape: Shape
@@ -110,7 +110,7 @@ class StoredBox:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What one writer wrote: its boxes in the order of the file, the scalars it was elected for, the caller's objects.
+    """One writer's contents: its boxes in the order of the file, the scalars it was elected for, the caller's objects.
 
     Objects are rank 0's. `checksums` is the digest of the shard's checksums.
     """
@@ -140,7 +140,7 @@ class Writer:
 
     @property
     def files(self) -> dict[str, int]:
-        """What it wrote: the size in bytes of every file."""
+        """The size in bytes of every file that it wrote."""
         return {shard_name(self.rank): self.shard_bytes, index_name(self.rank): self.index_bytes}
 
 
@@ -282,7 +282,7 @@ def lay_out(
 
 
 def flaw_of_name(name: str) -> str | None:
-    """What keeps a name from being that of a tensor, if anything."""
+    """The flaw that keeps a name from being that of a tensor, if any."""
     if not name or not name.isprintable():
         return f"{name!r} is no name of a tensor: names are printable and not empty"
     return None

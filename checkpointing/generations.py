@@ -80,7 +80,7 @@ _known: dict[str, dict[str, tuple[int, Generation]]] = {}
 
 
 def _head(generation: Generation) -> Generation:
-    """What choosing and ordering need: the manifests of thousands would fill the memory of whoever remembers them."""
+    """A generation with as much as choosing and ordering need: whole manifests of thousands would fill the memory."""
     if generation.manifest is None:
         return generation
     return replace(generation, manifest=replace(generation.manifest, writers=[], tensors={}, aliases={}, external={}))

@@ -275,7 +275,7 @@ def parts_of(piece: Piece, limit: int) -> Iterator[Piece]:
 
 
 class Slice(NamedTuple):
-    """What a tensor holds of a parameter: `length` elements of its row-major flattening from `start` on, which lie at
+    """A tensor's part of a parameter: `length` elements of its row-major flattening from `start` on, which lie at
     `position` in the tensor's own."""
 
     parameter: torch.Tensor

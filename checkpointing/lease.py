@@ -203,7 +203,7 @@ def holder_of(storage: Storage) -> Holder | None:
 
 
 def judge(content: bytes | None, where: str) -> Verdict:
-    """What the claim in a directory says of its holder."""
+    """Judge the holder of a directory by its claim."""
     if content == protocol.RELEASED:
         return Verdict.free
     if (holder := _parse_holder(content)) is None or holder.machine != pid_space():

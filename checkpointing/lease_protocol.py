@@ -64,7 +64,7 @@ Steps = Generator[Operation, Any, Any]
 
 
 class Verdict(Enum):
-    """What a claim says of its holder."""
+    """The state of a claim's holder."""
 
     free = 0  # given back, or dead
     held = 1  # alive

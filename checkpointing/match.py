@@ -122,7 +122,7 @@ def check_complete(pieces: Sequence[Piece], manifest: Manifest, cast: bool) -> N
 
 
 def without_other_names(pieces: Sequence[Piece], manifest: Manifest) -> list[Piece]:
-    """Those to be filled: of a tensor that is tied here and stored under one name only, as other libraries do, that."""
+    """The pieces to fill: a tensor that is tied here, and stored under one name by another library, is filled once."""
     stored = {p.memory for p in pieces if manifest.stored_name(p.name) in manifest.tensors}
     return [
         piece

@@ -113,7 +113,7 @@ def _store() -> Any:
 
 @dataclass
 class _Other:
-    """What one rank that works has said last, and when that was new."""
+    """The last word of a rank that works, and when it was new."""
 
     word: str = ""
     heard: float = 0.0

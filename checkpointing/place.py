@@ -1,4 +1,4 @@
-"""What a path means to whoever has generations to look for: a run, a directory of them, or one of them."""
+"""The meaning of a path that has generations: a run, a directory of them, or one of them."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """What all ranks save, by names in ascending order; and the boxes and scalars that one rank writes."""
+    """The plan of a save: all names in ascending order, and the boxes and scalars that one rank writes."""
 
     tensors: dict[str, LogicalTensor]
     aliases: dict[str, str]
@@ -156,7 +156,7 @@ class SavePlan:
 
 
 def shared_boxes(rows: Sequence[Row], bits: int) -> frozenset[tuple[str, Box]]:
-    """Those of a rank's own layout whose bit is set."""
+    """The boxes of a rank's own layout whose bit is set."""
     return frozenset(
         (name, Box(tuple(offset), tuple(size)))
         for number, (name, _, _, _, offset, size, _) in enumerate(rows)

@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class Agreement(Generic[Result]):
-    """What all ranks found out together about their layouts, remembered while no rank's layout changes.
+    """The agreement of all ranks about their layouts, remembered while no rank's layout changes.
 
     The digest covers every row in order, what else the result depends on, and the ranks they are on. A result is used
     again only where every rank remembers it under the digest of all, so a rank that is new, or has forgotten, costs an

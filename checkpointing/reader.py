@@ -99,7 +99,7 @@ class GenerationReader:
 
     @collecting_later()
     def plan(self, pieces: Sequence[Piece]) -> list[Read]:
-        """What is to be read for them, from the indexes that may hold it.
+        """Plan the reads for pieces, from the indexes that may hold them.
 
         The last plan is used again for the same boxes of the same generation: a run that goes back to it again.
         """

@@ -1,4 +1,4 @@
-"""What several ranks hold of one box: averaged where they drifted apart, compared where they should be equal."""
+"""Copies of one box on several ranks: averaged where they drifted apart, compared where they should be equal."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def averaged(team: Team, plan: RankPlan, pieces: Sequence[Piece]) -> list[Piece]
     for batch, following in pairwise([[], *_batches(plan, EXCHANGED_BYTES // team.size), []]):
 
         def exchange(batch: list[Part] = batch, following: list[Part] = following, told: Any = told) -> list[str]:
-            """What came of the last batch, and what goes into the next: a failure in either is told to all."""
+            """Exchange a batch with all ranks; a failure in the last one, or in preparing the next, is told to all."""
             for number, (mean, start, stop) in enumerate(batch):
                 if mean.writer == team.rank:
                     parts = [told[rank][number] for rank in mean.holders]

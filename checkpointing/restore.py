@@ -106,7 +106,7 @@ def _read_together(team: Team, storage: Storage, name: str) -> Manifest:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What a load asks for on this rank, without what `only` leaves out."""
+    """The request of a load on this rank, without what `only` leaves out."""
 
     pieces: list[Piece]
     external: list[External]
@@ -123,7 +123,7 @@ def _agree(
     cast: bool,
     budget: int,
 ) -> _Wanted:
-    """What this rank asks for, after all have found that they ask for it alike."""
+    """Agree on a load: this rank's request, after all have found that theirs are alike."""
     wanted: _Wanted | None = None
 
     def look() -> list[str]:

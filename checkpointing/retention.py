@@ -13,7 +13,7 @@ from checkpointing.storage import Storage
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """What stays: the union of these. The newest sound generation always does."""
+    """Which generations stay: the union of these. The newest sound one always does."""
 
     last: int = 2  # so many of the newest
     every: int = 0  # those whose step is a multiple of it, for ever; 0: none

@@ -96,7 +96,7 @@ class FileStorage:
         return retried(path, read)
 
     def list(self, prefix: str = "") -> dict[str, int]:
-        """What cannot be listed must not pass for empty, or a run would start over; what is not there is empty."""
+        """List files with their sizes. A failure to list must not pass for empty, or a run would start over."""
         above = _inside(prefix, str(self.root)).rpartition("/")[0]
         where = f"{self.root}/{above}" if above else str(self.root)
         return dict(sorted(retried(where, lambda: self._sizes(above, prefix)).items()))
@@ -185,7 +185,7 @@ _FOR_GOOD = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 
 
 def retried(path: Path | str, read: Callable[[], Read]) -> Read:
-    """What `read` returns; it is called again where the storage fails, and raises OSError then.
+    """Call `read`, again where the storage fails, which an OSError of it says.
 
     `NotFoundError` without the file, `DamagedError` where something else lies there, `UnreadableError` in the end.
     """

@@ -1,4 +1,4 @@
-"""What a machine must have for a run: each check says what it found, and what to mend."""
+"""Checks of a machine for a run: each says what it found, and what to mend."""
 
 from __future__ import annotations
 
@@ -173,11 +173,11 @@ def command(line: str) -> Check:
 
 
 def of_a_machine(directory: Path, own: str = "", gpus: int = 0) -> list[Check]:
-    """What is looked at before every job, in some seconds."""
+    """The checks before every job, in some seconds."""
     found = [memory(), shared_memory(), *disk(directory), ports(), *devices(gpus)]
     return [*found, command(own)] if own else found
 
 
 def failed(checks: Sequence[Check]) -> str:
-    """What is to be mended, in one line; nothing where all is well."""
+    """The failed checks in one line, with their mends; empty where all is well."""
     return "; ".join(f"{one.name}: {one.found}" for one in checks if one.ok is False)

@@ -45,7 +45,7 @@ def _everywhere(options: argparse.Namespace) -> int:
 
 
 def together(directory: Path) -> list[Check]:
-    """What only several machines can tell: that each sees the others' files, and reaches them."""
+    """The checks that need several machines: that each sees the others' files, and reaches them."""
     rank, size = (int(os.environ[f"SLURM_{key}"]) for key in ("PROCID", "NTASKS"))
     why, _ = meet(os.environ[ENDPOINT], rank, size, "")
     sum_up = Check("collective", not why, why or f"{size} machines sum together", "Look at the network and its rules")

@@ -31,7 +31,7 @@ EXCLUDE_S = 20.0  # below the time that SLURM leaves a script which it ends
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a job after an attempt."""
+    """The decision about a job after an attempt."""
 
     again: bool
     status: int
@@ -65,7 +65,7 @@ class Job:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the script tells its commands."""
+        """The options that the script tells its commands."""
         found: dict[str, Any] = json.loads(self.environment[OPTIONS])
         return found
 
@@ -78,7 +78,7 @@ class Job:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def own(self) -> list[dict[str, Any]]:
-        """Those of this job: an earlier one of the run may have given up, and what it gave up on been mended."""
+        """The attempts of this job: an earlier one of the run may have given up on what was mended since."""
         return [one for one in self.attempts() if one["job"] == self.number]
 
     def note(self, attempts: Sequence[Mapping[str, Any]]) -> None:
@@ -195,7 +195,7 @@ class Job:
         return True
 
     def _told(self, seconds: float, *words: str) -> str:
-        """What `scontrol` says against it to the last, tried for so long: its controller may be starting."""
+        """The last refusal of `scontrol`, tried for so long: its controller may be starting."""
         deadline = time.monotonic() + seconds
         while True:
             done = subprocess.run(["scontrol", *words], capture_output=True, text=True)

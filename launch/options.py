@@ -155,6 +155,6 @@ def check_file(call: Call, flag: str, path: str, remedy: str, *, instead_of: Seq
 
 
 def check_sizes(config: Config, sizes: Sequence[int]) -> None:
-    """What the trainer would refuse about any number of processes that it may have, refused once and early."""
+    """Refuse, once and early, what the trainer would refuse about any number of processes that it may have."""
     for num_processes in sizes:
         plan_batch(config, resolve_topology(config.parallel, num_processes).data_size)

@@ -1,4 +1,4 @@
-"""What a run was made of: left in its directory when its job is handed in, as the place may have changed by then."""
+"""The provenance of a run, left in its directory when its job is handed in: the place may have changed by its start."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ OVER = (
 
 
 def ask(*words: str, check: bool = True, forgive: str = "") -> str:
-    """What a command prints; `Refused` with what it says where it fails, unless that is to be forgiven."""
+    """Run a command of the scheduler's. `Refused` with its words where it fails, unless that is to be forgiven."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=WAIT_S, stdin=subprocess.DEVNULL)
     except FileNotFoundError:

@@ -29,7 +29,7 @@ MARGIN_S = 20  # of the warning's time, for what comes before and after the save
 
 @dataclass(frozen=True)
 class Script:
-    """What `sbatch` is given."""
+    """A script for `sbatch`."""
 
     text: str
     runs: Sequence[Call]

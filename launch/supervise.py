@@ -60,7 +60,7 @@ def supervise(start: Callable[[], int], *, warning: str, grace_s: float) -> int:
 
 
 def _status(outcome: Outcome | None, status: int | None, signum: int) -> int:
-    """The exit status by what trainers say, how the launcher ended, and which signal came. A launcher's 1 says nothing."""
+    """The exit status by what trainers say, how the launcher ended, and which signal came. Its 1 says nothing."""
     if status is not None and status != 1 and not signum:
         return status
     if outcome is not None:
@@ -112,7 +112,7 @@ class _Forward:
         self._send(number, trainers())
 
     def to_new_ones(self) -> None:
-        """Those that were started since: by a launcher that was about to, or that starts them again."""
+        """Signal the trainers that were started since, by a launcher that was about to, or that starts them again."""
         self._send(self.first, [pid for pid in trainers() if pid not in self._told])
 
     def _send(self, number: int, pids: list[int]) -> None:
@@ -152,7 +152,7 @@ def _send(pid: int, number: int) -> None:
 
 
 def say_how(status: int, cause: str = "") -> None:
-    """What a status means, where the trainer has not explained itself."""
+    """Say what a status means, where the trainer has not explained itself."""
     if status in (0, 2, AGAIN, 130) or not cause:  # a refusal has explained itself
         return
     if status > 128:

@@ -92,7 +92,7 @@ def patient(warning: str, grace_s: float) -> list[str]:
 
 
 def _flags() -> set[str]:
-    """What the torchrun that is installed knows."""
+    """The flags of the torchrun that is installed."""
     from torch.distributed.run import get_args_parser
 
     return {flag for action in get_args_parser()._actions for flag in action.option_strings}
@@ -160,7 +160,7 @@ def command_of(
 
 
 def run_torchrun(command: Command, config: Config) -> int:
-    """What the command says, in this process; the trainer's status, or 128 + n where signal n ended it."""
+    """Run torchrun in this process; the trainer's status, or 128 + n where signal n ended it."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run

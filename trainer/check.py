@@ -1,4 +1,4 @@
-"""What Hydra composed as plain dataclasses, and the rules that it must keep: no DictConfig travels further."""
+"""Hydra's configuration becomes plain dataclasses, and is checked: no DictConfig travels further."""
 
 from __future__ import annotations
 

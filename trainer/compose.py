@@ -99,7 +99,7 @@ def _quoted(value: str) -> str:
 
 
 def explain(error: Exception) -> str:
-    """What Hydra or OmegaConf refused, in one paragraph."""
+    """Explain in one paragraph why Hydra or OmegaConf refused."""
     text = str(error)
     if isinstance(error, OverrideParseException):
         why = text.splitlines()[0]

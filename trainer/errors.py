@@ -10,7 +10,7 @@ class Refused(ValueError):
 
 
 class AlsoRefused(Refused):
-    """What another process has refused for all, and says."""
+    """A refusal for all that another process says."""
 
 
 class TrainingFailed(RuntimeError):

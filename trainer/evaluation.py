@@ -1,4 +1,4 @@
-"""What is measured and shown of a model between steps: losses on sets that are held out, and text that it writes."""
+"""Evaluation of a model between steps: losses on held-out sets, and text that it writes."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def ran_out(error: BaseException) -> bool:
 
 
 def remedies(config: Config) -> list[str]:
-    """What leaves the result as it is, then what rounds differently, then what trains something else."""
+    """Remedies for too little memory: first what leaves the result as it is, last what trains something else."""
     parallel, found = config.parallel, []
     rows = min(parallel.local_batch or config.train.micro_batch, config.train.micro_batch)
     if rows > 1:

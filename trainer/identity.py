@@ -26,7 +26,7 @@ class Identity:
 
 
 def recorded(run_dir: Path) -> Identity | None:
-    """What the directory says of itself; None where it says nothing, as before the first start."""
+    """The identity that a directory records; None where there is none, as before the first start."""
     try:
         found = json.loads(read_small(run_dir / NAME))
         return Identity(str(found["directory"]), int(found["inode"]), str(found["run_id"]))

@@ -47,7 +47,7 @@ MAX_LIVE = 1_000_000_000  # parameters that ZeRO stage 3 holds whole at most, by
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a model needs, in bytes of fp32 and of activations of one part of a micro-batch."""
+    """The needs of a model, in bytes of fp32 and of activations of one part of a micro-batch."""
 
     layers: tuple[int, ...]  # parameters of each
     first: int  # parameters that the first stage has beside layers: embeddings
@@ -205,7 +205,7 @@ class _Kept:
 
 
 def _kept(model: nn.Module, num_layers: int, samples: int, positions: int, low: torch.dtype | None) -> _Kept:
-    """What autograd keeps of a forward through so many of the layers, parameters left out."""
+    """Count what autograd keeps of a forward through so many of the layers, parameters left out."""
     part = cut_out(inside(model), range(num_layers), first=True, last=True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         state = {

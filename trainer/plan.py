@@ -1,4 +1,4 @@
-"""What a run will do, worked out before anything starts: degrees, batch arithmetic, memory. Pure functions.
+"""The plan of a run, worked out before anything starts: degrees, batch arithmetic, memory. Pure functions.
 
 The plan is printed at the start; `dry_run=true` stops after it.
 """
@@ -153,7 +153,7 @@ def describe_run(
     device: str,
     optimizer: str,
 ) -> list[tuple[str, str]]:
-    """What is printed about the model, the processes, the batch, the steps and the memory: (label, text)."""
+    """Lines about the model, the processes, the batch, the steps and the memory: (label, text)."""
     train, schedule = config.train, config.schedule
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass
 class LossScale:
-    """What an fp16 loss is multiplied by, so that small gradients do not vanish (Micikevicius et al. 2018,
+    """The factor of an fp16 loss, so that small gradients do not vanish (Micikevicius et al. 2018,
     arXiv:1710.03740); a step whose gradient overflows is left out, and the scale is halved."""
 
     factor: float = 2.0**16

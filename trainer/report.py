@@ -65,7 +65,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory tells."""
+    """A run as its directory tells it."""
 
     directory: Path
     rows: list[dict[str, Any]]

@@ -133,7 +133,7 @@ def own_tiers(config: Config) -> list[FileStorage]:
 
 
 def own_memory(config: Config) -> MappedStorage | None:
-    """What the run has in this node's memory. What another user may have put there is not even looked at."""
+    """The run's generations in this node's memory. A directory that others may write is not even looked at."""
     directory = memory_directory(config)
     if directory is None or not directory.is_dir():
         return None
@@ -207,7 +207,7 @@ def _own_candidates(
 def check_state(
     config: Config, state: dict[str, Any], fingerprint: str, model: nn.Module
 ) -> dict[str, tuple[Any, Any]]:
-    """What has changed since a checkpoint was saved, as (was, is) by option; `Refused` if that alters the result."""
+    """Changes since a checkpoint was saved, as (was, is) by option; `Refused` if they alter the result."""
     changes = _changes(_filled(state["config"], config), as_json(config))
     refused = {key: f"{key} (was {was}, is {now})" for key, (was, now) in changes.items() if not is_free(key)}
     for key in ("optimizer", "optimizer.implementation"):
@@ -285,7 +285,7 @@ def turn_away_from(tiers: Sequence[FileStorage], start: Start, loaded_step: int)
 
 
 def _find(path: Path) -> Place:
-    """What resume=<path> means. `Refused` where nothing there was committed."""
+    """Find the generations of resume=<path>. `Refused` where nothing there was committed."""
     if not path.is_dir():
         raise Refused(
             f"resume={path} is not a directory. Give a run, its checkpoints, or one generation; or resume=auto."
@@ -299,7 +299,7 @@ def _find(path: Path) -> Place:
 
 
 def _what_memory_held(past: History) -> list[str]:
-    """What is said of a run that had snapshots in memory and nothing else, and has lost them."""
+    """A note on a run that had snapshots in memory and nothing else, and has lost them."""
     if past.in_memory is None:
         return []
     return [f"snapshots up to step {past.in_memory} were in memory, which is gone, and none was durable"]
@@ -363,7 +363,7 @@ def _trainer_state(storage: FileStorage, generation: Generation, manifest: Manif
 
 
 def trainer_state(objects: dict[str, Any]) -> Any:
-    """What the trainer saved of itself; of a checkpoint of another library which step is done, and whence it came."""
+    """The trainer's own state; of a checkpoint of another library which step is done, and whence it came."""
     if isinstance(imported := objects.get(IMPORTED), dict):
         return {"step": imported["step"], IMPORTED: imported}
     return objects.get("trainer")

@@ -81,7 +81,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """What one process knows of a run before the processes join."""
+    """A run as one process knows it before the processes join."""
 
     config: Config
     world: World
@@ -225,7 +225,7 @@ def say_plan(config: Config, lines: list[tuple[str, str]]) -> None:
 
 
 def train_together(job: Job, start: Start, leases: Leases | None, preemption: Preemption) -> int:
-    """What happens while the processes are joined; the exit status. Nothing of it outlives the process group."""
+    """Train while the processes are joined; the exit status. Nothing of it outlives the process group."""
     start = agree(job, start)
     memory = prepare_memory(job)
     # The model is not held here: what an engine makes shards of is given back.
@@ -471,7 +471,7 @@ def take_snapshots(
     memory: Path | None,
     leases: Leases | None,
 ) -> Snapshotter | None:
-    """What takes the run's snapshots in memory, ready for the first; None where none are wanted. Collective."""
+    """Make ready for the run's snapshots in memory; None where none are wanted. Collective."""
     options = config.checkpoint.memory
     if options.every == 0 or memory is None:
         return None

@@ -62,7 +62,7 @@ def hold_run_directory(config: Config, world: World) -> Iterator[Leases | None]:
 
 
 def directories(config: Config) -> dict[str, str]:
-    """What a run writes into, by the option that names it. One directory may serve for both."""
+    """The directories that a run writes into, by the option that names them. One may serve for both."""
     if Path(config.run.dir).resolve() == Path(config.checkpoint.dir).resolve():
         return {"run.dir": config.run.dir}
     return {"run.dir": config.run.dir, "checkpoint.dir": config.checkpoint.dir}

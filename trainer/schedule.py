@@ -8,7 +8,7 @@ from trainer.options.schedule import Curve, Schedule
 
 
 def never_reached(total: int, peak: float, schedule: Schedule) -> str:
-    """What is said of a run that ends within its warm-up; empty for others."""
+    """A note on a run that ends within its warm-up; empty for others."""
     if schedule.warmup_steps <= total:
         return ""
     return (

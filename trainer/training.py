@@ -1,4 +1,4 @@
-"""What the loop trains: one engine and one method, and the model between them, which a method may have built anew."""
+"""Training: one engine and one method, and the model between them, which a method may have built anew."""
 
 from __future__ import annotations
 

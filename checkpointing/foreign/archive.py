@@ -69,7 +69,7 @@ class Mapped:
 
 
 def read_archive(file: Mapped, offset: int = 0, length: int | None = None) -> Any:
-    """What torch.save wrote into a file, or into a part of one. `DamagedError` where it is none, or is cut short."""
+    """Read an archive of torch.save's, or a part of a file. `DamagedError` where it is none, or is cut short."""
     path, mapped = file.path, file.data
     try:
         length = len(mapped) - offset if length is None else length

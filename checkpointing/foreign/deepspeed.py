@@ -45,7 +45,7 @@ def newest_tag(directory: Path) -> Path | None:
 
 
 def describe_deepspeed(directory: Path) -> Foreign:
-    """What all ranks have saved in `directory`. `MismatchError` for model parallelism, whose cuts it does not say."""
+    """Describe a checkpoint of all ranks. `MismatchError` for model parallelism, whose cuts it does not say."""
     if experts := sorted(path.name for path in directory.glob("*.pt") if _EXPERTS.search(path.name)):
         raise MismatchError(
             f"{directory} holds experts that DeepSpeed shared out over processes ({first_few(experts, 2)}), which is "

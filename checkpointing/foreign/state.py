@@ -1,4 +1,4 @@
-"""What was found in a checkpoint of another library."""
+"""The contents of a checkpoint of another library."""
 
 from __future__ import annotations
 

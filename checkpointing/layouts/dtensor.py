@@ -15,7 +15,7 @@ from checkpointing.geometry import Interval, Piece, Shape
 
 
 class Held(NamedTuple):
-    """What the tensors of a tensor-parallel rank hold of a logical tensor of `shape`, before they are sharded further.
+    """A tensor-parallel rank's part of a logical tensor of `shape`, before it is sharded further.
 
     `ranges` has for every dimension the (start, length) of the logical ranges that lie there one after the other, such
     as the rows of query, key and value heads in a fused projection. What reaches past the end is padding.

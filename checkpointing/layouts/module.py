@@ -246,7 +246,7 @@ def materialize(optimizer: Optimizer) -> None:
 def _state_of_one(
     kind: type[Optimizer], options: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """What the optimizer keeps of a parameter with one element after a step: which keys, and of what form."""
+    """The optimizer's state of a parameter with one element after a step: its keys and their forms."""
     probe = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
     probe.grad = torch.zeros_like(probe)
     optimizer = kind([{**options, "params": [probe]}])  # type: ignore[call-arg]

@@ -75,8 +75,10 @@ def publish_zero(engine: Any) -> None:
 
 
 def held_in_partition(engine: Any, master: torch.Tensor) -> list[Slice]:
-    """What a flat partition, or a whole master, holds on this rank: of every parameter in it, in the same order on all
-    ranks, the first element, how many, and where in the partition they lie."""
+    """The contents of a flat partition, or of a whole master, on this rank.
+
+    Every parameter in it, in the same order on all ranks.
+    """
     for group in _groups(engine.optimizer):
         if group.master is master:
             return [

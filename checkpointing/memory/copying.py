@@ -191,7 +191,7 @@ class Copier:
 
 
 def _head(manifest: Manifest) -> dict[str, Any]:
-    """What differs between snapshots of one layout, as the manifest has it."""
+    """The part of a manifest that differs between snapshots of one layout."""
     names = ("step", "save_id", "parent", "run_id", "incarnation", "serial", "created", "world_size", "versions")
     head = {name: getattr(manifest, name) for name in (*names, "metrics")}
     return {"format": format.FORMAT, "version": format.VERSION, **head}

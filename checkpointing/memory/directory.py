@@ -56,7 +56,7 @@ def read_secret(root: Path) -> str:
 
 
 def why_not_private(root: Path) -> str:
-    """What keeps a directory from being this user's alone; empty where nothing does.
+    """The reason why a directory is not this user's alone; empty where it is.
 
     Others must be unable to put another one in its place, too: the directory above is this user's or root's, and where
     all may write there, as in /dev/shm, its sticky bit keeps them from renaming what is not theirs.

@@ -1,4 +1,4 @@
-"""What is to become durable: which generations are on their way to the disk, and what became of them."""
+"""Durable writes that are pending: generations on their way to the disk, and how each ended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from checkpointing.memory.messages import Message
 
 @dataclass(slots=True)
 class Durable:
-    """What became of a generation that was to become durable."""
+    """How the writing of a generation ended."""
 
     step: int
     generation: str = ""
@@ -70,7 +70,7 @@ class Durables:
             return sorted(self._steps), sorted(failed)
 
     def take(self) -> list[Durable]:
-        """What became durable, or failed to, since the last call."""
+        """Take the writes that ended since the last call, well or not."""
         with self._changed:
             found, self._found = self._found, []
             return found

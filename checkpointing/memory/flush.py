@@ -205,7 +205,7 @@ def _awaited(
     check: Callable[[], None],
     why: str,
 ) -> list[str]:
-    """What `look` finds; it is waited for as long as files of the generation come and grow."""
+    """Wait for what `look` finds, as long as files of the generation come and grow."""
     seen, since = dict[str, int](), time.monotonic()
     while not (found := look()):
         check()

@@ -33,7 +33,7 @@ class Task:
 
 
 class Cancelled(Exception):
-    """What is being written is not wanted any more."""
+    """The generation that is being written is not wanted any more."""
 
 
 class Flusher:

@@ -1,4 +1,4 @@
-"""What a rank's shard file looks like, laid out once for many snapshots, and copying the state into it.
+"""A rank's shard file, laid out once for many snapshots, and the copying of the state into it.
 
 The same bytes as `writer.write_shard` writes for the same plan, pieces, objects and save id.
 """

@@ -20,7 +20,7 @@ Message = dict[str, Any]
 
 
 class ProtocolError(CheckpointError):
-    """What came over the socket is none of our messages, or of another version."""
+    """A message over the socket is none of ours, or of another version."""
 
 
 def listen(root: Path) -> socket.socket:

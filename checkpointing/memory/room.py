@@ -24,7 +24,7 @@ class Room:
 
     @staticmethod
     def within(nbytes: int, by: str, part: int = SPARE_PART) -> Room:
-        """What may be taken of `nbytes` that are free."""
+        """The part that may be taken of `nbytes` that are free."""
         return Room(nbytes - min(SPARE_BYTES, max(0, nbytes) // part), by)
 
 
@@ -59,7 +59,7 @@ def _available() -> int:
 
 
 def _of_cgroups(root: Path) -> list[Room]:
-    """What the memory limits of this process's cgroup and of those above it leave (version 2, and version 1)."""
+    """Room that the memory limits of this process's cgroup and those above it leave (version 2, and version 1)."""
     found = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)

@@ -42,7 +42,7 @@ START_S = 60.0  # that a keeper may take to start
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a snapshot: `generation` where it was committed on every node, otherwise why not."""
+    """How a snapshot ended: `generation` where it was committed on every node, otherwise why not."""
 
     step: int
     generation: str = ""
@@ -266,7 +266,7 @@ class Snapshotter:
         optimizer.register_step_pre_hook(lambda *_: self.fence())
 
     def settle(self) -> Outcome | None:
-        """What became of the last snapshot, on all nodes. Collective; None where there was none since the last call."""
+        """Settle the last snapshot on all nodes. Collective; None where there was none since the last call."""
         if (snapshot := self._current) is None:
             return None
         began = time.perf_counter()
@@ -300,7 +300,7 @@ class Snapshotter:
                     self._unsent.add(serial)
 
     def durables(self) -> list[Durable]:
-        """What became durable on this node, or failed to, since the last call."""
+        """Take the durable writes of this node that ended since the last call, well or not."""
         return self._durables.take()
 
     def wait_durable(self, seconds: float) -> bool:

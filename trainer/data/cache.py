@@ -79,7 +79,7 @@ def tokenized(
 
 
 def tokenize(reader: RecordReader, rows: Iterable[Row]) -> tuple[list[Sample], list[Sample]]:
-    """What is trained on, and what is held out."""
+    """Tokenize rows: samples to train on, and held-out ones."""
     sides: tuple[list[Sample], list[Sample]] = ([], [])
     for where, record, held_out in rows:
         sides[held_out].extend(reader.samples(where, record))

@@ -151,7 +151,7 @@ _READ = {
 
 
 def recognise(where: str, record: Record) -> tuple[str, list[Message]]:
-    """What kind of record it is, in words, and its messages as templates take them."""
+    """The kind of a record, in words, and its messages as templates take them."""
     there = {key for key, value in record.items() if value is not None}  # tables have a column for each kind
     alpaca = {"instruction", "output"} <= set(record) and not there & {"messages", "conversations"}
     if record.get("history") and not alpaca:
@@ -211,7 +211,7 @@ _RENDERERS = {
 
 
 def _context(where: str, record: Record) -> dict[str, Any]:
-    """What a template is given beside the messages: tools, documents, and arguments of its own."""
+    """A template's arguments beside the messages: tools, documents, and some of its own."""
     more = record.get("chat_template_kwargs") or {}
     if not isinstance(more, Mapping):
         raise Refused(f"{where}: chat_template_kwargs is {kind_of(more)}, not an object. Mend or remove it.")

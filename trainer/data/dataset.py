@@ -49,7 +49,7 @@ class Dataset(Protocol):
     def sample(self, index: int) -> Sample: ...
 
     def row(self, index: int) -> list[Sample]:
-        """What is computed in one row under this id: a sample, or several that do not see each other."""
+        """The samples of one row under this id: one, or several that do not see each other."""
 
     def num_tokens(self, ids: Ids) -> int:
         """How many input tokens these samples have, without padding."""

@@ -43,7 +43,7 @@ class Feed:
         self.num_ranks, self.rank = num_ranks, rank
 
     def step(self, step: int) -> Share:
-        """What this rank computes in step `step`, counted from 1."""
+        """This rank's share of step `step`, counted from 1."""
         ids = samples_of_step(
             step,
             seed=self.seed,

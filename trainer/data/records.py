@@ -32,7 +32,7 @@ class RecordReader(Protocol):
         """Tokens that end what was learned of conversations so far."""
 
     def notes(self) -> list[str]:
-        """What had to be cut or left out so far."""
+        """Notes on what had to be cut or left out so far."""
 
 
 class Fields:
@@ -138,7 +138,7 @@ MASKS = ("loss_mask", "assistant_masks", "completion_mask", "train_detail", "tra
 
 
 def is_learned(where: str, given: Record) -> bool | None:
-    """What the flags of a turn say; None where there are none. `Refused` for what is neither yes nor no."""
+    """Whether a turn's flags have it learned; None where there are none. `Refused` for what is neither yes nor no."""
     said = {key: given[key] for key in FLAGS if given.get(key) is not None}
     if wrong := [key for key, value in said.items() if not isinstance(value, int | float) or value not in (0, 1)]:
         raise Refused(
@@ -225,7 +225,7 @@ def string(record: Record, key: str, where: str) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """What a value of JSON is called."""
+    """The name of a JSON value's kind."""
     kinds = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
     return "null" if value is None else kinds.get(type(value), "an object")
 

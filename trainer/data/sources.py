@@ -85,7 +85,7 @@ def load_corpus(config: Data, tokenizer: Tokenizer, seq_len: int) -> Corpus:
 
 
 def load_sets(given: Sequence[str], data: Data, tokenizer: Tokenizer, seq_len: int) -> dict[str, Dataset]:
-    """What `eval.sets` names, all of each. `Refused` for what is no NAME@KIND:PATH."""
+    """The datasets that `eval.sets` names, all of each. `Refused` for what is no NAME@KIND:PATH."""
     own: Any = {key: getattr(data, key) for key in ("template", "cache", "workers") if hasattr(data, key)}
     mix, sets = Mix(eval_fraction=0, **own), dict[str, Dataset]()
     for one in given:

@@ -1,4 +1,4 @@
-"""What a chat template makes of a conversation, and which of it the assistant says.
+"""Chat templates: the text that one makes of a conversation, and the assistant's parts of it.
 
 The template tells where it marks it (`{% generation %}`); elsewhere it follows from what it makes of the conversation
 up to each turn: the turn is what comes after the prompt that the model is given to answer.
@@ -51,8 +51,10 @@ class Template:
         self.marks = _MARKS.search(source) is not None
 
     def texts(self, where: str, messages: list[Message], context: Mapping[str, Any]) -> list[tuple[str, list[Span]]]:
-        """What the model reads, with the assistant's turns in it that are learned; several where no one text holds all
-        turns as they are said. `context` is what the template is given beside the messages."""
+        """Texts that the model reads, with the learned turns in them; several where none holds all turns.
+
+        `context` are the template's arguments beside the messages.
+        """
         whole, marked = self._render(where, messages, context)
         self._check_written(where, messages, context, whole)
         if self.marks:
@@ -166,7 +168,7 @@ def _functions(message: Message) -> list[Mapping[str, Any]]:
 
 
 def _longest_word(text: Any) -> str:
-    """What is found again however a template quotes a text."""
+    """The longest word of a text: it is found again however a template quotes the text."""
     return max(re.findall("[A-Za-z0-9]+", text), key=len, default="") if isinstance(text, str) else ""
 
 

@@ -49,7 +49,7 @@ class Tokenizer(Protocol):
         """The number of one of `specials`."""
 
     def save(self, directory: Path) -> None:
-        """What transformers loads the same tokens with."""
+        """Write the files from which transformers loads the same tokens."""
 
 
 class ByteTokenizer:

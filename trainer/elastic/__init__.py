@@ -1,1 +1,1 @@
-"""What keeps a run the same on any number of processes: keyed randomness and constant work."""
+"""Elasticity: a run is the same on any number of processes, by keyed randomness and constant work."""

@@ -20,7 +20,7 @@ LOOK_S = 1.0
 
 
 def this_launcher() -> str:
-    """What a launcher puts into the environment of what it starts."""
+    """The launcher's mark in the environment of the processes that it starts."""
     return json.dumps(asdict(Holder.this_process()))
 
 

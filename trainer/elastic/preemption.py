@@ -118,7 +118,7 @@ _heard: list[int] = []  # all of it
 
 
 def not_ignored(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
-    """Those that whoever started this process did not have it ignore, as `nohup` does with SIGHUP.
+    """The signals that this process was not started to ignore, as `nohup` has SIGHUP ignored.
 
     What shells have every process in the background ignore is said by nobody: SIGINT and SIGQUIT are heard.
     """
@@ -140,7 +140,7 @@ def listen_no_more() -> None:
 
 
 def take_early() -> list[int]:
-    """What came before anybody listened, once."""
+    """Take the signals that came before anybody listened, once."""
     taken = list(_early)
     _early.clear()
     return taken

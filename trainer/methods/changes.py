@@ -1,4 +1,4 @@
-"""What fine-tuning changed: the density of every layer, and the sparsity of the difference between two checkpoints."""
+"""Statistics of fine-tuning: the density of every layer, and the sparsity of the difference of two checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fine-tuned model differs in from its base: a small file, put into a model and taken out again bit for bit.
+"""Differences of fine-tuned models from their base: small files, put into a model and taken out again bit for bit.
 
 Values are added to what the base has at their entries, and the sum replaces it; the originals are kept, so that going
 back replaces as well. Differences compose by addition (Ansell et al. 2022, arXiv:2110.07560).
@@ -115,7 +115,7 @@ def _checked(told: dict[str, object], tensors: Mapping[str, torch.Tensor], path:
 
 
 def _described(given: Any) -> dict[str, str]:
-    """What a file says of these, which somebody else may have written."""
+    """Check the small files in a difference, which somebody else may have written."""
     if not (given.keys() <= {*DESCRIBED} and all(isinstance(t, str) and len(t) <= LONGEST for t in given.values())):
         raise ValueError("it describes more than a template and how to generate")
     return dict(given)

@@ -28,7 +28,7 @@ Backwards = Callable[[Callable[[], None]], None]
 
 
 class Host(Protocol):
-    """What a method may ask of the engine that trains its model. Methods with `Collective.` are called on all ranks."""
+    """The engine as a method sees it. Methods with `Collective.` are called on all ranks."""
 
     device: torch.device
     data_rank: int  # which share of the global batch this rank computes, of `data_size` shares

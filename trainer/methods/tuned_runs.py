@@ -1,4 +1,4 @@
-"""What a checkpoint of this trainer has trained, read without an engine: its difference from the base, its weights."""
+"""Checkpoints of this trainer, read without an engine: the difference from the base, and the weights."""
 
 from __future__ import annotations
 

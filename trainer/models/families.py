@@ -1,4 +1,4 @@
-"""What tensor parallelism needs to know of a family of models: which of its tensors are cut, and along what.
+"""Families of models, as tensor parallelism needs to know them: which tensors are cut, and along what.
 
 One entry a `model_type` of transformers. Paths are those inside a layer. A family without an entry is refused.
 """

@@ -172,7 +172,7 @@ def _check_not_quantised(config: HuggingFace, settings: Any) -> None:
 
 
 def _check_complete(config: HuggingFace, found: dict[str, Any]) -> None:
-    """What the files lack would get random values, others on every rank and in every run."""
+    """Refuse files that lack tensors: those would get random values, others on every rank and in every run."""
     lacking = sorted(map(str, found["missing_keys"])) + sorted(str(key[0]) for key in found["mismatched_keys"])
     if lacking:
         raise Refused(

@@ -31,7 +31,7 @@ Table = dict[str, tuple[int, str, list[int], bool]]  # by a tensor's name: where
 
 
 def read_once(read: Callable[[], nn.Module], skeleton: Callable[[], nn.Module], team: Team) -> nn.Module:
-    """What `read` gives, called on one process of each machine only. Collective.
+    """Call `read` on one process of each machine only, and share its model. Collective.
 
     `skeleton` gives the same model on the device meta. Every process may write to its own: pages that it writes are
     copied for it. One that cannot map what another read reads by itself.
@@ -71,7 +71,7 @@ def _lend(model: nn.Module) -> Lent | None:
 
 
 def _while_others_wait(action: Callable[[], T] | None, team: Team) -> T | None:
-    """What `action` gives where there is one. Collective; what fails on one fails on all.
+    """Call `action` where there is one. Collective; a failure on one rank is one on all.
 
     It runs in a thread, so that nobody waits in one collective for as long as that takes. The thread is a daemon's: a
     process that fails meanwhile does not wait for it.

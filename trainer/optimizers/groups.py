@@ -1,4 +1,4 @@
-"""What trains, by learning rate and weight decay: the param groups of every optimizer under every engine."""
+"""Param groups of every optimizer under every engine: trained parameters by learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.options.optimizer import Optimizer, rates_by_pattern
 
 
 def lr_scales(model: nn.Module, config: Optimizer) -> dict[str, float]:
-    """What optimizer.lr_scale multiplies the learning rate of each trained parameter by, under all of its names.
+    """Factors of the learning rate by optimizer.lr_scale, of each trained parameter, under all of its names.
 
     Of the whole model: where a tied tensor is taken apart, only one of its names is left on each side. `Refused` for a
     pattern that matches nothing. Not collective.

@@ -13,7 +13,7 @@ from trainer.plan import Topology
 
 
 class OptimizerKind(Protocol):
-    """What the plan, the resume check and the engines ask of an optimizer."""
+    """An optimizer as the plan, the resume check and the engines see it."""
 
     def __init__(self, config: Config) -> None: ...
 

@@ -12,7 +12,7 @@ from trainer.options.field import option
 
 @dataclass
 class Method:
-    """What of a model trains. The options of the optimizer that a method suggests count where they are not given."""
+    """The method. Its options of the optimizer count where the optimizer's are not given."""
 
     made_by: ClassVar[str] = "trainer.methods.method:Method"  # MODULE:CLASS of the method itself
 

@@ -51,7 +51,7 @@ class Optimizer:
 
 
 def rates_by_pattern(lr_scale: list[str]) -> dict[str, float]:
-    """What optimizer.lr_scale says, in its order. `Refused` for what is no pattern:factor."""
+    """Factors by pattern of optimizer.lr_scale, in its order. `Refused` for what is no pattern:factor."""
     rates = {}
     for given in lr_scale:
         pattern, _, factor = given.rpartition(":")

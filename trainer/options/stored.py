@@ -39,7 +39,7 @@ def as_json(config: Config) -> dict[str, Any]:
 
 
 def from_json(saved: dict[str, Any]) -> Config:
-    """What `as_json` gave, as a checkpoint holds it; options that a later release added have their defaults.
+    """Read a configuration that `as_json` gave; options that a later release added have their defaults.
 
     It may be a stranger's: text stays text, also where it looks like an interpolation. `ValueError`, `TypeError`,
     `KeyError`, `AttributeError` or an error of OmegaConf's where it is no configuration.

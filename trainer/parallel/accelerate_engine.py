@@ -269,7 +269,7 @@ def _check_degrees(parallel: Parallel, topology: Topology) -> None:
 
 
 def _check_agreement(accelerator: Accelerator, mesh: Mesh, device: torch.device) -> None:
-    """What accelerate found must be what was planned: other collectives than planned would wait for ever."""
+    """Refuse a set-up of accelerate's other than planned: its collectives would wait for ever."""
     sharded = accelerator.distributed_type is DistributedType.FSDP
     found = (accelerator.num_processes, accelerator.device.type, sharded)
     planned = (mesh.topology.size, device.type, mesh.topology.dp_shard > 1)

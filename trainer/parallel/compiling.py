@@ -59,7 +59,7 @@ RECOMPILE_LIMIT = 64
 
 
 class Compiled:
-    """What became of the layers. Their random draws are those of layers that are not compiled."""
+    """Compiled layers. Their random draws are those of layers that are not compiled."""
 
     def __init__(self, layers: Iterable[nn.Module], backend: str) -> None:
         from torch._inductor import config as inductor
@@ -73,7 +73,7 @@ class Compiled:
         self._before = _seen()
 
     def news(self) -> str | None:
-        """What was compiled since the last call, and where graphs broke, in one line; None if nothing was."""
+        """Tell in one line what was compiled since the last call, and where graphs broke; None if nothing was."""
         now = _seen()
         new, self._before = now - self._before, now
         graphs = new.pop("", 0)

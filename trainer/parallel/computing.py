@@ -1,4 +1,4 @@
-"""What every engine computes: a model called on part of a logical micro-batch, its summed loss, its random draws."""
+"""The computation of every engine: a model called on part of a logical micro-batch, its summed loss, its draws."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOW: dict[Compute, torch.dtype] = {Compute.bf16: torch.bfloat16, Compute.fp16: t
 
 @dataclass(frozen=True)
 class Part:
-    """What is computed at a time: a micro-batch, or part `number` of one that is split; `key` starts its draws."""
+    """A micro-batch, or part `number` of one that is split, to be computed at a time; `key` starts its draws."""
 
     batch: Batch
     key: int
@@ -115,7 +115,7 @@ class Draws:
                 layer.register_forward_pre_hook(self._before(index))
 
     def start(self, part: Part) -> None:
-        """What follows belongs to this part."""
+        """Begin the draws of a part."""
         self._key, self._number = part.key, part.number
         reseed(part.key, part.number)
 

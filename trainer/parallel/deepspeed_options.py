@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: our options, and those of a user's own JSON that do not contradict them.
+"""DeepSpeed's options: ours, and those of a user's own JSON that do not contradict them.
 
 Pure: DeepSpeed is not imported, so that a contradiction is refused before anything starts.
 """
@@ -93,7 +93,7 @@ def engine_options(config: Config, num_trained: int) -> dict[str, Any]:
 
 
 def user_options(config: Config) -> dict[str, Any]:
-    """What parallel.deepspeed adds. `auto` leaves an option to us; one that says what is so anyway may stand there."""
+    """Options that parallel.deepspeed adds. `auto` leaves one to us; one that is so anyway may stand there."""
     given = config.parallel.deepspeed
     if given is None:
         return {}
@@ -143,7 +143,7 @@ def _check_form(where: str, options: Any) -> None:
 
 
 def _ours(config: Config) -> dict[str, tuple[Any, str]]:
-    """What the trainer says: the value in DeepSpeed's words, and the override that says another."""
+    """Values that the trainer sets, in DeepSpeed's words, each with the override that sets another."""
     train, parallel = config.train, config.parallel
     return {
         "train_batch_size": (train.global_batch, "train.global_batch={value}"),

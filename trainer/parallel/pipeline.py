@@ -129,7 +129,7 @@ def cut_out(model: PreTrainedModel, layers: Sequence[int], *, first: bool, last:
 
 
 def _without(child: nn.Module, model: PreTrainedModel) -> nn.Module:
-    """What stands for a module before the layers on a stage that gets hidden states."""
+    """The stand-in for a module before the layers, on a stage that gets hidden states."""
     if child is model.get_input_embeddings() or isinstance(child, nn.Dropout):
         return Absent()
     if isinstance(child, nn.Embedding):
@@ -162,7 +162,7 @@ class Stage(nn.Module):
         self.positions: torch.Tensor | None = None  # of an evaluation's rows that hold several samples
 
     def expect(self, parts: Sequence[Part]) -> None:
-        """Those of a step; every schedule hands them to a stage in this order."""
+        """Expect the parts of a step; every schedule hands them to a stage in this order."""
         self._coming = iter(parts)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:

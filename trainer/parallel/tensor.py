@@ -51,7 +51,7 @@ class Adapted(Protocol):
 
 @dataclass
 class Cuts:
-    """What this rank holds after the cut, by the logical names of parameters."""
+    """This rank's parts after the cut, by the logical names of parameters."""
 
     held: dict[str, Held] = field(default_factory=dict)
     summed: set[str] = field(default_factory=set)  # of whose gradient every rank has only its share's part
@@ -157,7 +157,7 @@ def cut(model: Any, group: dist.ProcessGroup) -> Cuts:
 
 
 def shares_of(model: Any, size: int) -> list[Cuts]:
-    """What each of so many ranks would hold of a model on the device meta, which stays as it is. Not collective."""
+    """The parts that each of so many ranks would hold of a model on meta, which stays as it is. Not collective."""
     found = []
     for at in range(size):
         cutter = _Cutter(copy.deepcopy(model), None, size, at)
@@ -218,7 +218,7 @@ class _Cutter:
                 )
 
     def _tell_heads(self, region: Any) -> None:
-        """What a family's attention reads of its share, beside the shapes of what it holds."""
+        """Tell a family's attention of its share, as far as it reads more than shapes."""
         share = self.share
         (_, heads), (_, kv_heads) = share.heads, share.kv_heads
         local = {
@@ -396,7 +396,7 @@ def _gather(inputs: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) ->
 
 
 class _Enter(torch.autograd.Function):
-    """What all ranks have in common enters the shares: its gradient is the sum of theirs."""
+    """A tensor that all ranks have in common enters the shares: its gradient is the sum of theirs."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

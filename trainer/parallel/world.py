@@ -25,7 +25,7 @@ class World:
 
     @staticmethod
     def from_environment(environment: Mapping[str, str] = os.environ) -> World:
-        """What torchrun and its kin set, and DeepSpeed's launcher; one process alone without it."""
+        """The world that torchrun and its kin, or DeepSpeed's launcher, set; one process alone without."""
         if "RANK" not in environment:
             tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
             if "SLURM_PROCID" in environment and tasks.isdigit() and int(tasks) > 1:

@@ -1,1 +1,1 @@
-"""What a run tells: metrics.jsonl and events.jsonl, the progress on the terminal, and wandb. Rank 0 only."""
+"""Tracking: metrics.jsonl and events.jsonl, the progress on the terminal, and wandb. Rank 0 only."""

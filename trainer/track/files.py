@@ -103,12 +103,12 @@ class JsonLines:
 
 
 def _as_json(value: Any) -> Any:
-    """What is no number as its name, `nan`, `inf` or `-inf`: JSON has none for it."""
+    """A value for JSON: what is no number by its name, `nan`, `inf` or `-inf`, as JSON has none for it."""
     return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
 class Metrics(JsonLines):
-    """What each optimizer step measured.
+    """Measurements of each optimizer step.
 
     Lines that must be durable, and that the file's disk does not take, go to `spare`, a file on another disk. They come
     back from there when the run is started again.
@@ -146,7 +146,7 @@ class Metrics(JsonLines):
 
 
 class Samples:
-    """What the model wrote on the way, in a file that is there when it has written something."""
+    """Texts that the model wrote on the way, in a file that is there when it has written one."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._lines = path, None if not path.exists() else JsonLines(path)
@@ -164,7 +164,7 @@ class Samples:
 
 
 class Events(JsonLines):
-    """What happened to the run: start, resume, commit, resize, failure, finish."""
+    """Events of the run: start, resume, commit, resize, failure, finish."""
 
     def emit(self, event: str, **facts: Any) -> None:
         self.write({"event": event, **facts, "time": time.time(), "monotonic": time.monotonic()})

@@ -1,4 +1,4 @@
-"""What a run's events.jsonl says of its past, in one pass: how often it started, under which ids, what it saved."""
+"""The past of a run by its events.jsonl, in one pass: how often it started, under which ids, what it saved."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class RunTracker:
             self._metrics.sync()
 
     def close(self, exit_code: int) -> None:
-        """What another process has taken over is left as it is; a terminal is given back in any case."""
+        """Close, but leave what another process has taken over; a terminal is given back in any case."""
         mine = False
         with contextlib.suppress(LeaseHeldError):
             mine = not self._fenced and self._tell()

@@ -44,7 +44,7 @@ class _Candidates(NamedTuple):
 
     @staticmethod
     def of(scores: torch.Tensor, number: int, count: int) -> _Candidates:
-        """Those of one weight that may be among the best `count` of all, or near."""
+        """The candidates of one weight: entries that may be among the best `count` of all, or near."""
         kept = _near_best(scores, count)
         return _Candidates(scores[kept], torch.full_like(kept, number), kept)
 
@@ -76,7 +76,7 @@ Parts = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class Ranks:
-    """Those that choose together; all of them call the same functions in the same order."""
+    """The ranks that choose together: all of them call the same functions in the same order."""
 
     device: torch.device
     group: dist.ProcessGroup | None
@@ -90,7 +90,7 @@ class Ranks:
         return Ranks(device, group, 0 if alone else dist.get_rank(group), 1 if alone else dist.get_world_size(group))
 
     def from_owner(self, number: int, indices: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """What the owner of weight `number` has, on all ranks; others give None."""
+        """Send the owner's indices of weight `number` to all ranks; others give None."""
         if self.group is None:
             assert indices is not None
             return indices.to(dtype)
@@ -118,7 +118,7 @@ class Ranks:
         return [part[: int(n)] for part, n in zip(parts, lengths, strict=True)]
 
     def merge(self, mine: Parts, join: Callable[[Parts, Parts], Parts]) -> Parts:
-        """What all ranks' tuples join to, on all of them: pair by pair, and no rank holds more than two.
+        """Join all ranks' tuples, pair by pair; the result is on all of them, and no rank holds more than two.
 
         Tensors of a tuple are equally long, and each has one dtype on all ranks.
         """

@@ -1,4 +1,4 @@
-"""What a selector thinks of every entry of a weight; more is better. Pure, and the same on every machine and layout."""
+"""Selectors: a score for every entry of a weight, higher is better. Pure, and the same on every machine and layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.options.method import Granularity, Selector
 
 @dataclass(frozen=True)
 class Subject:
-    """What is judged: a whole weight of shape (rows, columns) and what is known of it."""
+    """A weight to be scored, whole, of shape (rows, columns), and what is known of it."""
 
     weight: torch.Tensor
     key: int  # of its random draws

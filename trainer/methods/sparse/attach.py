@@ -79,7 +79,7 @@ def train_whole(model: nn.Module, config: Sparse) -> None:
 
 
 def sizes_in(manifest: Manifest) -> dict[str, int]:
-    """What a checkpoint's layers train, as columns or rows rather than heads; empty where none is sparse."""
+    """Sizes of a checkpoint's layers, in columns or rows rather than heads; empty where none is sparse."""
     found: dict[str, int] = {}
     for name, tensor in manifest.tensors.items():
         layer, _, last = name.rpartition(".")

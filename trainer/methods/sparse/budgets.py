@@ -21,7 +21,7 @@ class Target:
 
     @property
     def units(self) -> int:
-        """What can be selected: entries or slices."""
+        """The number of entries or slices that can be selected."""
         if self.granularity is Granularity.element:
             return self.rows * self.columns
         return (self.columns if self.granularity is Granularity.inputs else self.rows) // self.width

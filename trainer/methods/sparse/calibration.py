@@ -1,4 +1,4 @@
-"""What selectors judge beside weights: gradients of some micro-batches, and what a full phase has changed."""
+"""Evidence for selectors beside weights: gradients of some micro-batches, and what a full phase has changed."""
 
 from __future__ import annotations
 

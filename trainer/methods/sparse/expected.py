@@ -1,4 +1,4 @@
-"""What a plan counts with: how much will train, as far as a sample of the weights tells, and what that needs."""
+"""Figures for a plan: how much will train, as far as a sample of the weights tells, and what that needs."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ Watch = Callable[[bool, torch.Tensor, torch.Tensor], None]
 
 
 class SparseLayer(nn.Module):
-    """What a linear layer becomes. Values are the difference from the base, fp32, of one entry each."""
+    """A linear layer of which entries train. Values are the difference from the base, fp32, of one entry each."""
 
     weight: nn.Parameter
     sparse_values: nn.Parameter
@@ -60,7 +60,7 @@ class SparseLayer(nn.Module):
         return outputs if bias is None else outputs + bias
 
     def take_share(self, share: Held) -> None:
-        """What is left of the weight on this tensor-parallel rank."""
+        """Learn what is left of the weight on this tensor-parallel rank."""
         self.share = share
         self.forget()
 
@@ -145,14 +145,14 @@ def choose(layer: SparseLayer, indices: torch.Tensor) -> None:
 
 
 def at(weight: torch.Tensor, indices: torch.Tensor, granularity: Granularity) -> torch.Tensor:
-    """What a whole weight holds at the entries, columns or rows."""
+    """Read a whole weight at the entries, columns or rows."""
     if granularity is Granularity.element:
         return weight.detach().reshape(-1).index_select(0, indices)
     return weight.detach().index_select(1 if granularity is Granularity.inputs else 0, indices)
 
 
 def bytes_of_places(layer: SparseLayer, method: Any) -> int:
-    """What a layer keeps of its entries beside their values, their gradient and their moments."""
+    """Bytes that a layer keeps of its entries beside values, gradient and moments."""
     count = layer.sparse_indices.numel()
     kept = layer.sparse_indices.nbytes + layer.sparse_originals.nbytes
     if method.schedule not in (Reselection.once, Reselection.rewind):

@@ -38,7 +38,7 @@ POSITION = "method/position"
 
 
 class Phase(Enum):
-    """What trains: nothing until gradients are known, whole weights until what changed is known, or sparse values."""
+    """Nothing trains until gradients are known, whole weights until their change is, or sparse values do."""
 
     calibrating = "calibrating"
     full = "full"

@@ -51,7 +51,7 @@ class Place:
             part.tensor[part.index] = originals[part.chosen]
 
     def read(self, like: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-        """What the weight holds there, in the form of `like`, on all ranks. Collective."""
+        """Read the weight there, in the form of `like`, on all ranks. Collective."""
         found = torch.full_like(like, -0.0, dtype=torch.float32)
         for part in self.parts:
             found[part.chosen] = part.tensor[part.index].float()

@@ -1,4 +1,4 @@
-"""What a re-selection makes of the entries of one layer: pure functions of whole vectors, the same on all ranks."""
+"""Re-selections of the entries of one layer: pure functions of whole vectors, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Renewed:
-    """What trains from here on, and what it takes along; `fresh` are those whose base is still to be read."""
+    """Entries that train from here on, and what they take along; the base of `fresh` ones is still to be read."""
 
     entries: Entries
     moments: dict[str, torch.Tensor]

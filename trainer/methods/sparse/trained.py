@@ -24,7 +24,7 @@ Gathered = dict[str, tuple[Entries, dict[str, torch.Tensor]]]  # by layer; momen
 
 @dataclass
 class State:
-    """What is known of one weight beside what trains of it."""
+    """State of one weight beside what trains of it."""
 
     settled: Entries  # changed, and trained no more
     candidates: Candidates
@@ -72,7 +72,7 @@ class Trained:
         return State(none, Candidates.of(none.indices))
 
     def shards(self) -> list[Piece]:
-        """What the engine holds here. Not collective."""
+        """The engine's pieces here. Not collective."""
         return list(self.host.pieces())
 
     def weights(self) -> dict[str, list[Piece]]:
@@ -131,7 +131,7 @@ class Trained:
         return self.method.schedule is Reselection.regrow and self.method.growth is Growth.sm3
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds beside the engine's own, the same on all ranks that hold a layer."""
+        """Tensors of a checkpoint beside the engine's, the same on all ranks that hold a layer."""
         found: dict[str, torch.Tensor] = {}
         for name, state in self.states.items():
             if self.method.schedule in (Reselection.renew, Reselection.narrow):
@@ -153,7 +153,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Values:
-    """What the ranks hold of each layer's values and moments, gathered and replaced a layer at a time."""
+    """Each layer's values and moments on the ranks, gathered and replaced a layer at a time."""
 
     _trained: Trained
     _held: Mapping[str, list[Piece]]

@@ -1,4 +1,4 @@
-"""What looks into a sparse layer's backward: dense gradients of a layer at a time, those of candidates, penalties."""
+"""Watches of a sparse layer's backward: dense gradients of a layer at a time, those of candidates, penalties."""
 
 from __future__ import annotations
 
