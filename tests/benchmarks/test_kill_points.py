@@ -12,7 +12,7 @@ from benchmarks import kill_points
 from benchmarks.kill_points import Stop, arm
 from tests.harness.ports import free_port
 from tests.harness.runs import SMALL
-from trainer import loop, run
+from trainer import loop, run, starting
 from trainer.compose import compose
 from trainer.parallel import torch_engine
 
@@ -37,8 +37,8 @@ def test_a_run_stops_there(
         monkeypatch.setenv(key, str(value))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     made: list[Any] = []
-    make_training = run.make_training
-    monkeypatch.setattr(run, "make_training", lambda *a: made.append(make_training(*a)) or made[-1])
+    make_training = starting.make_training
+    monkeypatch.setattr(starting, "make_training", lambda *a: made.append(make_training(*a)) or made[-1])
     before: dict[str, torch.Tensor] = {}
     save = run.Saver.save
 

@@ -6,20 +6,17 @@ import json
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from torch import nn
 
 import trainer.run as run_module
 from checkpointing.generations import newest, scan
-from checkpointing.lease import Lease
 from checkpointing.storage import FileStorage
 from tests.harness.processes import ROOT
 from tests.harness.runs import SMALL, assert_same_run, events, rows
+from trainer import starting
 from trainer.compose import compose
 from trainer.errors import Refused, TrainingFailed
 from trainer.progress import LossScale
@@ -113,7 +110,7 @@ def test_the_comparison_fails_when_something_is_lost(
     tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     interrupt(tmp_path, 7)
-    original = run_module.restore
+    original = starting.restore
 
     def restore(engine: object, *rest: object) -> dict:
         state = original(engine, *rest)  # type: ignore[arg-type]
@@ -122,7 +119,7 @@ def test_the_comparison_fails_when_something_is_lost(
                 piece.tensor.zero_()
         return state
 
-    monkeypatch.setattr(run_module, "restore", restore)
+    monkeypatch.setattr(starting, "restore", restore)
     if broken == "cursor":
         step = run_module.Feed.step
         monkeypatch.setattr(run_module.Feed, "step", lambda self, number: step(self, number + 1))
@@ -201,34 +198,6 @@ def test_damage_is_passed_over_by_rolling_back_further(finished: Path, capsys: p
     assert "could not be read: going on from step 8" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("long")
-def test_settings_are_checked_against_the_generation_that_is_loaded_in_the_end(tmp_path: Path) -> None:
-    go(tmp_path, "train.steps=8", "optimizer.clip=0.5")
-    go(tmp_path, "optimizer.clip=0.7", "resume_allow=[optimizer.clip]")
-    shard = next((tmp_path / "checkpoints").glob("step-00000012-*/shard-00000.safetensors"))
-    data = bytearray(shard.read_bytes())
-    data[5000] ^= 1
-    shard.write_bytes(data)
-    with pytest.raises(Refused, match=r"optimizer\.clip \(was 0\.5, is 0\.7\)"):
-        go(tmp_path, "optimizer.clip=0.7")
-
-
-def test_a_dry_run_prints_the_plan_and_writes_nothing(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(compose([*BASE, "dry_run=true", "train.global_batch=10", "method=lora"])) == 0
-    plan = capsys.readouterr().out
-    assert list(in_tmp.iterdir()) == []
-    for expected in (
-        "method=lora trains",
-        "10 samples = 5 micro-batches of 2",
-        "1 on cpu: one process",
-        "about",
-        "from scratch",
-        "held out",
-        "12; AdamW, lr 0.001",
-    ):
-        assert expected in plan
-
-
 def test_a_dry_run_of_a_resume_says_where_and_what_changed(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*"))
     assert run(compose([*BASE, f"run.dir={trained}", "dry_run=true", "eval.samples=3"])) == 0
@@ -236,15 +205,6 @@ def test_a_dry_run_of_a_resume_says_where_and_what_changed(trained: Path, capsys
     assert "step 12 of 12 is done, saved by 1 processes" in output
     assert "changed since: eval.samples was 4, is 3" in output
     assert sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*")) == before
-
-
-def test_a_second_run_in_the_directory_is_refused(trained: Path) -> None:
-    before = rows(trained)
-    held = Lease.acquire(FileStorage(trained / ".lease"))
-    with pytest.raises(Refused, match=r"Another run uses .*: process \d+ on .* holds .*\. Wait until it has ended"):
-        go(trained, "train.steps=20")
-    held.release()
-    assert rows(trained) == before
 
 
 @pytest.mark.parametrize("where", ["/proc/nowhere", "/sys/nowhere"])
@@ -280,28 +240,6 @@ def test_odd_sizes(tmp_path: Path) -> None:
         ]
         == 5
     )
-
-
-def test_a_vocabulary_smaller_than_the_data_needs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = run_module.build
-
-    def smaller(*arguments: Any, **more: Any) -> Any:
-        model: Any = build(*arguments, **more)
-        model.set_input_embeddings(nn.Embedding(100, model.config.hidden_size, device="meta"))
-        return model
-
-    monkeypatch.setattr(run_module, "build", smaller)
-    with pytest.raises(Refused, match=r"The data holds token \d+, and the model knows 100"):
-        go(tmp_path)
-
-
-def test_an_end_that_the_model_has_no_row_for_is_refused() -> None:
-    """Rows are filled up with it, in whatever the data holds."""
-    model: Any = SimpleNamespace(get_input_embeddings=lambda: nn.Embedding(100, 4))
-    data: Any = SimpleNamespace(largest_token=99)
-    run_module.check_vocabulary([data], model, 99)
-    with pytest.raises(Refused, match=r"The token that ends and fills up is number 100, and the model knows 100"):
-        run_module.check_vocabulary([data], model, 100)
 
 
 @pytest.mark.usefixtures("long")
@@ -404,20 +342,3 @@ def test_the_loss_scale_of_fp16_goes_on_where_it_was(tmp_path: Path, monkeypatch
     again = go(tmp_path / "killed", *fp16)
     assert [row["loss_scale"] for row in again] == scales
     assert [row["loss"] for row in again] == [row["loss"] for row in whole]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["parallel.compile=true", "parallel.compile_backend=nonsense"], "Type parallel.compile_backend=inductor"),
-        (["parallel.compile=true", "parallel=zero1"], "Type parallel.compile=false"),
-        (["optimizer.lr_scale=[nowhere:0.5]"], "optimizer.lr_scale names nowhere"),
-    ],
-)
-def test_what_an_engine_could_not_do_is_refused_before_it_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
-) -> None:
-    monkeypatch.setattr(run_module, "process_group", None)
-    with pytest.raises(Refused, match=message):
-        go(tmp_path / "run", *options)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()

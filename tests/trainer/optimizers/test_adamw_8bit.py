@@ -24,6 +24,7 @@ from tests.trainer.parallel.test_torch_engine import dataset
 from tests.trainer.parallel.zoo import save_model
 from trainer.compose import compose
 from trainer.errors import Refused
+from trainer.job import read
 from trainer.loop import optimize
 from trainer.memory import footprint, plan_memory
 from trainer.methods import build
@@ -36,9 +37,8 @@ from trainer.options.optimizer import Optimizer
 from trainer.parallel.computing import set_lr
 from trainer.parallel.deepspeed_options import check_deepspeed
 from trainer.parallel.tensor import shares_of
-from trainer.parallel.world import World
+from trainer.parallel.world import World, pick_device
 from trainer.plan import resolve_topology
-from trainer.run import pick_device, read
 
 # Rows of 512, so that two tensor-parallel ranks hold a whole block of each.
 MODEL = ["model.hidden_size=512", "model.intermediate_size=512", "model.num_layers=2", "model.vocab_size=256"]
