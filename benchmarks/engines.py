@@ -34,7 +34,7 @@ from tests.harness.peak import Peak
 from tests.harness.worlds import on_ranks
 from trainer.compose import compose
 from trainer.data.dataset import Batch
-from trainer.data.feed import Share
+from trainer.data.feed import StepShare
 from trainer.loop import optimize
 from trainer.methods import build
 
@@ -94,7 +94,7 @@ class ByHand:
         """What it keeps between steps."""
         return [local_of(t) for t in (*self.bare.parameters(), *_state(self.optimizer))]
 
-    def step(self, share: Share) -> float:
+    def step(self, share: StepShare) -> float:
         total = self.backward([batch for _, batch in share.micro_batches], 1 / share.num_targets)
         self.clip()
         self.optimizer.step()
@@ -230,7 +230,7 @@ class Zero(ByHand):
     def held(self) -> list[torch.Tensor]:
         return held_by_deepspeed(self.model)
 
-    def step(self, share: Share) -> float:
+    def step(self, share: StepShare) -> float:
         total = torch.zeros(())
         for _, batch in share.micro_batches:
             loss = self.loss(batch)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from checkpointing.errors import DamagedError, LayoutError, MismatchError, NotFoundError, first_few
-from checkpointing.hub_names import Place, are_fused, hub_names, whole
+from checkpointing.hub_names import HubPlace, are_fused, hub_names, whole
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import DOCUMENT_BYTES, Buffer, read_object, sync_directory, write_behind
 from checkpointing.stream import read_each, read_whole
@@ -78,7 +78,7 @@ def export_hugging_face(
     return sum(place.box.numel for place in tensors.values())
 
 
-def _named(reader: GenerationReader, stored: Sequence[str], description: Path) -> dict[str, Place]:
+def _named(reader: GenerationReader, stored: Sequence[str], description: Path) -> dict[str, HubPlace]:
     """The tensors of the directory by their names there, in the order of them."""
     called = {name: name for name in stored}
     called |= {alias: name for alias, name in reader.manifest.aliases.items() if name in called}
@@ -178,7 +178,7 @@ def _dealt(sizes: Sequence[tuple[str, int]], most: int) -> list[list[str]]:
     return files
 
 
-def _write_file(reader: GenerationReader, path: Path, tensors: dict[str, Place], dtype: torch.dtype | None) -> None:
+def _write_file(reader: GenerationReader, path: Path, tensors: dict[str, HubPlace], dtype: torch.dtype | None) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     # Wider ones first, so that every element is aligned; readers go by the header.
     kinds = {name: _stored_as(reader, place.tensor, dtype) for name, place in tensors.items()}

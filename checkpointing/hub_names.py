@@ -26,7 +26,7 @@ _APART = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class HubPlace:
     """A tensor of a directory, of this shape: a box of a tensor of the model, whose leading sizes may be 1."""
 
     tensor: str
@@ -44,8 +44,8 @@ class Place:
             yield Box(offset, (*self.box.size[:lead], *part.size))
 
 
-def whole(tensor: str, shape: Shape) -> Place:
-    return Place(tensor, Box((0,) * len(shape), shape), shape)
+def whole(tensor: str, shape: Shape) -> HubPlace:
+    return HubPlace(tensor, Box((0,) * len(shape), shape), shape)
 
 
 def are_fused(names: Collection[str]) -> bool:
@@ -62,7 +62,7 @@ def are_apart(names: Collection[str]) -> bool:
 class HubNames:
     """How transformers names what the model of a config.json holds."""
 
-    places: dict[str, Place]  # by the names of a directory's tensors
+    places: dict[str, HubPlace]  # by the names of a directory's tensors
     shapes: dict[str, Shape]  # of the model's own tensors, by their names in memory
     tied: dict[str, str]  # names in memory that a directory leaves out, and those they are tied to
 
@@ -113,7 +113,7 @@ class _Views(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return args[0] if func is torch.ops.aten.clone.default else func(*args, **(kwargs or {}))
 
 
-def _place(name: str, base: torch.Tensor, part: torch.Tensor) -> Place | None:
+def _place(name: str, base: torch.Tensor, part: torch.Tensor) -> HubPlace | None:
     """Where a view begins in its base, if its elements are a box of it."""
     lead = base.dim() - part.dim()
     if lead < 0 or any(
@@ -125,4 +125,4 @@ def _place(name: str, base: torch.Tensor, part: torch.Tensor) -> Place | None:
         offset.append(left // max(stride, 1))
         left %= max(stride, 1)
     box = Box(tuple(offset), (*(1,) * lead, *part.shape))
-    return Place(name, box, tuple(part.shape)) if box.within(tuple(base.shape)) else None
+    return HubPlace(name, box, tuple(part.shape)) if box.within(tuple(base.shape)) else None

@@ -26,17 +26,17 @@ from checkpointing.lease_protocol import (
     EXPIRY_S,
     GUARD_S,
     HEARTBEAT_S,
+    ClaimLostError,
     Create,
     Delete,
     HeldError,
-    LostError,
     Now,
     Numbers,
     Put,
-    Read,
+    ReadClaim,
     Steps,
     Verdict,
-    Wait,
+    WaitFor,
 )
 from checkpointing.storage import SMALL_FILE_BYTES, FileStorage, Storage, retried
 
@@ -149,7 +149,7 @@ class Lease:
                     beat = b"%016d" % self._beats  # each takes the place of the one before it
                     self._since = _carry_out(protocol.renew(self.number, self.claim, beat), self.storage)
                     self._failure = None
-                except LostError:
+                except ClaimLostError:
                     self._lost = f"another process took over {self.storage} while this one did not respond"
                 except (OSError, CheckpointError) as error:
                     self._failure = error
@@ -232,7 +232,7 @@ def _carry_out(steps: Steps, storage: Storage, waiting: Callable[[Holder | None]
         answer = None
         if isinstance(operation, Numbers):
             answer = _numbers(storage)
-        elif isinstance(operation, Read):
+        elif isinstance(operation, ReadClaim):
             answer = _read(storage, operation.name)
         elif isinstance(operation, Create):
             answer = storage.create_if_absent(operation.name, operation.data)
@@ -243,7 +243,7 @@ def _carry_out(steps: Steps, storage: Storage, waiting: Callable[[Holder | None]
                 storage.delete(operation.names)
         elif isinstance(operation, Now):
             answer = _clock()
-        elif isinstance(operation, Wait):
+        elif isinstance(operation, WaitFor):
             if waiting is not None:
                 waiting(_parse_holder(operation.claim))
                 waiting = None

@@ -28,7 +28,7 @@ class Numbers(NamedTuple):
     """The numbers of all claims."""
 
 
-class Read(NamedTuple):
+class ReadClaim(NamedTuple):
     """A file, or None without it."""
 
     name: str
@@ -54,12 +54,12 @@ class Now(NamedTuple):
     """Seconds on a clock that never stands still."""
 
 
-class Wait(NamedTuple):
+class WaitFor(NamedTuple):
     seconds: float
     claim: bytes | None  # whose holder is watched meanwhile
 
 
-Operation = Numbers | Read | Create | Put | Delete | Now | Wait
+Operation = Numbers | ReadClaim | Create | Put | Delete | Now | WaitFor
 Steps = Generator[Operation, Any, Any]
 
 
@@ -79,7 +79,7 @@ class HeldError(Exception):
         self.claim = claim
 
 
-class LostError(Exception):
+class ClaimLostError(Exception):
     """Somebody else has claimed the directory, or it is gone."""
 
 
@@ -99,27 +99,27 @@ def acquire(claim: bytes, judge: Callable[[bytes | None], Verdict], expiry_s: fl
         last = max((yield Numbers()), default=0)
         verdict, beat = Verdict.free, None
         if last:
-            content = yield Read(claim_name(last))
+            content = yield ReadClaim(claim_name(last))
             verdict = judge(content)
             if verdict is Verdict.held:
                 raise HeldError(content or b"")
             if verdict is Verdict.unknown:
                 before = yield Now()
-                beat = yield Read(beat_name(last))
+                beat = yield ReadClaim(beat_name(last))
                 after = yield Now()
                 if watched is None or watched[0] != last:
                     watched, since = (last, beat), after
                 elif beat != watched[1]:
                     raise HeldError(content or b"")
                 if before - since < expiry_s:
-                    yield Wait(min(0.2, expiry_s / 10), content)
+                    yield WaitFor(min(0.2, expiry_s / 10), content)
                     continue
         began = yield Now()
         if not (yield Create(claim_name(last + 1), claim)):
             continue
-        if verdict is Verdict.unknown and (yield Read(beat_name(last))) != beat:
+        if verdict is Verdict.unknown and (yield ReadClaim(beat_name(last))) != beat:
             # It lives after all, and may have looked right before this claim: it looks again when its guard is over.
-            yield Wait(GUARD_S, content)
+            yield WaitFor(GUARD_S, content)
         numbers = yield Numbers()
         if max(numbers, default=0) > last + 1:  # this one slept while others came, whose claims up to here are deleted
             continue
@@ -129,11 +129,11 @@ def acquire(claim: bytes, judge: Callable[[bytes | None], Verdict], expiry_s: fl
 
 
 def renew(number: int, claim: bytes, beat: bytes) -> Steps:
-    """Beat, and look; returns the time from which `GUARD_S` count. `LostError` where it is somebody else's now."""
+    """Beat, and look; returns the time from which `GUARD_S` count. `ClaimLostError` where it is somebody else's now."""
     began = yield Now()
     yield Put(beat_name(number), beat)
-    if max((yield Numbers()), default=0) > number or (yield Read(claim_name(number))) != claim:
-        raise LostError
+    if max((yield Numbers()), default=0) > number or (yield ReadClaim(claim_name(number))) != claim:
+        raise ClaimLostError
     return began
 
 

@@ -43,7 +43,7 @@ class Patience:
 PATIENCE = Patience()
 
 
-class Progress:
+class Moved:
     """A number that grows while this process moves bytes or computes."""
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ def working() -> Iterator[None]:
 
 
 def _beat(store: Any, key: str, beat_s: float, ended: threading.Event) -> None:
-    progress, said = Progress(), False
+    progress, said = Moved(), False
     with suppress(Exception):  # the others see that nothing is said any more
         while not ended.wait(beat_s):
             store.set(key, f"{progress.now()} {time.time():.3f}")

@@ -59,7 +59,7 @@ def in_vain(attempts: Sequence[Mapping[str, Any]], step: int) -> int:
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     run: Path
     environment: Mapping[str, str]
 
@@ -216,7 +216,7 @@ def saved(step: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     command, run = (sys.argv[1:] if argv is None else argv)[:2]
-    job = Job(Path(run), os.environ)
+    job = BatchJob(Path(run), os.environ)
     return {"begin": job.begin, "admit": job.admit, "early": job.early, "end": job.end, "leave": job.leave}[command]()
 
 

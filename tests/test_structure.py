@@ -93,3 +93,55 @@ def first_lines(package: str) -> Iterator[str]:
 @pytest.mark.parametrize("package", ["trainer", "checkpointing", "launch"])
 def test_docstrings_begin_with_a_verb_or_a_noun(package: str) -> None:
     assert [line for line in first_lines(package) if line.split()[1].strip(",:") in LEANING] == []
+
+
+PUBLIC = ("trainer", "checkpointing", "launch")
+
+
+def top_level(package: str) -> Iterator[tuple[str, ast.Module]]:
+    """Every module of a package by its dotted name, parsed."""
+    for path in sorted((ROOT / package).rglob("*.py")):
+        dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        yield dotted.removesuffix(".__init__"), ast.parse(path.read_text())
+
+
+def imported_at_start(module: ast.Module, known: set[str]) -> set[str]:
+    """The modules of ours that importing a module imports."""
+    names: set[str] = set()
+    for node in module.body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            full = {f"{node.module}.{one.name}" for one in node.names}
+            names |= (full & known) or {node.module}
+        elif isinstance(node, ast.Import):
+            names |= {one.name for one in node.names}
+    return names & known
+
+
+def circles(graph: dict[str, set[str]]) -> set[str]:
+    """The modules in a circle of imports, or above one."""
+    left = {name: set(targets) - {name} for name, targets in graph.items()}
+    while free := {name for name, targets in left.items() if not targets & left.keys()}:
+        left = {name: targets for name, targets in left.items() if name not in free}
+    return set(left)
+
+
+def test_imports_go_one_way_and_no_module_needs_too_many() -> None:
+    modules = dict(entry for package in PUBLIC for entry in top_level(package))
+    graph = {name: imported_at_start(module, set(modules)) for name, module in modules.items()}
+    assert circles(graph) == set()
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"a", "b", "c"}  # the control
+    upwards = {"checkpointing": ("trainer", "launch"), "trainer": ("launch",), "launch": ()}
+    wrong = [(n, m) for n in graph for m in graph[n] if m.split(".")[0] in upwards[n.split(".")[0]]]
+    assert wrong == []
+    assert max(len(targets) for targets in graph.values()) <= 30
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    classes = [
+        node.name
+        for package in PUBLIC
+        for _, module in top_level(package)
+        for node in module.body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert [name for name in set(classes) if classes.count(name) > 1] == []

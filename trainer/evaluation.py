@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from checkpointing.collective import Team
 from trainer.data.dataset import Dataset
-from trainer.data.feed import Feed, Share
+from trainer.data.feed import Feed, StepShare
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import TrainingFailed
 from trainer.sample import sample_text
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Writer:
+class TextWriter:
     """Has the model go on with a prompt of a dataset. A model that cannot write is no failure of a run."""
 
     training: Training
@@ -57,7 +57,7 @@ class Evaluation:
     held_out: Dataset
     samples: int  # of each set, spread evenly; 0: all
     sets: Mapping[str, Dataset] = field(default_factory=dict)
-    writer: Writer | None = None
+    writer: TextWriter | None = None
 
     def measure(self, training: Training, feed: Feed) -> dict[str, float]:
         """Collective; empty where nothing is held out."""
@@ -80,7 +80,7 @@ class Evaluation:
         return self.writer.write() if self.writer is not None and self.writer.num_tokens else None
 
 
-def evaluate(training: Training, share: Share) -> float:
+def evaluate(training: Training, share: StepShare) -> float:
     """The mean loss over the targets of a share's samples, on all ranks."""
     total = training.loss([batch for _, batch in share.micro_batches])
     return float(training.reduce(total).item()) / share.num_targets

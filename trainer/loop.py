@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from checkpointing.collective import Team
-from trainer.data.feed import Feed, Share
+from trainer.data.feed import Feed, StepShare
 from trainer.elastic.preemption import Preemption
 from trainer.elastic.randomness import derive
 from trainer.errors import TrainingFailed
@@ -119,7 +119,7 @@ def train_step(
 
 def optimize(
     training: Training,
-    share: Share,
+    share: StepShare,
     lr: float,
     key: int,
     scale: LossScale | None = None,
@@ -148,7 +148,7 @@ def check_finite(row: dict[str, Any]) -> None:
         )
 
 
-def consumed_ids(share: Share) -> list[int]:
+def consumed_ids(share: StepShare) -> list[int]:
     """The samples that the ranks really computed, gathered from them, in the order of the logical micro-batches.
 
     Ranks that share a model compute the same ones, which are named once.

@@ -64,7 +64,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunPage:
     """A run as its directory tells it."""
 
     directory: Path
@@ -74,7 +74,7 @@ class Run:
     config: str
 
     @staticmethod
-    def read(directory: Path) -> Run:
+    def read(directory: Path) -> RunPage:
         rows, events = read_lines(directory / "metrics.jsonl"), read_lines(directory / "events.jsonl")
         if not events and not rows:
             raise Refused(
@@ -85,7 +85,7 @@ class Run:
         text = ""
         with contextlib.suppress(OSError, ValueError):
             text = read_text(config)
-        return Run(directory, rows, read_lines(directory / "metrics.discarded.jsonl"), events, text)
+        return RunPage(directory, rows, read_lines(directory / "metrics.discarded.jsonl"), events, text)
 
     def of(self, key: str, rows: Iterable[dict[str, Any]] | None = None, scale: float = 1) -> list[tuple[float, float]]:
         """(step, value) where there is one."""
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.out is None and out.is_symlink():
             raise Refused(f"{out} is a link to {os.readlink(out)}. Type another file: python -m trainer.report RUN OUT")
-        text = page(Run.read(arguments.run))
+        text = page(RunPage.read(arguments.run))
         out.write_text(text, encoding="utf-8")
     except Refused as error:
         print(f"trainer.report: {error}", file=sys.stderr)
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def page(run: Run) -> str:
+def page(run: RunPage) -> str:
     marks = [(e["step"], e["event"]) for e in run.events if e.get("event") in list(MARKS) and is_number(e.get("step"))]
     charts = [
         (
@@ -161,7 +161,7 @@ def page(run: Run) -> str:
     )
 
 
-def state(run: Run) -> str:
+def state(run: RunPage) -> str:
     ends = [e for e in run.events if e.get("event") in ("start", "resume", "finish", "preempt", "failure")]
     words = {"finish": "finished", "preempt": "preempted", "failure": "failed"}
     word = words.get(ends[-1]["event"], "") if ends else ""
@@ -169,7 +169,7 @@ def state(run: Run) -> str:
     return f"{word or 'not finished'}{why}; {run.directory}"
 
 
-def figures(run: Run) -> dict[str, str]:
+def figures(run: RunPage) -> dict[str, str]:
     losses, tokens = run.of("loss"), run.of("tokens")
     held_out, speed = run.of("eval_loss"), sorted(value for _, value in run.of("tokens_per_s"))
     attempts = sum(e.get("event") in ("start", "resume") for e in run.events)

@@ -27,7 +27,7 @@ from trainer.data.feed import Feed
 from trainer.data.templates import chosen_template
 from trainer.elastic.launcher import watching
 from trainer.elastic.preemption import AGAIN, Preemption, warnings_of
-from trainer.evaluation import Evaluation, Writer
+from trainer.evaluation import Evaluation, TextWriter
 from trainer.exhausted import explained
 from trainer.job import Job, read, say_plan
 from trainer.loop import train
@@ -234,13 +234,13 @@ def leave_preempted(job: Job, tracker: RunTracker, done: Progress, preemption: P
         print(f"  {'preempted':10} {where}. Run the same command again{again}.")
 
 
-def writer_of(job: Job, training: Training) -> Writer | None:
+def writer_of(job: Job, training: Training) -> TextWriter | None:
     options, corpus = job.config.eval, job.corpus
     if not options.generate_tokens:
         return None
     room = getattr(getattr(job.shapes, "config", None), "max_position_embeddings", None) or sys.maxsize
     dataset = corpus.held_out if len(corpus.held_out) else corpus.train
-    return Writer(training, job.tokenizer, dataset, options.generate_tokens, job.config.train.seed, room)
+    return TextWriter(training, job.tokenizer, dataset, options.generate_tokens, job.config.train.seed, room)
 
 
 def begin(tracker: RunTracker, started: Started, run_id: str) -> None:

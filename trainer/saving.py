@@ -20,7 +20,7 @@ from checkpointing import (
     save,
 )
 from checkpointing.collective import Team
-from checkpointing.memory import Durable, Outcome, Snapshotter
+from checkpointing.memory import Durable, SnapshotOutcome, Snapshotter
 from checkpointing.retention import Keep, prune
 from checkpointing.storage import FileStorage
 from trainer.errors import TrainingFailed
@@ -84,7 +84,7 @@ class Saver:
             except ReplicaError as error:
                 raise self._failure(done.step, str(error), error) from error
             except CheckpointError as error:  # on all ranks, such as where another layout does not fit any more
-                self._report(Outcome(done.step, why=str(error)))
+                self._report(SnapshotOutcome(done.step, why=str(error)))
                 if durable:
                     self._save_now(done, metrics, must=last)
                 return
@@ -131,7 +131,7 @@ class Saver:
         if not all(Team().together(lambda: self.durable_step == done.step)):
             self._save_now(done, metrics, must=True, waits=())
 
-    def _report(self, outcome: Outcome) -> None:
+    def _report(self, outcome: SnapshotOutcome) -> None:
         if outcome.generation:
             self._newest = outcome.taken
             self.tracker.emit("snapshot", step=outcome.step, generation=outcome.generation)

@@ -1,6 +1,6 @@
 """Snapshots in CPU memory that outlive the trainer: copied while training goes on, kept and flushed by a keeper."""
 
 from checkpointing.memory.durables import Durable
-from checkpointing.memory.snapshotter import Outcome, Snapshotter
+from checkpointing.memory.snapshotter import SnapshotOutcome, Snapshotter
 
-__all__ = ["Durable", "Outcome", "Snapshotter"]
+__all__ = ["Durable", "SnapshotOutcome", "Snapshotter"]

@@ -21,7 +21,7 @@ from checkpointing.format import Manifest, digest, index_name
 from checkpointing.geometry import Piece
 from checkpointing.memory.arena import Shards
 from checkpointing.memory.client import Client
-from checkpointing.memory.image import Image, Part, copy_part, is_as_copied
+from checkpointing.memory.image import Image, ImagePart, copy_part, is_as_copied
 from checkpointing.memory.messages import Message
 from checkpointing.plan import RankPlan
 
@@ -120,7 +120,7 @@ class Copier:
         target = self._shards.of(snapshot.arena, image.nbytes).bytes
         image.start(target, snapshot.manifest.save_id)
 
-        def copy(parts: Sequence[Part]) -> None:
+        def copy(parts: Sequence[ImagePart]) -> None:
             with self._beside(snapshot):
                 for part in parts:
                     copy_part(part, snapshot.pieces[part.piece], target)

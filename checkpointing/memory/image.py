@@ -50,7 +50,7 @@ class Panel:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ImagePart:
     """Rows `first` to `last` of a stored box of so many `rows`: where they come from, and where they go.
 
     In every panel a part begins where a block of checksums does.
@@ -95,7 +95,7 @@ class Image:
         header = digest(target[: self._data])
         return Writer(self.rank, self.nbytes, len(index), header, digest(index), self.plan.cover), index
 
-    def _parts_of(self, stored: StoredBox, pieces: Sequence[Piece]) -> list[Part]:
+    def _parts_of(self, stored: StoredBox, pieces: Sequence[Piece]) -> list[ImagePart]:
         tensor = self.plan.tensors[stored.name]
         holders = [n for n, piece in enumerate(pieces) if piece.name == stored.name]
         position = next(n for n in holders if intersect(pieces[n].box, stored.box) == stored.box)
@@ -113,7 +113,9 @@ class Image:
             panels = (replace(panels[0], columns=slice(None)),)  # of one dimension it may be rows
         slices, rows = stored.box.slices(pieces[position].offset), stored.box.size[0]
         step = _step(panels, rows, GPU_PART_BYTES if pieces[position].tensor.is_cuda else PART_BYTES)
-        return [Part(position, slices, panels, rows, first, min(first + step, rows)) for first in range(0, rows, step)]
+        return [
+            ImagePart(position, slices, panels, rows, first, min(first + step, rows)) for first in range(0, rows, step)
+        ]
 
 
 def _positions(pieces: Sequence[Piece], names: Sequence[str]) -> dict[str, int]:
@@ -131,7 +133,7 @@ def _step(panels: Sequence[Panel], rows: int, most: int) -> int:
     return unit * (most // nbytes) if (nbytes := unit * sum(lines)) <= most else rows
 
 
-def copy_part(part: Part, piece: Piece, target: memoryview) -> None:
+def copy_part(part: ImagePart, piece: Piece, target: memoryview) -> None:
     """Copy one part of the state into the file's memory, and its checksums."""
     source = piece.tensor.detach()[part.slices][part.first : part.last]
     is_plain = piece.divisor == 1 and not (source.is_conj() or source.is_neg())
@@ -144,7 +146,7 @@ def copy_part(part: Part, piece: Piece, target: memoryview) -> None:
         _copy_at_once(part, source, target)
 
 
-def _copy_panels(part: Part, source: torch.Tensor, target: memoryview) -> None:
+def _copy_panels(part: ImagePart, source: torch.Tensor, target: memoryview) -> None:
     """One panel after the other: they are of different widths."""
     here = [source[..., panel.columns] for panel in part.panels]
     if source.is_cuda and len(here) > 1:
@@ -161,7 +163,7 @@ def _copy_panels(part: Part, source: torch.Tensor, target: memoryview) -> None:
         target[at : at + len(sums)] = sums
 
 
-def _copy_at_once(part: Part, source: torch.Tensor, target: memoryview) -> None:
+def _copy_at_once(part: ImagePart, source: torch.Tensor, target: memoryview) -> None:
     """The rows of all panels, a few at a time: what is hashed is still in the processor's cache then.
 
     From a GPU all of them, which puts them in their order itself.
@@ -197,7 +199,7 @@ def _wait_for(source: torch.Tensor) -> None:
         torch.cuda.current_stream(source.device).synchronize()
 
 
-def is_as_copied(part: Part, piece: Piece, target: memoryview) -> bool:
+def is_as_copied(part: ImagePart, piece: Piece, target: memoryview) -> bool:
     """Whether a part of the state still has the checksums that were written with it, and its copy has them too."""
     source = piece.tensor.detach()[part.slices][part.first : part.last]
     for panel in part.panels:

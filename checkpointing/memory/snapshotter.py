@@ -41,7 +41,7 @@ START_S = 60.0  # that a keeper may take to start
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class SnapshotOutcome:
     """How a snapshot ended: `generation` where it was committed on every node, otherwise why not."""
 
     step: int
@@ -265,7 +265,7 @@ class Snapshotter:
         """Have every step of an optimizer wait as `mutating` does."""
         optimizer.register_step_pre_hook(lambda *_: self.fence())
 
-    def settle(self) -> Outcome | None:
+    def settle(self) -> SnapshotOutcome | None:
         """Settle the last snapshot on all nodes. Collective; None where there was none since the last call."""
         if (snapshot := self._current) is None:
             return None
@@ -282,11 +282,11 @@ class Snapshotter:
         if whys:
             why = next((why for why in whys if why), "it was not committed")
             self._durables.forget(snapshot.serial)
-            return Outcome(snapshot.step, why=why, durable=snapshot.durable)
+            return SnapshotOutcome(snapshot.step, why=why, durable=snapshot.durable)
         self._everywhere, self._parent = snapshot.serial, snapshot.manifest.save_id
         self._greeting["everywhere"] = snapshot.serial  # for a keeper that is started anew
         memory, backlog = snapshot.told.get("memory", 0), snapshot.told.get("backlog", 0)
-        return Outcome(
+        return SnapshotOutcome(
             snapshot.step, snapshot.generation, "", snapshot.asked, memory, backlog, snapshot.durable, snapshot.copy_s
         )
 

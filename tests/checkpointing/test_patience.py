@@ -15,7 +15,7 @@ import torch.distributed as dist
 from checkpointing import patience
 from checkpointing.collective import Team
 from checkpointing.errors import LostError
-from checkpointing.patience import PATIENCE, Progress, Wait, working
+from checkpointing.patience import PATIENCE, Moved, Wait, working
 from tests.harness.worlds import SharedWorld
 
 
@@ -65,7 +65,7 @@ def test_one_that_lives_and_moves_nothing_is_given_up_by_name(world: SharedWorld
 
 
 def test_progress_is_bytes_or_computing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    progress = Progress()
+    progress = Moved()
     progress.now()
     with monkeypatch.context() as patch:
         moved, computed = patience._bytes_moved(), time.process_time()

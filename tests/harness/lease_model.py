@@ -16,17 +16,17 @@ from checkpointing import lease_protocol as protocol
 from checkpointing.lease_protocol import (
     GUARD_S,
     RELEASED,
+    ClaimLostError,
     Create,
     Delete,
     HeldError,
-    LostError,
     Now,
     Numbers,
     Put,
-    Read,
+    ReadClaim,
     Steps,
     Verdict,
-    Wait,
+    WaitFor,
 )
 
 Acquire = Callable[[bytes, Callable[[bytes | None], Verdict]], Steps]
@@ -114,7 +114,7 @@ def life(world: World, number: int, variant: Variant, rng: random.Random) -> Ste
         try:
             found, since = yield from variant.acquire(claim, judge)
         except HeldError:
-            yield Wait(rng.choice([1.0, 10.0, 40.0]), None)
+            yield WaitFor(rng.choice([1.0, 10.0, 40.0]), None)
             continue
         world.replaced += bool(world.held)
         world.held[number] = found
@@ -122,8 +122,8 @@ def life(world: World, number: int, variant: Variant, rng: random.Random) -> Ste
         try:
             for _ in range(rng.randint(1, 4)):
                 yield from holder.renew() if rng.random() < 0.5 else holder.write()
-                yield Wait(rng.choice([0.5, 4.0, 14.0]), None)
-        except LostError:
+                yield WaitFor(rng.choice([0.5, 4.0, 14.0]), None)
+        except ClaimLostError:
             world.held.pop(number)
             continue
         end = rng.random()
@@ -138,11 +138,11 @@ def carry_out(world: World, process: Process, operation: Any, rng: random.Random
     if isinstance(operation, Numbers):
         process.fresh = rng.randint(process.fresh, len(world.listings) - 1)  # nor does time go back
         return world.listings[process.fresh]
-    if isinstance(operation, Read):
+    if isinstance(operation, ReadClaim):
         return world.files.get(operation.name)
     if isinstance(operation, Now):
         return world.now
-    if isinstance(operation, Wait):
+    if isinstance(operation, WaitFor):
         process.until = world.now + operation.seconds
         return None
     done = True
@@ -195,18 +195,18 @@ def acquire_with_numbers_that_start_again(claim: bytes, judge: Callable[[bytes |
         numbers = yield Numbers()
         last = max(numbers, default=0)
         if last:
-            content = yield Read(protocol.claim_name(last))
+            content = yield ReadClaim(protocol.claim_name(last))
             verdict = judge(content)
             if verdict is Verdict.held:
                 raise HeldError(content or b"")
             if verdict is Verdict.unknown:
-                first, deadline = (yield Read(protocol.beat_name(last))), (yield Now()) + protocol.EXPIRY_S
+                first, deadline = (yield ReadClaim(protocol.beat_name(last))), (yield Now()) + protocol.EXPIRY_S
                 while (yield Now()) < deadline:
-                    if (yield Read(protocol.claim_name(last))) is None:
+                    if (yield ReadClaim(protocol.claim_name(last))) is None:
                         break
-                    if (yield Read(protocol.beat_name(last))) != first:
+                    if (yield ReadClaim(protocol.beat_name(last))) != first:
                         raise HeldError(content or b"")
-                    yield Wait(3.0, content)
+                    yield WaitFor(3.0, content)
         began = yield Now()
         if not (yield Create(protocol.claim_name(last + 1), claim)):
             continue
@@ -223,8 +223,8 @@ def release_by_deleting(number: int) -> Steps:
 
 def look_without_beating(number: int, claim: bytes, beat: bytes) -> Steps:
     began = yield Now()
-    if max((yield Numbers()), default=0) > number or (yield Read(protocol.claim_name(number))) != claim:
-        raise LostError
+    if max((yield Numbers()), default=0) > number or (yield ReadClaim(protocol.claim_name(number))) != claim:
+        raise ClaimLostError
     return began
 
 
@@ -238,10 +238,10 @@ def acquire_without_a_second_look(claim: bytes, judge: Callable[[bytes | None], 
             operation = steps.send(answer)
         except StopIteration as ended:
             return ended.value
-        if looked and isinstance(operation, Wait):
+        if looked and isinstance(operation, WaitFor):
             answer = None
             continue
-        looked = isinstance(operation, Create) or (looked and isinstance(operation, Read))
+        looked = isinstance(operation, Create) or (looked and isinstance(operation, ReadClaim))
         answer = yield operation
 
 

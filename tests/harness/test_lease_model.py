@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from checkpointing.lease_protocol import Create, Delete, Now, Numbers, Put, Read, Wait
+from checkpointing.lease_protocol import Create, Delete, Now, Numbers, Put, ReadClaim, WaitFor
 from tests.harness.lease_model import Process, World, carry_out, run
 
 
@@ -23,11 +23,11 @@ def test_creation_is_exclusive_and_files_are_read_as_they_are(world: World) -> N
     one, other, rng = process(0), process(1), random.Random(0)
     assert carry_out(world, one, Create("lease-000001.json", b"a"), rng)
     assert not carry_out(world, other, Create("lease-000001.json", b"b"), rng)
-    assert carry_out(world, other, Read("lease-000001.json"), rng) == b"a"
+    assert carry_out(world, other, ReadClaim("lease-000001.json"), rng) == b"a"
     carry_out(world, one, Put("lease-000001.beat", b"1"), rng)
-    assert carry_out(world, other, Read("lease-000001.beat"), rng) == b"1"
+    assert carry_out(world, other, ReadClaim("lease-000001.beat"), rng) == b"1"
     carry_out(world, one, Delete(["lease-000001.json", "absent"]), rng)
-    assert carry_out(world, other, Read("lease-000001.json"), rng) is None
+    assert carry_out(world, other, ReadClaim("lease-000001.json"), rng) is None
 
 
 def test_a_listing_may_be_stale_but_not_older_than_what_one_has_written_or_seen(world: World) -> None:
@@ -44,7 +44,7 @@ def test_waiting_lasts(world: World) -> None:
     one = process(0)
     world.now = 3.0
     assert carry_out(world, one, Now(), random.Random(0)) == 3.0
-    carry_out(world, one, Wait(4.0, None), random.Random(0))
+    carry_out(world, one, WaitFor(4.0, None), random.Random(0))
     assert one.until == 7.0
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from checkpointing import save
 from launch.health import OPTIONS
-from launch.job import Decision, Job, decide, in_vain
+from launch.job import BatchJob, Decision, decide, in_vain
 from launch.job import main as job_main
 from tests.launch.test_scheduler import commands, says  # noqa: F401
 from trainer.outcome import DIRECTORY, Outcome, leave
@@ -81,7 +81,7 @@ def test_an_attempt_that_is_killed_again_and_again_gives_up(
     assert not (run / "launch" / "begun").exists()
     save(run / "checkpoints", 7, [])
     assert job_main(["begin", str(run)]) == 0
-    assert Job(run, {}).attempts()[-1]["step"] == 7
+    assert BatchJob(run, {}).attempts()[-1]["step"] == 7
     assert (run / "launch" / "begun").read_text() == "5\n"  # from now on it goes on from its own
 
 
@@ -110,7 +110,7 @@ def test_a_controller_that_is_away_is_asked_again_and_what_it_refuses_is_said(
     assert job_main(["end", str(run)]) == 1
     said = capsys.readouterr().out
     assert "SLURM does not requeue it (Requested operation is presently disabled). Type the command" in said
-    assert Job(run, {}).attempts()[-1]["again"] is False
+    assert BatchJob(run, {}).attempts()[-1]["again"] is False
 
 
 @pytest.mark.smoke
@@ -129,7 +129,7 @@ def test_a_job_that_slurm_ends_does_not_bring_itself_back(run: Path, monkeypatch
     assert job_main(["begin", str(run)]) == 0
     leave(Outcome(75, False, "preempted after step 7"))
     assert job_main(["leave", str(run)]) == 1
-    assert told(run) == [] and Job(run, {}).attempts()[-1]["ended"] == "preempted after step 7"
+    assert told(run) == [] and BatchJob(run, {}).attempts()[-1]["ended"] == "preempted after step 7"
     leave(Outcome(0, True))
     assert job_main(["leave", str(run)]) == 0  # it had finished
 

@@ -11,7 +11,7 @@ import pytest
 
 from trainer import evaluation
 from trainer.errors import TrainingFailed
-from trainer.evaluation import Evaluation, Writer
+from trainer.evaluation import Evaluation, TextWriter
 
 
 def test_every_set_has_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ def test_a_model_that_cannot_write_is_asked_once(
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr(evaluation, "sample_text", lambda *_: ("a", "b"))
     engine: Any = SimpleNamespace(data_rank=0)
-    writer: Any = Writer(engine, None, None, 5, 0, 9)  # type: ignore[arg-type]
+    writer: Any = TextWriter(engine, None, None, 5, 0, 9)  # type: ignore[arg-type]
     shown = Evaluation([], 0, {}, writer)  # type: ignore[arg-type]
     assert shown.write() == ("a", "b") == writer.last
     monkeypatch.setattr(evaluation, "sample_text", lambda *_: 1 / 0)
@@ -58,6 +58,6 @@ def test_where_some_ranks_cannot_write_the_run_ends(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(evaluation, "sample_text", lambda *_: ("a", "b"))
     others = SimpleNamespace(together=lambda say: [say(), "MemoryError: "], rank=0)
     monkeypatch.setattr(evaluation, "Team", lambda: others)
-    writer: Any = Writer(None, None, None, 5, 0, 9)  # type: ignore[arg-type]
+    writer: Any = TextWriter(None, None, None, 5, 0, 9)  # type: ignore[arg-type]
     with pytest.raises(TrainingFailed, match=r"not on \[1\]: MemoryError"):
         writer.write()

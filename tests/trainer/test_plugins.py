@@ -37,7 +37,7 @@ from trainer.options.field import option
 
 
 @dataclass
-class GainOptions(options.Method):
+class GainOptions(options.MethodOptions):
     """Train gains."""
 
     made_by: ClassVar[str] = f"{__name__}:Gains"
@@ -174,7 +174,7 @@ def test_its_options_are_checked_saved_and_read_like_any(directory: Path) -> Non
     ("group", "code", "why"),
     [
         ("method", "import nowhere_at_all", r"method/other\.py cannot be imported: No module named 'nowhere_at_all'"),
-        ("method", "OPTIONS = 3", r"must be a dataclass below trainer\.options\.method\.Method"),
+        ("method", "OPTIONS = 3", r"must be a dataclass below trainer\.options\.method\.MethodOptions"),
         ("train", "OPTIONS = 3", "is beside no group that has choices of its own"),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainer.report import Line, Run, chart, main, page, round_ticks, short, stretches, thinned
+from trainer.report import Line, RunPage, chart, main, page, round_ticks, short, stretches, thinned
 
 ROWS = [
     {"step": n, "loss": 6 / n, "tokens_per_s": 900.0 + n, "step_s": 0.1, "blocked_s": 0.01, "lr": 1e-3}
@@ -83,10 +83,10 @@ def test_a_run_with_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_nothing_and_almost_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert "is no run" in capsys.readouterr().err
-    Parsed(page(Run.read(write(tmp_path / "a", [], EVENTS[:1]))))
-    Parsed(page(Run.read(write(tmp_path / "b", ROWS[:1], []))))
+    Parsed(page(RunPage.read(write(tmp_path / "a", [], EVENTS[:1]))))
+    Parsed(page(RunPage.read(write(tmp_path / "b", ROWS[:1], []))))
     (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert len(Run.read(tmp_path / "a").rows) == 1
+    assert len(RunPage.read(tmp_path / "a").rows) == 1
     assert main([str(tmp_path / "a"), str(tmp_path / "no" / "page.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
 
@@ -98,7 +98,7 @@ objects = st.dictionaries(st.sampled_from(["step", "loss", "lr", "event", "time"
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(objects, max_size=5), st.lists(objects, max_size=5))
 def test_whatever_is_in_the_files(tmp_path: Path, rows: list[Any], events: list[Any]) -> None:
-    run = Run.read(write(tmp_path, [ROWS[0], *rows], [EVENTS[0], *events]))
+    run = RunPage.read(write(tmp_path, [ROWS[0], *rows], [EVENTS[0], *events]))
     Parsed(page(run))
 
 

@@ -13,7 +13,7 @@ from trainer.options.data import Order
 
 
 @dataclass(frozen=True)
-class Share:
+class StepShare:
     """One rank's micro-batches of a step, each with its number, and what the whole global batch counts."""
 
     micro_batches: list[tuple[int, Batch]]
@@ -42,7 +42,7 @@ class Feed:
         self.seed, self.pad, self.order = seed, pad, order
         self.num_ranks, self.rank = num_ranks, rank
 
-    def step(self, step: int) -> Share:
+    def step(self, step: int) -> StepShare:
         """This rank's share of step `step`, counted from 1."""
         ids = samples_of_step(
             step,
@@ -51,13 +51,13 @@ class Feed:
             global_batch=self.global_batch,
             order=self.order,
         )
-        return Share(self._dealt(ids), self.dataset.num_targets(ids), self.dataset.num_tokens(ids), ids)
+        return StepShare(self._dealt(ids), self.dataset.num_targets(ids), self.dataset.num_tokens(ids), ids)
 
-    def evenly(self, dataset: Dataset, num_samples: int) -> Share:
+    def evenly(self, dataset: Dataset, num_samples: int) -> StepShare:
         """This rank's share of `num_samples` samples spread evenly over another dataset; 0 takes all of them."""
         count = min(num_samples or len(dataset), len(dataset))
         ids = np.linspace(0, len(dataset) - 1, count).astype(np.int64)
-        return Share(self._dealt(ids, dataset), dataset.num_targets(ids), dataset.num_tokens(ids), ids)
+        return StepShare(self._dealt(ids, dataset), dataset.num_targets(ids), dataset.num_tokens(ids), ids)
 
     def _dealt(self, ids: Ids, dataset: Dataset | None = None) -> list[tuple[int, Batch]]:
         dataset = dataset or self.dataset

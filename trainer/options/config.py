@@ -11,7 +11,7 @@ from trainer.options.elastic import Elastic
 from trainer.options.evaluation import Eval
 from trainer.options.field import free, is_free_field
 from trainer.options.launch import AccelerateLaunch, DeepspeedLaunch, Launch, LocalLaunch, SlurmLaunch, TorchrunLaunch
-from trainer.options.method import Full, Lora, Method, Selective, Sparse
+from trainer.options.method import Full, Lora, MethodOptions, Selective, Sparse
 from trainer.options.model import HuggingFace, Model, TinyLlama
 from trainer.options.optimizer import Optimizer
 from trainer.options.parallel import Parallel
@@ -29,7 +29,7 @@ class Config:
     eval: Eval = free(Eval)
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
-    method: Method = field(default_factory=Method)
+    method: MethodOptions = field(default_factory=MethodOptions)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     parallel: Parallel = free(Parallel)

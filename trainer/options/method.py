@@ -11,7 +11,7 @@ from trainer.options.field import option
 
 
 @dataclass
-class Method:
+class MethodOptions:
     """The method. Its options of the optimizer count where the optimizer's are not given."""
 
     made_by: ClassVar[str] = "trainer.methods.method:Method"  # MODULE:CLASS of the method itself
@@ -44,12 +44,12 @@ class Method:
 
 
 @dataclass
-class Full(Method):
+class Full(MethodOptions):
     """Train every parameter."""
 
 
 @dataclass
-class Lora(Method):
+class Lora(MethodOptions):
     """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685), by peft."""
 
     made_by: ClassVar[str] = "trainer.methods.lora:LoraMethod"
@@ -63,7 +63,7 @@ class Lora(Method):
 
 
 @dataclass
-class Selective(Method):
+class Selective(MethodOptions):
     """Train some parameters as they are, and freeze the rest (PERP: Zimmer et al. 2023, arXiv:2312.15230)."""
 
     made_by: ClassVar[str] = "trainer.methods.selective:SelectiveMethod"
@@ -110,7 +110,7 @@ class Growth(Enum):
 
 
 @dataclass
-class Sparse(Method):
+class Sparse(MethodOptions):
     """Train some entries of the weights of linear layers: a selector, an allocator and a schedule of re-selections."""
 
     made_by: ClassVar[str] = "trainer.methods.sparse.method:SparseMethod"

@@ -24,7 +24,7 @@ LOW: dict[Compute, torch.dtype] = {Compute.bf16: torch.bfloat16, Compute.fp16: t
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchPart:
     """A micro-batch, or part `number` of one that is split, to be computed at a time; `key` starts its draws."""
 
     batch: Batch
@@ -34,10 +34,10 @@ class Part:
 
 def parts_of(
     micro_batches: Sequence[tuple[int, Batch]], local_batch: int | None, device: torch.device
-) -> Iterator[Part]:
+) -> Iterator[BatchPart]:
     for key, batch in micro_batches:
         for number, part in enumerate(batch.to(device).split(local_batch)):
-            yield Part(part, key, number)
+            yield BatchPart(part, key, number)
 
 
 def computed_in(low: torch.dtype | None, device: torch.device) -> torch.autocast:
@@ -114,7 +114,7 @@ class Draws:
             for layer, index in layers.items():
                 layer.register_forward_pre_hook(self._before(index))
 
-    def start(self, part: Part) -> None:
+    def start(self, part: BatchPart) -> None:
         """Begin the draws of a part."""
         self._key, self._number = part.key, part.number
         reseed(part.key, part.number)

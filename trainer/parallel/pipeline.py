@@ -24,7 +24,7 @@ from trainer.errors import Refused
 from trainer.models import blocks
 from trainer.models.families import FAMILIES
 from trainer.options.parallel import PipelineSchedule
-from trainer.parallel.computing import Draws, Part, computed_in, summed_loss
+from trainer.parallel.computing import BatchPart, Draws, computed_in, summed_loss
 from trainer.parallel.shares import balanced
 
 INTERLEAVED = 2  # stages a rank has then
@@ -158,10 +158,10 @@ class Stage(nn.Module):
         super().__init__()
         self.model, self.first, self.last, self.low = model, first, last, low
         self._draws = draws
-        self._coming: Iterator[Part] = iter(())
+        self._coming: Iterator[BatchPart] = iter(())
         self.positions: torch.Tensor | None = None  # of an evaluation's rows that hold several samples
 
-    def expect(self, parts: Sequence[Part]) -> None:
+    def expect(self, parts: Sequence[BatchPart]) -> None:
         """Expect the parts of a step; every schedule hands them to a stage in this order."""
         self._coming = iter(parts)
 
@@ -225,13 +225,13 @@ class Pipeline:
             self.called.append(distribute(stage))
         del self._whole
 
-    def accumulate(self, parts: Sequence[Part], weight: float) -> torch.Tensor:
+    def accumulate(self, parts: Sequence[BatchPart], weight: float) -> torch.Tensor:
         """Do what `TrainingEngine.accumulate` says."""
         rows, width = self._shape.samples, self._shape.positions
-        parts = [Part(part.batch.widened(rows, width), part.key, part.number) for part in parts]
+        parts = [BatchPart(part.batch.widened(rows, width), part.key, part.number) for part in parts]
         least = self.num_stages if self._schedule is not PipelineSchedule.interleaved else self.size
         while len(parts) < least or (self._schedule is PipelineSchedule.interleaved and len(parts) % self.size):
-            parts.append(Part(parts[0].batch.without_targets(), parts[0].key, parts[0].number))
+            parts.append(BatchPart(parts[0].batch.without_targets(), parts[0].key, parts[0].number))
         for stage in self.stages:
             stage.expect(parts)
         self._weight = weight

@@ -13,7 +13,7 @@ import pytest
 from checkpointing import load
 from checkpointing.format import ABANDONED
 from checkpointing.generations import candidates, scan
-from checkpointing.memory import Durable, Outcome, Snapshotter
+from checkpointing.memory import Durable, SnapshotOutcome, Snapshotter
 from checkpointing.memory.flush import DirectStorage
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.storage import FileStorage
@@ -81,7 +81,7 @@ def test_a_node_that_lost_its_keeper_holds_up_no_other(
     """What it was to flush cannot become durable: the other nodes give it up, and flush the next one together."""
     slow = Slow(monkeypatch, "shard-00001")
     found: dict[int, list[Durable]] = {}
-    outcomes: dict[int, list[Outcome | None]] = {0: [], 1: []}
+    outcomes: dict[int, list[SnapshotOutcome | None]] = {0: [], 1: []}
 
     def train(team: ThreadTeam) -> None:
         snapshots = Snapshotter(tmp_path / "disk", nodes[team.rank], team, run_id="r")

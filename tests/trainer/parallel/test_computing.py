@@ -14,7 +14,7 @@ from trainer.data.dataset import IGNORE, Batch
 from trainer.methods import build
 from trainer.models import blocks
 from trainer.parallel import computing
-from trainer.parallel.computing import Draws, Part, parts_of, summed_loss
+from trainer.parallel.computing import BatchPart, Draws, parts_of, summed_loss
 
 
 def batch(rows: int) -> Batch:
@@ -85,10 +85,10 @@ def test_a_layer_draws_the_same_whatever_was_computed_before_it() -> None:
         layer.register_forward_pre_hook(lambda *_: drawn.append(torch.rand(1).item()))
     inputs = torch.arange(8)[None]
     for key in (5, 6, 5):
-        draws.start(Part(batch(1), key, 0))
+        draws.start(BatchPart(batch(1), key, 0))
         model(input_ids=inputs)
     assert drawn[:3] == drawn[6:] and len(set(drawn)) == 6
-    draws.start(Part(batch(1), 5, 0))
+    draws.start(BatchPart(batch(1), 5, 0))
     torch.rand(1)  # another layer before it, or none: a stage of a pipeline
     hidden = torch.randn(1, 8, 32)
     layers[1](hidden, position_embeddings=model.model.rotary_emb(hidden, torch.arange(8)[None]))

@@ -21,7 +21,7 @@ NOWHERE = -(2**31)
 
 
 @dataclass(frozen=True)
-class Part:
+class PlacePart:
     """Some of the entries, or of the columns or rows, in one piece of the weight."""
 
     tensor: torch.Tensor
@@ -29,7 +29,7 @@ class Part:
     chosen: tuple[torch.Tensor | slice, ...]  # among all values
 
 
-class Place:
+class EntryPlace:
     """Where the entries of one weight lie on this rank."""
 
     def __init__(self, pieces: Sequence[Piece], indices: torch.Tensor, granularity: Granularity) -> None:
@@ -58,7 +58,7 @@ class Place:
         return spread(found, group).to(like.dtype)
 
 
-def _part(piece: Piece, indices: torch.Tensor, granularity: Granularity) -> Part | None:
+def _part(piece: Piece, indices: torch.Tensor, granularity: Granularity) -> PlacePart | None:
     (top, left), (rows, columns) = piece.offset, piece.tensor.shape
     tensor = piece.tensor.detach()
     if granularity is Granularity.element:
@@ -71,15 +71,15 @@ def _part(piece: Piece, indices: torch.Tensor, granularity: Granularity) -> Part
         index = (short(row * columns + column, tensor.numel()),) if flat else (short(row, rows), short(column, columns))
         everything = inside.numel() == indices.numel()
         chosen = slice(None) if everything else short(inside, indices.numel())
-        return Part(tensor.view(-1) if flat else tensor, index, (chosen,))
+        return PlacePart(tensor.view(-1) if flat else tensor, index, (chosen,))
     by_columns = granularity is Granularity.inputs
     places, length = (indices - left, columns) if by_columns else (indices - top, rows)
     inside = ((places >= 0) & (places < length)).nonzero()[:, 0]
     if not inside.numel() or not piece.tensor.numel():
         return None
     if by_columns:
-        return Part(tensor, (slice(None), places[inside]), (slice(top, top + rows), inside))
-    return Part(tensor, (places[inside], slice(None)), (inside, slice(left, left + columns)))
+        return PlacePart(tensor, (slice(None), places[inside]), (slice(top, top + rows), inside))
+    return PlacePart(tensor, (places[inside], slice(None)), (inside, slice(left, left + columns)))
 
 
 def short(indices: torch.Tensor, below: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from trainer.methods.selection.choosing import best
 from trainer.methods.selection.scores import Subject, scores_of, selection_key
 from trainer.methods.sparse.entry_optimizers import accumulators
 from trainer.methods.sparse.layer import SparseLayer
-from trainer.methods.sparse.places import Place, assemble
+from trainer.methods.sparse.places import EntryPlace, assemble
 from trainer.methods.sparse.reselect import Candidates, Moments, Renewed, number_to_replace, regrow, renew
 from trainer.methods.sparse.trained import Gathered, Trained
 from trainer.options.config import Config
@@ -44,7 +44,7 @@ def reselect(trained: Trained, config: Config, position: int) -> str:
         else:
             found, close = _renewed(trained, config, number, name, entries, moments, weights[name], position)
         fresh = found.entries.indices[found.fresh]
-        there = Place(weights[name], fresh, layer.granularity)
+        there = EntryPlace(weights[name], fresh, layer.granularity)
         like = found.entries.originals[found.fresh]
         found.entries.originals[found.fresh] = there.read(like, trained.ranks.group)
         trained.states[name].settled = found.settled

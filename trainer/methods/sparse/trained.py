@@ -15,7 +15,7 @@ from trainer.methods.selection.choosing import Ranks
 from trainer.methods.sparse.attach import targets_of
 from trainer.methods.sparse.entry_optimizers import EntryAdamW, accumulators
 from trainer.methods.sparse.layer import VALUES, SparseLayer, sparse_layers
-from trainer.methods.sparse.places import Place, assemble, by_name, put_back
+from trainer.methods.sparse.places import EntryPlace, assemble, by_name, put_back
 from trainer.methods.sparse.reselect import Candidates, Moments
 from trainer.options.method import Granularity, Growth, Reselection, Sparse
 
@@ -85,9 +85,11 @@ class Trained:
         for layer in self.layers.values():
             layer.forget()
         weights = self.weights()
-        self._places = {n: Place(weights[n], one.sparse_indices, one.granularity) for n, one in self.layers.items()}
+        self._places = {
+            n: EntryPlace(weights[n], one.sparse_indices, one.granularity) for n, one in self.layers.items()
+        }
         self._settled = {
-            name: Place(weights[name], state.settled.indices, Granularity.element)
+            name: EntryPlace(weights[name], state.settled.indices, Granularity.element)
             for name, state in self.states.items()
             if state.settled.indices.numel()
         }

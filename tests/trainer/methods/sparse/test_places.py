@@ -11,7 +11,7 @@ from checkpointing import Piece
 from tests.harness.worlds import SharedWorld
 from trainer.methods.entries import added
 from trainer.methods.sparse.layer import at, values_shape
-from trainer.methods.sparse.places import Place, assemble, put_back
+from trainer.methods.sparse.places import EntryPlace, assemble, put_back
 from trainer.options.method import Granularity
 
 SHAPE = (5, 6)
@@ -44,7 +44,7 @@ def test_written_read_and_reverted_however_a_weight_is_cut(
     originals = at(whole, indices, granularity)
     values = torch.arange(originals.numel()).reshape(originals.shape) + 1.0
     parts = pieces(whole, cut)
-    place = Place(parts, indices, granularity)
+    place = EntryPlace(parts, indices, granularity)
     assert torch.equal(place.read(originals, None), originals)
     place.write(originals, values)
     after = joined(parts)
@@ -69,7 +69,7 @@ def of_two_ranks() -> tuple[list[list[float]], list[float], list[list[float]]]:
     mine = [p for number, p in enumerate(pieces(whole, (2, 3))) if number % 2 == rank or number == 0]
     together = assemble(mine, group, torch.device("cpu"))
     indices = torch.tensor([0, 7, 29])
-    read = Place(mine, indices, Granularity.element).read(torch.zeros(3), group)
+    read = EntryPlace(mine, indices, Granularity.element).read(torch.zeros(3), group)
     put_back(mine, together * 2)
     return together.tolist(), read.tolist(), assemble(mine, group, torch.device("cpu")).tolist()
 
