@@ -38,7 +38,7 @@ def find(path: str | os.PathLike[str]) -> Place:
 
     Links are followed, and so `.` has a name. `NotFoundError` where there is no directory, or no generation in it.
     """
-    given = Path(path)
+    given = Path(path).expanduser()  # as of a quoted `~/run`
     if not given.is_dir():
         raise NotFoundError(f"{path} is not a directory; give a run, a checkpoint directory or a generation")
     directory = (given / CHECKPOINTS if (given / CHECKPOINTS).is_dir() else given).resolve()

@@ -143,7 +143,9 @@ def check_finite(row: dict[str, Any]) -> None:
     if norm is None or not (math.isfinite(row["loss"]) and math.isfinite(norm)):
         raise TrainingFailed(
             f"Step {row['step']} gave a loss of {row['loss']} and a gradient norm of {norm}, and its "
-            "weights are of no use. What was saved before stays as it is. Lower optimizer.lr, or look at this step's "
+            "weights are of no use. What was saved before stays as it is. "
+            + ("At the first step the base's own weights may be no numbers: look at them. " if row["step"] == 1 else "")
+            + "Lower optimizer.lr, or look at this step's "
             + (f"samples: {row['sample_ids']}." if "sample_ids" in row else "samples: data.log_ids=true names them.")
         )
 

@@ -33,6 +33,8 @@ def test_a_run_its_directory_and_one_generation(run: Path, monkeypatch: pytest.M
     assert find(run.parent / "link").named == second.name
     monkeypatch.chdir(second)
     assert find(".").named == second.name
+    monkeypatch.setenv("HOME", str(run.parent))
+    assert find("~/run").newest == whole.newest  # as a shell leaves it where it is quoted
 
 
 def test_an_abandoned_one_counts_where_it_is_named(run: Path) -> None:

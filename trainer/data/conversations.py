@@ -18,6 +18,7 @@ from trainer.data.records import (
     FLAGS,
     UNREAD,
     Record,
+    check_flags,
     check_learning,
     is_learned,
     kind_of,
@@ -243,11 +244,16 @@ def _message(where: str, given: Mapping[str, Any]) -> Message:
     if isinstance(content, list):  # in parts, as for models that see
         if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
             raise Refused(f"{where}: a message holds parts that are no text. Mend or remove the line.")
+        for part in content:  # which are learned together
+            check_flags(where, part, "a part of a message")
+            if is_learned(where, part) is False:
+                raise Refused(f"{where}: a part of a message is not to be learned. Make it a message of its own.")
         content = "".join(part["text"] for part in content)
     if content is None:
         content = ""
     if not isinstance(content, str):
         raise Refused(f"{where}: the content of a message is {kind_of(content)}, not a text. Mend it.")
+    check_flags(where, given, "a message")
     kept = {key: value for key, value in given.items() if value is not None and key not in FLAGS}
     if (call := kept.pop("function_call", None)) and "tool_calls" not in kept:  # as it was called before
         kept["tool_calls"] = [{"type": "function", "function": call}]

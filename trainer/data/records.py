@@ -137,6 +137,20 @@ FLAGS = ("weight", "train", "training", "trainable", "loss")
 MASKS = ("loss_mask", "assistant_masks", "completion_mask", "train_detail", "training_detail")
 
 
+# Flags of a turn, or of a part of one, that trainers read in different ways.
+AMBIGUOUS = ("mask", "masked", "ignore", "ignored", "skip", "prefix")
+
+
+def check_flags(where: str, given: Record, what: str) -> None:
+    """`Refused` where a turn, or a part of one, has a flag that is not read and that is no plain no."""
+    for key in AMBIGUOUS:
+        if (_is_flag(given.get(key)) or given.get(key) in (0, 1)) and given[key] not in (False, "false", "0"):
+            raise Refused(
+                f"{where}: {what} says {key}: {given[key]!r}, which is not read here. Remove it, and give a message that "
+                'is not to be learned "weight": 0.'
+            )
+
+
 def is_learned(where: str, given: Record) -> bool | None:
     """Whether a turn's flags have it learned; None where there are none. `Refused` for what is neither yes nor no."""
     said = {key: given[key] for key in FLAGS if given.get(key) is not None}

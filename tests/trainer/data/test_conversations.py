@@ -223,6 +223,15 @@ def test_a_turn_that_is_not_to_be_learned_is_read_and_not_learned(family: str, f
     assert "BAD" in tokenizer.decode(sample.tokens[sample.targets])
 
 
+@pytest.mark.parametrize(
+    "more", [{"mask": False}, {"prefix": 0}, {"ignore": "false"}, {"mask": [1, 0]}, {"skip": "no"}]
+)
+def test_a_flag_that_says_nothing_or_is_none_is_no_reason_to_refuse(more: dict[str, Any]) -> None:
+    recognise("line 7", {"messages": [ASK, {**ANSWER, **more}]})
+    part = {"type": "text", "text": "a", "weight": 1, **more}
+    recognise("line 7", {"messages": [ASK, {**ANSWER, "content": [part]}]})
+
+
 def test_what_nobody_is_to_learn_is_left_out_and_counted() -> None:
     none, reader = read("zephyr", [ASK, {**ANSWER, "weight": 0}])
     assert none == [] and reader.notes()[1:] == [
@@ -314,6 +323,13 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "a part of it": (
         {"messages": [ASK, {**ANSWER, "train_detail": [{"begin": 1}]}]},
         "says in train_detail which part",
+    ),
+    "a mask": ({"messages": [ASK, {**ANSWER, "mask": 1}]}, "a message says mask: 1, which is not read here"),
+    "a prefix": ({"messages": [ASK, {**ANSWER, "prefix": True}]}, "a message says prefix: True, which is not read"),
+    "ignored": ({"conversations": [{"from": "gpt", "value": "a", "ignore": "true"}]}, "says ignore: 'true', which is"),
+    "a part": (
+        {"messages": [ASK, {**ANSWER, "content": [{"type": "text", "text": "a", "weight": 0}]}]},
+        "a part of a message is not to be learned. Make it a message of its own",
     ),
     "the user": ({"messages": [{**ASK, "train": True}, ANSWER]}, "a message of the role user says that it is learned"),
     "calls": ({"messages": [ASK, {**ANSWER, "tool_calls": "add"}]}, "the tool_calls of a message are no list"),
