@@ -7,19 +7,19 @@ import os
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from math import isfinite
-from typing import Any
+from typing import Any, Optional, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from trainer.errors import Refused
-from trainer.options.config import CHOICES, Config, method_name
+from trainer.options.config import CHOICES, Config, choice_of, method_name
 from trainer.options.data import Stdlib
 from trainer.options.launch import LocalLaunch
 from trainer.options.method import Full
 from trainer.options.model import TinyLlama
-from trainer.options.optimizer import Implementation
+from trainer.options.optimizer import Implementation, Optimizer
 from trainer.options.precision import Compute
 from trainer.options.stored import as_json, flatten
 
@@ -91,7 +91,7 @@ def unknown_key(key: str) -> str:
     return f"There is no option {key}. {hint}"
 
 
-TEXT = ("str", "str | None", "Optional[str]")  # as annotations have it
+TEXT = (str, Optional[str])
 
 
 def text_keys() -> set[str]:
@@ -100,7 +100,8 @@ def text_keys() -> set[str]:
 
 
 def _texts_of(part: Any, prefix: str = "") -> set[str]:
-    found = {f"{prefix}{f.name}" for f in fields(part) if f.type in TEXT}
+    hints = get_type_hints(type(part))
+    found = {f"{prefix}{f.name}" for f in fields(part) if hints[f.name] in TEXT}
     deeper = {f.name: getattr(part, f.name) for f in fields(part)}
     return found.union(*(_texts_of(v, f"{prefix}{name}.") for name, v in deeper.items() if is_dataclass(v)))
 
@@ -113,6 +114,7 @@ def _one_of_each_choice() -> list[Config]:
 def check(config: Config) -> None:
     """The bounds of every number, every group's own rules, and those across groups. Sizes of the world: plan.py."""
     _check_bounds(config, "")
+    _check_optimizer_of_method(config)
     for group in fields(config):
         if (refuse := getattr(getattr(config, group.name), "refuse", None)) is not None:
             refuse()
@@ -120,13 +122,17 @@ def check(config: Config) -> None:
     for key in config.resume_allow:
         if not any(k == key or k.startswith(f"{key}.") for k in known):
             raise Refused(f"resume_allow names {key}. {unknown_key(key)}")
-    _check_optimizer_of_method(config)
     _check_fp16(config)
 
 
 def _check_optimizer_of_method(config: Config) -> None:
     """Entries that are chosen anew have an optimizer of their own; those that are not are too few to keep in 8 bits."""
     kind, method = config.optimizer.implementation, config.method
+    if method.brings_optimizer and type(config.optimizer) is not Optimizer:
+        raise Refused(
+            f"optimizer={choice_of(config, 'optimizer')} would not be used: method={method_name(config)} has an "
+            "optimizer of its own. Type optimizer=adamw."
+        )
     blocks = method.trains_entries and kind is Implementation.torchao_8bit
     if blocks or (method.brings_optimizer and kind is not Implementation.fused):
         raise Refused(

@@ -21,6 +21,7 @@ from trainer.options.launch import is_secret
 from trainer.plugins import CONFIG_DIR, directories_in, load
 
 # A path, not a package name: a directory or package called `conf` elsewhere must not be taken for ours.
+SEARCH = "hydra.searchpath="
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
@@ -30,24 +31,45 @@ def compose(words: Sequence[str]) -> Config:
     directories, overrides = _directories(words)
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return from_hydra(hydra.compose("config", overrides=[*directories, *as_typed(overrides)]))
+            return from_hydra(hydra.compose("config", overrides=_searched(directories, as_typed(overrides))))
     except (HydraException, OmegaConfBaseException) as error:
         raise Refused(explain(error)) from None
 
 
-def _directories(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Where else configurations lie, as an override for Hydra's function that knows no flags; and the other words."""
+def _directories(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Where else configurations lie, with their plug-ins loaded; and the other words."""
     directories = [directory for _, directory in directories_in(words)]
-    for directory in directories:
-        load(directory)
+    load(directories)
     rest, others = iter(words), list[str]()
     for word in rest:
         if word.partition("=")[0] not in CONFIG_DIR:
             others.append(word)
         elif "=" not in word:
             next(rest, None)
-    paths = ",".join(_quoted(f"file://{directory}") for directory in directories)
-    return [f"hydra.searchpath=[{paths}]"] if directories else [], others
+    return directories, others
+
+
+VALUED = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun")
+
+
+def _apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides, and Hydra's flags with their values: its parser knows no overrides on both sides of a flag."""
+    rest, overrides, flags = iter(words), list[str](), list[str]()
+    for word in rest:
+        if not word.startswith("-"):
+            overrides.append(word)
+        else:
+            flags += [word, *([next(rest, "")] if word in VALUED else [])]
+    return overrides, flags
+
+
+def _searched(directories: Sequence[Path], words: Sequence[str]) -> list[str]:
+    """The words with one `hydra.searchpath` for these directories and those that were typed: Hydra reads one alone."""
+    typed = [word for word in words if word.startswith(SEARCH)]
+    paths = [_quoted(f"file://{directory}") for directory in directories]
+    paths += [inner for word in typed if (inner := word.removeprefix(SEARCH).strip("[]"))]
+    others = [word for word in words if word not in typed]
+    return [f"{SEARCH}[{','.join(paths)}]", *others] if paths else others
 
 
 def compose_from_command_line() -> Config | None:
@@ -59,8 +81,10 @@ def compose_from_command_line() -> Config | None:
     if {"-m", "--multirun"} & set(words) or any(re.match(r"hydra\.mode=.*multirun", word) for word in words):
         raise Refused("--multirun would train several runs inside one process. Start one command a run.")
     register()
-    directories, words = _directories(sys.argv[1:])  # Hydra's own flag takes one, and no overrides after it
-    sys.argv[1:] = [*directories, *as_typed(words)]
+    directories, words = _directories(sys.argv[1:])
+    overrides, flags = _apart(words)
+    flags += ["--config-dir", str(directories[0])] if directories else []  # of which Hydra's flag takes one
+    sys.argv[1:] = [*_searched(directories[1:], as_typed(overrides)), *flags]
     composed: list[DictConfig] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised to us rather than printed, with status 1, by Hydra
     try:

@@ -96,8 +96,9 @@ def lay_out(
             config,
             sizes,
             cluster,
-            lambda size: is_splittable(model, size) and suits(optimizer, model, Topology(tp=size)),
+            lambda size: is_splittable(model, size),
             lambda size: is_stageable(model, size, schedule),
+            lambda topology: suits(optimizer, model, topology),
         )
     topology = find_topology(config, world, device)
     batch = plan_batch(config, topology.data_size)

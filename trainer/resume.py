@@ -117,7 +117,7 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     incarnation = max(incarnation, manifest.incarnation + 1)
     directories = [str(tier) for tier in tiers if any(tier is other for other, _ in found)] or [str(storage)]
     memory = next((str(tier) for tier, _ in found if isinstance(tier, MappedStorage)), None)
-    altered = any(not is_free(key) for key in changes)
+    altered = any(not is_free(config, key) for key in changes)
     return Start(generation.step, directories, memory, named, is_own, incarnation, state, lines, altered, sizes)
 
 
@@ -208,11 +208,10 @@ def check_state(
     config: Config, state: dict[str, Any], fingerprint: str, model: nn.Module
 ) -> dict[str, tuple[Any, Any]]:
     """Changes since a checkpoint was saved, as (was, is) by option; `Refused` if they alter the result."""
-    changes = _changes(_filled(state["config"], config), as_json(config))
-    refused = {key: f"{key} (was {was}, is {now})" for key, (was, now) in changes.items() if not is_free(key)}
-    for key in ("optimizer", "optimizer.implementation"):
-        if key in changes:
-            _check_moments(config, key, *changes[key])
+    saved = _filled(state["config"], config)
+    changes = _changes(saved, as_json(config))
+    refused = {key: f"{key} (was {was}, is {now})" for key, (was, now) in changes.items() if not is_free(config, key)}
+    _check_moments(config, saved)
     refused.pop("optimizer.implementation", None)  # the same arithmetic, rounded in another order
     if "train.steps" in refused and config.train.steps > changes["train.steps"][0]:
         del refused["train.steps"]
@@ -241,9 +240,11 @@ def check_state(
     return changes
 
 
-def _check_moments(config: Config, key: str, was: str, now: str) -> None:
+def _check_moments(config: Config, saved: dict[str, Any]) -> None:
     """`Refused`, whatever is allowed, where the moments of one optimizer are not those of the other."""
-    if not optimizer_of(config).goes_on_from(was):
+    (choice, was), (_, now) = _optimizer_of(saved), _optimizer_of(as_json(config))
+    if was != now and not optimizer_of(config).goes_on_from(was):
+        key = "optimizer" if choice != choice_of(config, "optimizer") else "optimizer.implementation"
         whole = isinstance(config.method, Full)
         leave = "checkpointing export RUN --to hf" if whole else "trainer.methods merge RUN"
         raise Refused(
@@ -251,6 +252,12 @@ def _check_moments(config: Config, key: str, was: str, now: str) -> None:
             f"Type {key}={was}, or begin another run with its model: `python -m {leave} DIR`, "
             "and model=hf model.path=DIR."
         )
+
+
+def _optimizer_of(saved: dict[str, Any]) -> tuple[str, str]:
+    """The choice of optimizer in a configuration, and its name: of AdamW that of the implementation."""
+    choice = saved["choices"]["optimizer"]
+    return choice, saved["optimizer"]["implementation"] if choice == "adamw" else choice
 
 
 def _filled(saved: dict[str, Any], config: Config) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Training:
         self._everyone = Ranks.of(dist.group.WORLD if grouped else None, device)
         self._filling = False  # from `pieces_for` to `publish`
         # Before an engine takes its part of the model: hashes are of what is whole.
-        self._external = externals_of(model, method, self._everyone.rank, self._everyone.size)
+        self._external = externals_of(model, method, self._everyone.rank, self._everyone.size) if method.freezes else []
         method.begin(model, sizes, self._everyone)
         self._start(model)
 
@@ -157,6 +157,7 @@ class Training:
             model = self._makes.model(None)
             rebuild.settle(model)
         self._start(model)
+        del model  # the engine has its part of it
         rebuild.restore()
 
     def _pieces(self, external: Sequence[External]) -> list[Piece | External]:

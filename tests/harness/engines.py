@@ -142,7 +142,8 @@ def start(overrides: list[str], full: Path | None = None, seed: int = 0) -> Star
     config = compose([*sizes, *TRAINING, *overrides, f"train.seed={seed}"])
     model = build(config)
     if full is not None:
-        frozen = externals_of(model, method_of(config), 0, 1)
+        method = method_of(config)
+        frozen = externals_of(model, method, 0, 1) if method.freezes else []
         load(full, with_external(describe(model), frozen), only=["model/"])
     training = training_here(config, model)
     _, num_tokens = LEARNING[config.precision.compute.name]

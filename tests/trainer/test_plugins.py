@@ -5,6 +5,8 @@ Nothing in the project knows them, and the shared suites run on them as on any o
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from tests.harness.engines import LAYOUTS, STEPS, contents_differ, furthest, res
 from tests.harness.runs import SMALL, launch, rows, trainer
 from tests.harness.worlds import SharedWorld
 from tests.trainer.methods import test_conformance as conformance
-from trainer.compose import compose
+from trainer.compose import compose, compose_from_command_line
 from trainer.errors import Refused
+from trainer.options.config import CHOICES, is_free
 from trainer.options.stored import as_json, from_json
 
 GAINS = '''
@@ -143,6 +146,13 @@ class LionKind:
 '''
 
 
+@pytest.fixture(autouse=True)
+def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a plug-in outlives its test."""
+    for group, known in CHOICES.items():
+        monkeypatch.setitem(CHOICES, group, dict(known))
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """A configuration directory with a method and an optimizer of its own."""
@@ -175,7 +185,13 @@ def test_its_options_are_checked_saved_and_read_like_any(directory: Path) -> Non
     [
         ("method", "import nowhere_at_all", r"method/other\.py cannot be imported: No module named 'nowhere_at_all'"),
         ("method", "OPTIONS = 3", r"must be a dataclass below trainer\.options\.method\.MethodOptions"),
-        ("train", "OPTIONS = 3", "is beside no group that has choices of its own"),
+        ("method", "x = 3", r"method/other\.py has no OPTIONS"),
+        (
+            "method",
+            "from dataclasses import dataclass, field\nfrom trainer.options.method import MethodOptions\n"
+            "@dataclass\nclass OPTIONS(MethodOptions):\n    size: int = field(kw_only=True)",
+            "must have a default for every option",
+        ),
     ],
 )
 def test_a_file_that_is_none_is_refused(directory: Path, group: str, code: str, why: str) -> None:
@@ -185,7 +201,58 @@ def test_a_file_that_is_none_is_refused(directory: Path, group: str, code: str, 
     with pytest.raises(Refused, match=why):
         compose(words(directory))
     (directory / group / "other.yaml").unlink()  # alone it is somebody's module, and none of ours
+    (directory / "src").mkdir()
+    (directory / "src" / "train.py").write_text("raise SystemExit")
+    (directory / "src" / "train.yaml").write_text("{}")  # and src is no group
     compose(words(directory))
+
+
+def test_a_name_that_is_taken_is_refused(directory: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(directory, other)
+    with pytest.raises(Refused, match=r"cannot be method=gains: .*mine/method/gains\.py is that already\. Rename"):
+        compose([*words(directory), *words(other)])
+    for name in ("s2ft", "sparse"):  # a YAML of the project's, and a schema
+        shutil.copytree(directory, tmp_path / name)
+        for ending in (".py", ".yaml"):
+            (tmp_path / name / "method" / f"gains{ending}").rename(tmp_path / name / "method" / f"{name}{ending}")
+        with pytest.raises(Refused, match=rf"cannot be method={name}: the project has that already"):
+            compose(words(tmp_path / name))
+
+
+def test_a_yaml_without_its_options_is_told_so(directory: Path) -> None:
+    (directory / "method" / "gains.yaml").write_text("from_layer: 1\n")
+    with pytest.raises(Refused, match=r"of no choice|could not|not in|does not fit|no option"):
+        compose([*words(directory), "method=gains"])
+
+
+@pytest.mark.parametrize("flag", [["--config-dir="], ["--config-dir"], ["-cd", "/nowhere/at/all"]])
+def test_a_directory_that_is_none_is_refused(flag: list[str]) -> None:
+    with pytest.raises(Refused, match=r"is no directory\. Give one that holds configurations"):
+        compose(flag)
+
+
+def test_what_one_choice_is_free_to_change_another_is_not(directory: Path) -> None:
+    """Another method has an option of the same name, which is free."""
+    code = GAINS.replace("from_layer: int = option(0, low=0)", "density: float = option(0.1, low=0, free=True)")
+    (directory / "method" / "gains.py").write_text(code)
+    assert is_free(compose([*words(directory), "method=gains"]), "method.density")
+    assert not is_free(compose([*words(directory), "method=lift"]), "method.density")
+
+
+def test_an_optimizer_that_a_method_would_not_use_is_refused(directory: Path) -> None:
+    with pytest.raises(Refused, match=r"optimizer=lion would not be used: method=lift has an optimizer of its own"):
+        compose([*words(directory), "method=lift", "optimizer=lion"])
+    compose([*words(directory), "method=s2ft", "optimizer=lion"])
+
+
+def test_a_text_is_a_text_however_it_is_annotated(directory: Path) -> None:
+    code = GAINS.replace("from __future__ import annotations\n", "").replace(
+        "    from_layer: int", '    note: str = ""\n    from_layer: int'
+    )
+    (directory / "method" / "gains.py").write_text(code)
+    config = compose([*words(directory), "method=gains", "method.note=1e-5"])
+    assert config.method.note == "1e-5"  # type: ignore[attr-defined]
 
 
 def test_a_method_passes_conformance(directory: Path, tmp_path: Path, world: SharedWorld) -> None:
@@ -225,8 +292,40 @@ def test_a_whole_run_with_both_is_launched_resumed_and_merged(directory: Path, t
     assert again.returncode == 0 and [row["step"] for row in rows(run)] == [*range(1, 7)], again.stderr
     other = launch(1, [*[word for word in common if word != "optimizer=lion"], "train.steps=8"])
     assert other.returncode == 2, other.stdout
-    assert "saved with optimizer=lion, whose moments cannot be loaded for adamw" in other.stderr
+    assert "saved with optimizer=lion, whose moments cannot be loaded for fused" in other.stderr
     unknown = trainer("merge", str(run), str(tmp_path / "out"), module="trainer.methods")
     assert unknown.returncode == 2 and "method=gains is not known here" in unknown.stderr
     merged = trainer("merge", str(run), str(tmp_path / "out"), *words(directory), module="trainer.methods")
     assert merged.returncode == 0 and (tmp_path / "out" / "model.safetensors").is_file(), merged.stderr
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ["--cfg", "job", "--config-dir", "{}", "method=gains", "train.steps=7"],
+        ["--config-dir={}", "method=gains", "--cfg", "job", "train.steps=7"],
+        ["method=gains", "--config-dir", "{}", "train.steps=7", "--cfg", "job"],
+    ],
+)
+def test_the_flag_may_stand_anywhere(
+    directory: Path, order: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["trainer", *(word.format(directory) for word in order)])
+    assert compose_from_command_line() is None
+    shown = capsys.readouterr().out
+    assert "from_layer: 0" in shown and "steps: 7" in shown
+
+
+def test_a_configuration_of_ones_own_and_a_second_directory(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (directory / "mine.yaml").write_text("defaults:\n  - config\n  - _self_\ntrain:\n  steps: 5\n")
+    second = tmp_path / "second" / "schedule"
+    second.mkdir(parents=True)
+    (second / "flat.yaml").write_text("curve: constant\nwarmup_steps: 1\n")
+    both = ["--config-dir", str(directory), "--config-dir", str(second.parent)]
+    monkeypatch.setattr(sys, "argv", ["trainer", "--config-name", "mine", *both, "method=gains", "schedule=flat"])
+    config = compose_from_command_line()
+    assert config is not None and (config.train.steps, config.schedule.warmup_steps) == (5, 1)
+    other = compose([*both, "method=gains", "schedule=flat"])
+    assert other.schedule.warmup_steps == 1 and type(other.method) is type(config.method)

@@ -160,3 +160,12 @@ def test_full_fine_tuning_is_the_method_that_does_nothing() -> None:
     training.accumulate(list(share.micro_batches), 1 / share.num_targets)
     assert float(training.step(0.1)) > 0
     assert not [one for one in training.pieces() if isinstance(one, External)]
+
+
+def test_what_full_fine_tuning_finds_frozen_is_in_the_checkpoint() -> None:
+    """As buffers that a model has as parameters: an export needs them."""
+    config = compose(["model.num_layers=1"])
+    model = build(config)
+    model.model.norm.weight.requires_grad_(False)  # type: ignore[union-attr]
+    training = make_training(config, model, Topology(), World(), torch.device("cpu"))
+    assert "model/model.norm.weight" in names(training.pieces(), Piece) and not names(training.pieces(), External)

@@ -146,8 +146,8 @@ def check_flags(where: str, given: Record, what: str) -> None:
     for key in AMBIGUOUS:
         if (_is_flag(given.get(key)) or given.get(key) in (0, 1)) and given[key] not in (False, "false", "0"):
             raise Refused(
-                f"{where}: {what} says {key}: {given[key]!r}, which is not read here. Remove it, and give a message that "
-                'is not to be learned "weight": 0.'
+                f"{where}: {what} says {key}: {given[key]!r}, which is not read here. Remove it, and give a message "
+                'that is not to be learned "weight": 0.'
             )
 
 

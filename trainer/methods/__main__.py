@@ -38,7 +38,7 @@ from trainer.methods.deltas import DESCRIBED, LONGEST, Applied, Delta, as_any_ne
 from trainer.methods.tuned_runs import Tuned
 from trainer.models import load_tokenizer
 from trainer.options.model import HuggingFace
-from trainer.plugins import load
+from trainer.plugins import directory_of, load
 
 # What a model speaks with, and nothing that says what it is, or that runs.
 SPOKEN = (
@@ -69,15 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     added = commands.add_parser("compose")
     added.add_argument("files", type=Path, nargs="+", metavar="FILE", help="the last one is written")
     for command in commands.choices.values():
-        command.add_argument("--config-dir", type=Path, metavar="DIR", help="where a method of your own is")
+        help_ = "where methods and optimizers of your own are (repeatable)"
+        command.add_argument("--config-dir", "-cd", action="append", default=[], metavar="DIR", help=help_)
     arguments = parser.parse_args(argv)
     logging.disable_progress_bar()  # an error is one paragraph
     if not torch.cuda.is_available():  # which DeepSpeed, where peft looks for it, would say
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with printable_output():
         try:
-            if arguments.config_dir is not None:
-                load(arguments.config_dir)
+            load([directory_of("--config-dir", value) for value in arguments.config_dir])
             return int(_COMMANDS[arguments.command](arguments) or 0)
         except (Refused, CheckpointError, OSError) as error:
             print(f"trainer.methods: {error}", file=sys.stderr)
@@ -197,7 +197,7 @@ def _text(path: Path) -> str | None:
 
 def _beside(run: Tuned) -> Path:
     """Where a run leaves what model it trains."""
-    return Path(str(run.reader.storage)).parent / "hf"
+    return (run.run or Path(str(run.reader.storage)).parent) / "hf"
 
 
 def _open(path: Path) -> nn.Module:

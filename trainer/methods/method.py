@@ -118,9 +118,10 @@ class Rebuild:
 class Method:
     """Full fine-tuning, and what every other method does unless it says otherwise.
 
-    Built once a run. The order of calls: `attach`, `begin`, `placed`, then for every step `before` and `after`, with
-    `calibrate` before the first where `calibrates`. Loading calls `shapes`, `begin` and `placed` where the model must
-    be another, then `fill`, `pieces` and `publish`.
+    An instance is made wherever one is needed, and models are attached by another one than trains: nothing is kept on
+    `self` before `begin`. Training calls `begin` and `placed`, then for every step `before` and `after`, with
+    `calibrate` before the first where `calibrates`. Where another model is to train it calls `left`, and `begin` (of a
+    load) or the rebuild's `settle`, and `placed`. A load calls `shapes`, `fits`, `fill`, `pieces` and `publish`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -132,6 +133,11 @@ class Method:
         """Freeze parameters or add some, as a function of the seed alone: `sizes` as a checkpoint has them, or the
         method's own. The output stays what it was, bit for bit."""
         return model
+
+    @property
+    def freezes(self) -> bool:
+        """Whether frozen parameters are the base's, which checkpoints name by their hash."""
+        return type(self).attach is not Method.attach
 
     def adds(self, name: str) -> bool:
         """Whether a parameter of this name is the method's, and not the base's."""
@@ -222,12 +228,19 @@ class Method:
     def delta(self, run: Stored, base: nn.Module | None) -> Delta:
         """The difference from the base, which is read unless it is given, entry by entry."""
         base = run.base() if base is None else base
+        if self._added(run):
+            return difference(parameter_names(base), parameter_names(self.merged(run)), method_name(self.config))
         names = {name: p for name, p in parameter_names(base).items() if f"model/{name}" in run.names}
         tuned = {name: run.tensor(f"model/{name}") for name in names}
         return difference(names, tuned, method_name(self.config))
 
     def merged(self, run: Stored) -> nn.Module:
         """The fine-tuned model, as a model of the base's architecture."""
+        if added := self._added(run):
+            raise Refused(
+                f"method={method_name(self.config)} trains parameters that the base has not, such as {added[0]}, and "
+                f"does not say how they are merged. Give {type(self).__name__} a method `merged`."
+            )
         model = run.base()
         run.fill(model)
         return model
@@ -238,6 +251,11 @@ class Method:
             f"A run of method={method_name(self.config)} has no adapter. `merge` writes the fine-tuned model, and "
             "`delta` the difference."
         )
+
+    def _added(self, run: Stored) -> list[str]:
+        """The names of the parameters in a generation that the base has not."""
+        names = (name.removeprefix("model/") for name in run.names if name.startswith("model/"))
+        return sorted(name for name in names if self.adds(name))
 
 
 def lasting(piece: Piece) -> Piece:

@@ -13,6 +13,7 @@ from torch import nn
 from checkpointing import CheckpointError, NotFoundError, Piece, describe, external_of, find, parameter_names
 from checkpointing.format import Manifest
 from checkpointing.generations import read_index, read_manifest
+from checkpointing.place import CHECKPOINTS
 from checkpointing.reader import GenerationReader
 from checkpointing.tensors import DTYPES
 from trainer.errors import Refused
@@ -38,6 +39,7 @@ class Tuned:
     reader: GenerationReader
     config: Config
     stranger: bool = False  # whether nobody but the checkpoint says where the base is
+    run: Path | None = None  # the run's directory, as far as its place tells
 
     @staticmethod
     def open(path: Path, base: Path | None = None, *, trust_code: bool = False) -> Tuned:
@@ -73,7 +75,8 @@ class Tuned:
         if isinstance(config.model, HuggingFace):
             where = config.model.path if base is None else str(base)
             config = replace(config, model=replace(config.model, path=where, trust_remote_code=trust_code))
-        return Tuned(GenerationReader(storage, manifest), config, stranger)
+        run = path if (path / CHECKPOINTS).is_dir() else Path(str(storage)).parent  # checkpoints may be a link
+        return Tuned(GenerationReader(storage, manifest), config, stranger, run)
 
     @property
     def manifest(self) -> Manifest:

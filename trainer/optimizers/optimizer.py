@@ -33,7 +33,10 @@ class OptimizerKind(Protocol):
         """
 
     def goes_on_from(self, other: str) -> bool:
-        """Whether the state that another optimizer.implementation saved is this one's too."""
+        """Whether the state that another optimizer saved is this one's too.
+
+        `other` is its choice (`optimizer=NAME`), or of AdamW the implementation (fused, foreach, torchao_8bit).
+        """
 
     def about(self, model: nn.Module) -> str:
         """A few words for the plan."""

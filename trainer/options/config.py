@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass, field, is_dataclass
 
+from trainer.errors import Refused
 from trainer.options.checkpoint import Checkpoint
 from trainer.options.data import Chat, Data, Hub, Jsonl, Mix, Stdlib, Text
 from trainer.options.elastic import Elastic
@@ -62,7 +62,10 @@ CHOICES: dict[str, dict[str, type]] = {
 def choice_of(config: Config, group: str) -> str:
     """Which choice of a group was composed, such as `lora` for method."""
     chosen = type(getattr(config, group))
-    return next(name for name, schema in CHOICES[group].items() if schema is chosen)
+    if (name := next((name for name, schema in CHOICES[group].items() if schema is chosen), None)) is None:
+        needed = f"- /schema/{group}@_here_: NAME"
+        raise Refused(f"The options of {group} are those of no choice. Its YAML needs `{needed}` in its defaults.")
+    return name
 
 
 def method_name(config: Config) -> str:
@@ -70,11 +73,10 @@ def method_name(config: Config) -> str:
     return str(getattr(config.method, "name", choice_of(config, "method")))
 
 
-def is_free(key: str) -> bool:
+def is_free(config: Config, key: str) -> bool:
     """Whether a run may go on with another value of an option, or another choice of a group: the result is the same."""
     group, _, name = key.partition(".")
     if is_free_field(Config, group):
         return True
-    made_by = {one.name: one.default_factory for one in fields(Config)}.get(group)
-    owners: list[Any] = [*CHOICES.get(group, {}).values()] or [made_by]
-    return any(isinstance(owner, type) and is_dataclass(owner) and is_free_field(owner, name) for owner in owners)
+    owner = getattr(config, group, None)
+    return is_dataclass(owner) and is_free_field(type(owner), name)

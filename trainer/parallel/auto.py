@@ -33,11 +33,12 @@ def choose(
     cluster: Cluster,
     splittable: Callable[[int], bool],
     stageable: Callable[[int], bool],
+    suitable: Callable[[Topology], bool] = lambda _: True,
 ) -> tuple[Config, list[str]]:
     """The configuration with the first layout that fits, and why it was taken. `Refused` if none does.
 
     `splittable` tells whether the model can be tensor-parallel over so many ranks, `stageable` whether it can be dealt
-    to so many in a pipeline.
+    to so many in a pipeline, and `suitable` whether the optimizer accepts these degrees.
     """
     if not of.known:
         raise Refused(
@@ -47,6 +48,8 @@ def choose(
     usable, best = int(USABLE * cluster.budget), 0
     tried: list[tuple[str, int]] = []
     for topology, checkpointing in layouts(cluster, splittable, stageable):
+        if not suitable(topology):
+            continue
         chosen = with_layout(config, topology, checkpointing)
         need = plan_memory(chosen, of, topology, plan_batch(chosen, topology.data_size).rounds).total
         if need <= usable:

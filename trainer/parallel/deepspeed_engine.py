@@ -180,7 +180,7 @@ class DeepSpeedEngine:
         return bool(self._engine.zero_optimization_stage() == 3)
 
     def held_of(self, tensor: torch.Tensor) -> list[Slice]:
-        if any(tensor is parameter for parameter in self._bare.parameters()):  # stage 0 takes nothing apart
+        if self._engine.zero_optimization_stage() == 0:  # nothing is taken apart
             return [Slice(tensor, 0, tensor.numel(), 0)]
         return held_in_partition(self._engine, tensor)
 

@@ -371,9 +371,10 @@ def _is_cut(layer: nn.Module, path: str, along: Literal["rows", "columns"]) -> b
 
 
 def _without_bias(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    if isinstance(module, Cuttable):
+        return module.product
+
     def forward(inputs: torch.Tensor) -> torch.Tensor:
-        if isinstance(module, Cuttable):
-            return module.product(inputs)
         weight: Any = module.weight
         return functional.linear(inputs, weight.T if isinstance(module, Conv1D) else weight)
 

@@ -142,3 +142,12 @@ def test_a_configuration_that_is_none_is_refused(config: object, tmp_path: Path)
     save(tmp_path, 1, [Piece("model/w", torch.zeros(4), (0,), (4,))], {"trainer": state})
     with pytest.raises(Refused, match="cannot be read"):
         Tuned.open(tmp_path)
+
+
+def test_the_runs_own_description_is_found_where_its_checkpoints_are_a_link(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    Trained.by("full", elsewhere, steps=1)
+    run.mkdir()
+    (run / "checkpoints").symlink_to(elsewhere)
+    assert Tuned.open(run).run == run
+    assert Tuned.open(elsewhere).run == tmp_path

@@ -25,7 +25,7 @@ def test_a_configuration_comes_back_from_its_json(overrides: list[str]) -> None:
     config = compose(overrides)
     saved = json.loads(json.dumps(as_json(config)))
     assert from_json(saved) == config
-    del saved["method"]["lr"]  # as an earlier release saved it
+    del saved["method"]["lr"], saved["choices"]["optimizer"]  # as an earlier release saved it
     assert from_json(saved).optimizer == config.optimizer
 
 

@@ -13,6 +13,7 @@ from checkpointing.errors import first_few
 from checkpointing.format import Manifest
 from trainer.elastic.randomness import reseed
 from trainer.errors import Refused
+from trainer.methods.method import Sizes
 from trainer.methods.selection.choosing import Ranks, choose_above, choose_each, choose_together
 from trainer.methods.selection.scores import Subject, scores_of, selection_key
 from trainer.methods.sparse.budgets import Target, counts_of, dense_hits, together
@@ -22,8 +23,6 @@ from trainer.methods.targets import targeted
 from trainer.models.families import FAMILIES, KV, Q
 from trainer.options.method import Allocator, Granularity, Sparse
 
-# How many entries, columns or rows of a layer train; none, and it stays as it is.
-Sizes = Mapping[str, int]
 PROMOTED = -1  # a size: the layer has a low-rank pair instead
 
 

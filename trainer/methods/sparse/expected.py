@@ -15,8 +15,8 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from trainer.methods.method import Needs
-from trainer.methods.sparse.attach import PROMOTED, Sizes, targets_of
+from trainer.methods.method import Needs, Sizes
+from trainer.methods.sparse.attach import PROMOTED, targets_of
 from trainer.methods.sparse.budgets import counts_of, dense_hits
 from trainer.methods.sparse.calibration import EARLY, layer_of
 from trainer.methods.sparse.layer import bytes_of_places, sparse_layers
