@@ -70,7 +70,7 @@ def run(config: Config, before_step: Callable[[int], None] | None = None) -> int
     preemption = Preemption(config.elastic.grace_s, partial(end_at_once, AGAIN))
     with (
         preemption.listening(warnings_of(config.elastic.signal)),
-        watching(partial(leave_with_launcher, preemption)),
+        watching(say_launcher_is_gone, partial(preemption.warn, Signals.SIGTERM)),
         joined(job, preemption),
         explained(config, device),
         ExitStack() as held,
@@ -255,10 +255,10 @@ def begin(tracker: RunTracker, started: Started, run_id: str) -> None:
         tracker.emit("resize", step=state["step"], was=was, world_size=world_size)
 
 
-def leave_with_launcher(preemption: Preemption) -> None:
+def say_launcher_is_gone() -> None:
+    """Say it once a machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print("trainer: what started this run is gone: it saves and ends", file=sys.stderr, flush=True)
-    preemption.warn(Signals.SIGTERM)
 
 
 def give_up(tracker: RunTracker, saver: Saver, done: Progress, why: str) -> None:

@@ -39,15 +39,23 @@ def find_launcher(environment: Mapping[str, str] = os.environ) -> Callable[[], b
 
 
 @contextmanager
-def watching(gone: Callable[[], None], environment: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """While it is entered, `gone` is called once, in another thread, when the launcher is not there any more."""
+def watching(
+    say: Callable[[], None], leave: Callable[[], None], environment: Mapping[str, str] = os.environ
+) -> Iterator[None]:
+    """Call `say` and `leave` once, in another thread, when the launcher is not there any more.
+
+    Where another process has seen it first, and all have left together, `say` alone is called at the end.
+    """
     lives, ended = find_launcher(environment), threading.Event()
+    seen = False
 
     def watch() -> None:
-        while lives is not None and not ended.wait(LOOK_S):
+        nonlocal seen
+        while lives is not None and not seen and not ended.wait(LOOK_S):
             if not lives():
-                gone()
-                return
+                seen = True
+                say()
+                leave()
 
     thread = threading.Thread(target=watch, name="launcher", daemon=True)
     thread.start()
@@ -56,3 +64,5 @@ def watching(gone: Callable[[], None], environment: Mapping[str, str] = os.envir
     finally:
         ended.set()
         thread.join()
+        if lives is not None and not seen and not lives():
+            say()

@@ -54,15 +54,27 @@ def test_one_that_is_killed_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as started:
         assert started.stdout is not None
-        told, gone = {LAUNCHER: started.stdout.readline()}, threading.Event()
-        with watching(gone.set, told):
+        told, gone, said = {LAUNCHER: started.stdout.readline()}, threading.Event(), list[str]()
+        with watching(lambda: said.append("gone"), gone.set, told):
             assert not gone.wait(0.2)
             started.kill()
             assert gone.wait(WAIT_S)
+        assert said == ["gone"]
 
 
 def test_a_run_that_ends_before_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "LOOK_S", 60.0)
-    with watching(lambda: pytest.fail("it lives"), {LAUNCHER: this_launcher()}):
+    with watching(lambda: pytest.fail("it lives"), lambda: pytest.fail("it lives"), {LAUNCHER: this_launcher()}):
         pass
     assert "launcher" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_process_that_leaves_with_others_before_it_looks_says_it_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launcher, "LOOK_S", 60.0)
+    said, lives = list[str](), [True]
+    monkeypatch.setattr(launcher, "find_launcher", lambda environment: lambda: lives[0])
+    with watching(lambda: said.append("gone"), lambda: pytest.fail("it leaves already")):
+        lives[0] = False
+    assert said == ["gone"]
