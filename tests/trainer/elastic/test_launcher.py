@@ -69,7 +69,7 @@ def test_a_run_that_ends_before_is_told_nothing(monkeypatch: pytest.MonkeyPatch)
     assert "launcher" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_a_process_that_leaves_with_others_before_it_looks_says_it_all_the_same(
+def test_a_process_that_leaves_with_others_before_it_looks_says_it_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(launcher, "LOOK_S", 60.0)
