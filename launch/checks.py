@@ -30,7 +30,7 @@ class Check:
 
 
 def memory() -> Check:
-    """That is free on this machine."""
+    """The memory that is free on this machine."""
     free = next(
         int(line.split()[1]) * 1024
         for line in Path("/proc/meminfo").read_text().splitlines()
@@ -63,7 +63,7 @@ def locked_memory() -> Check:
 
 
 def disk(path: Path) -> list[Check]:
-    """That files can be made there once and only once, reach the disk, and have this machine's time."""
+    """Check that files can be made there once and only once, reach the disk, and have this machine's time."""
     probe = path / f".probe-{uuid.uuid4().hex}"
     with contextlib.ExitStack() as left:
         try:
@@ -98,7 +98,7 @@ def disk(path: Path) -> list[Check]:
 
 
 def visible(directory: Path, token: str, rank: int, size: int, seconds: float = 30) -> Check:
-    """That what every machine of `size` writes there is seen by this one, as checkpoints must be."""
+    """Check that what every machine of `size` writes there is seen by this one, as checkpoints must be."""
     own = [directory / f".seen-{token}-{number}" for number in range(size)]
     remedy = "Runs need a directory that all machines share"
     try:
@@ -123,7 +123,7 @@ def visible(directory: Path, token: str, rank: int, size: int, seconds: float = 
 
 
 def ports() -> Check:
-    """That processes of this machine can reach each other under its name."""
+    """Check that processes of this machine can reach each other under its name."""
     name = socket.gethostname()
     try:
         with socket.create_server(("", 0)) as server, socket.create_connection((name, server.getsockname()[1]), 5):

@@ -116,7 +116,7 @@ def run(call: Call, command: Command) -> int:
 
 
 def _check_way(endpoint: str) -> None:
-    """That the place to meet is within reach, and nothing else is there. Nobody yet is fine: one of them is first.
+    """Check that the place to meet is within reach, and nothing else is there. Nobody yet is fine: one is first.
 
     torchrun waits for a stranger on its port without end, and prints the stack of every attempt.
     """

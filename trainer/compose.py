@@ -133,6 +133,11 @@ def explain(error: Exception) -> str:
         return unknown_key(match[1])
     if match := re.search(r"Could not find '(\w+)/([^']+)'\s+Available options in '\w+':((?:\n\t\w+)+)", text):
         return f"There is no {match[1]}={match[2]}. Choose {match[1]}={'|'.join(match[3].split())}."
+    if match := re.search(r"In '(\w+)/([^']+)': .*?Key '([^']+)' not in", text, re.DOTALL):
+        return (
+            f"The YAML of {match[1]}={match[2]} sets {match[3]}, which is none of its options. Take it out, or "
+            f"bring in the options that have it: `- /schema/{match[1]}@_here_: NAME` in its defaults."
+        )
     cause = error.__cause__ or error.__context__
     why = str(cause).splitlines()[0] if isinstance(cause, OmegaConfBaseException) else ""
     first = text.splitlines()[0]

@@ -241,7 +241,7 @@ class Saver:
         return True
 
     def _make_sure(self) -> None:
-        """That the directory is still this run's, and that the metrics so far will be there on a resume."""
+        """Make sure that the directory is still this run's, and that the metrics so far will be there on a resume."""
         if self.leases is not None:
             self.leases.check()
         self.tracker.sync()

@@ -17,7 +17,9 @@ from trainer.compose import compose
 from trainer.errors import Refused
 from trainer.job import check_vocabulary, lay_out, read_data
 from trainer.methods import build
+from trainer.optimizers.adamw import AdamWKind
 from trainer.parallel.world import World
+from trainer.plan import Topology
 from trainer.run import run
 
 BASE = [*SMALL, "train.steps=12"]
@@ -88,3 +90,13 @@ def test_a_layout_is_chosen_and_its_memory_planned() -> None:
     chosen, topology, memory, why = lay_out(config, build(config, "meta"), World(), torch.device("cpu"))
     assert topology.size == 1 and chosen.parallel.dp_shard == 1 and memory.total > 0
     assert why and "parallel=auto takes the first layout that fits" in why[0]
+
+
+def test_an_optimizer_may_refuse_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: AdamWKind, model: nn.Module, topology: Topology) -> None:
+        raise Refused(f"not on {topology.size}")
+
+    monkeypatch.setattr(AdamWKind, "refuse", refuse)
+    config = compose(BASE)
+    with pytest.raises(Refused, match="not on 1"):
+        lay_out(config, build(config, "meta"), World(), torch.device("cpu"))

@@ -66,6 +66,14 @@ def test_unchanged_it_goes_on(saved: Path, fingerprint: str) -> None:
     assert not any("changed" in line for line in start.lines)
 
 
+def test_a_run_of_a_release_without_choices_of_optimizers_goes_on(saved: Path, fingerprint: str) -> None:
+    config = compose([*BASE, f"run.dir={saved}"])
+    model = build(config, "meta")
+    state = {"config": as_json(config), "fingerprint": fingerprint, "architecture": architecture(model)}
+    del state["config"]["choices"]["optimizer"]
+    assert check_state(config, state, fingerprint, model) == {}
+
+
 @pytest.mark.parametrize(
     "override",
     [

@@ -59,6 +59,11 @@ def choose(
             return chosen, lines
         tried.append((str(topology), need))
         best = min(best or need, need)
+    if not tried:
+        raise Refused(
+            f"parallel=auto finds no layout of {cluster.size} process(es) that this optimizer accepts. Type "
+            "optimizer=adamw, or the layout instead."
+        )
     raise Refused(
         f"parallel=auto finds no layout of {cluster.size} process(es) that fits: the model needs {_gb(best)} a process "
         f"at least, and {_gb(usable)} of {_gb(cluster.budget)} may be used. Start "

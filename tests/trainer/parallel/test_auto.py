@@ -116,6 +116,15 @@ def test_what_cannot_be_split_is_not_tried() -> None:
     assert [is_splittable(model, size) for size in (1, 2, 4, 5)] == [True, True, True, False]
 
 
+def test_a_layout_that_the_optimizer_refuses_is_not_taken() -> None:
+    config, of = model_of("1B", "full")
+    cluster = Cluster(8, 8, 80 * 10**9)
+    chosen, _ = choose(config, of, cluster, lambda _: False, lambda _: False, lambda topology: topology.dp_shard == 4)
+    assert (chosen.parallel.dp_replicate, chosen.parallel.dp_shard) == (2, 4)
+    with pytest.raises(Refused, match=r"no layout of 8 .* that this optimizer accepts\. Type optimizer=adamw"):
+        choose(config, of, cluster, lambda _: False, lambda _: False, lambda _: False)
+
+
 def test_memory_is_shared_by_the_processes_of_a_machine() -> None:
     whole = memory_of(torch.device("cpu"), 1)
     assert whole > 2**28 and memory_of(torch.device("cpu"), 4) == whole // 4
