@@ -43,7 +43,7 @@ from benchmarks.crash_ranks import (
 from benchmarks.report import Row, absolute, finish, options_of
 from checkpointing import load
 from checkpointing.generations import candidates
-from checkpointing.storage import MemoryStorage
+from checkpointing.stores import MemoryStorage
 from checkpointing.tensors import tensor_bytes
 
 CASES = {SOUND: "save", WITHOUT_SYNC: "control without syncs", COMMIT_FIRST: "control with COMMIT before shards"}

@@ -30,7 +30,8 @@ from benchmarks.crash_trace import OPTIONS, below, operations
 from checkpointing import Piece, save
 from checkpointing.collective import Team
 from checkpointing.format import COMMIT
-from checkpointing.storage import Buffer, FileStorage
+from checkpointing.small_files import Buffer
+from checkpointing.storage import FileStorage
 from tests.harness.ports import free_port
 
 OLD, NEW = 1, 2

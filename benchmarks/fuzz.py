@@ -48,7 +48,7 @@ from checkpointing.generations import scan
 from checkpointing.plan import layout_rows, plan_save
 from checkpointing.reader import GenerationReader
 from checkpointing.retention import clear_leftovers
-from checkpointing.storage import MemoryStorage
+from checkpointing.stores import MemoryStorage
 from checkpointing.tree import render_tree
 from checkpointing.writer import write_shard
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from checkpointing.memory import client, copying
+from checkpointing.memory.snapshot import Snapshot
 from trainer import cli, loop
 from trainer.parallel import torch_engine
 from trainer.process import run_as_process
@@ -65,7 +66,7 @@ def arm(point: str, stop: Stop) -> None:
         stop.now = step
         return train_step(config, engine, feed, step, *rest)
 
-    def submitted(_: Any, snapshot: copying.Snapshot) -> None:
+    def submitted(_: Any, snapshot: Snapshot) -> None:
         stop.copied = snapshot.step
 
     vars(loop)["train_step"] = counted

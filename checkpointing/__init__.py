@@ -15,7 +15,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from checkpointing.commit import save
     from checkpointing.errors import (
         CheckpointError,
         DamagedError,
@@ -41,9 +40,12 @@ if TYPE_CHECKING:
         publish_zero,
         restore_param_groups,
     )
+    from checkpointing.loading import load
     from checkpointing.place import Place, find
-    from checkpointing.restore import load
     from checkpointing.retention import Keep, prune
+    from checkpointing.saving import save
+    from checkpointing.storage import FileStorage, Storage
+    from checkpointing.stores import MemoryStorage, open_storage
     from checkpointing.tensors import external_of
 
 __all__ = [
@@ -51,11 +53,13 @@ __all__ = [
     "CheckpointError",
     "DamagedError",
     "External",
+    "FileStorage",
     "Held",
     "Keep",
     "LayoutError",
     "LeaseHeldError",
     "LostError",
+    "MemoryStorage",
     "MismatchError",
     "NotFoundError",
     "PeerError",
@@ -63,6 +67,7 @@ __all__ = [
     "Place",
     "ReplicaError",
     "Slice",
+    "Storage",
     "UnreadableError",
     "VersionError",
     "describe",
@@ -71,6 +76,7 @@ __all__ = [
     "find",
     "load",
     "materialize",
+    "open_storage",
     "param_groups",
     "parameter_names",
     "pieces_of",
@@ -83,15 +89,19 @@ __all__ = [
 _ELSEWHERE = {
     "Box": "geometry",
     "External": "geometry",
+    "FileStorage": "storage",
     "Keep": "retention",
+    "MemoryStorage": "stores",
     "Piece": "geometry",
     "Place": "place",
     "Slice": "geometry",
+    "Storage": "storage",
     "external_of": "tensors",
     "find": "place",
-    "load": "restore",
+    "load": "loading",
+    "open_storage": "stores",
     "prune": "retention",
-    "save": "commit",
+    "save": "saving",
 }
 
 

@@ -1,7 +1,7 @@
 """`python -m checkpointing ls|inspect|verify|diff|export|import ...`: look at checkpoints, take models out and in.
 
-DIR is a run directory, a directory of generations, or one generation. Exit status: 0 sound, 1 damage found, nothing
-to verify, or (diff) a difference, 2 DIR cannot be used. With --json an error is an object too.
+DIR is a run directory, a directory of generations, one generation, or STORE://PLACE. Exit status: 0 sound, 1 damage
+found, nothing to verify, or (diff) a difference, 2 DIR cannot be used. With --json an error is an object too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from checkpointing.errors import CheckpointError, DamagedError, VersionError
 from checkpointing.listing import ls
 from checkpointing.place import find
 from checkpointing.printing import open_closed_streams, printable_output, quiet_libraries
+from checkpointing.stores import load_store
 
 DTYPES = ("fp32", "bf16", "fp16")  # that an export rounds to
 
@@ -32,17 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("verify", "read everything and check every checksum"),
     ):
         command = commands.add_parser(name, help=what)
-        command.add_argument("dir", type=Path, metavar="DIR")
+        command.add_argument("dir", metavar="DIR")
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     commands.choices["inspect"].add_argument("--tensor", metavar="NAME", help="show where one tensor lies instead")
     command = commands.add_parser("diff", help="compare two generations tensor by tensor, however they were sharded")
     for side in ("a", "b"):
-        command.add_argument(side, type=Path, metavar=side.upper())
+        command.add_argument(side, metavar=side.upper())
     command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     command = commands.add_parser(
         "export", help="write the model for other programs, whatever layout it was saved under"
     )
-    command.add_argument("dir", type=Path, metavar="DIR")
+    command.add_argument("dir", metavar="DIR")
     command.add_argument(
         "--to",
         choices=("hf", "torch", "dcp"),
@@ -55,13 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     command = commands.add_parser("import", help="make a generation of a checkpoint that another library wrote")
     command.add_argument("source", type=Path, metavar="SOURCE", help="of DeepSpeed, torch's DCP or Hugging Face")
-    command.add_argument("dir", type=Path, metavar="DIR", help="of generations; give it to resume=DIR")
+    command.add_argument("dir", metavar="DIR", help="of generations; give it to resume=DIR")
     command.add_argument("--trust-pickle", action="store_true", help="read descriptions that are pickles")
     command.add_argument("--step", type=int, metavar="N", help="which step is done (default: as the checkpoint says)")
     command.add_argument(
         "--ignore", action="append", default=[], metavar="PATH", help="leave out what lies under PATH (DCP; repeatable)"
     )
     command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    for command in commands.choices.values():
+        command.add_argument(
+            "--store", type=Path, action="append", default=[], metavar="FILE", help="a Python file that has a store"
+        )
     arguments = parser.parse_args(argv)
     with printable_output():
         return _answer(arguments)
@@ -84,6 +89,8 @@ def _answer(arguments: argparse.Namespace) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    for file in arguments.store:
+        load_store(file)
     if arguments.command == "ls":
         return ls(find(arguments.dir), arguments.json)
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from checkpointing.commit import save
 from checkpointing.diff import compare
 from checkpointing.errors import (
     CheckpointError,
@@ -36,7 +35,9 @@ from checkpointing.listing import state_of, when
 from checkpointing.place import Place
 from checkpointing.printing import unprinted
 from checkpointing.reader import GenerationReader
-from checkpointing.storage import FileStorage
+from checkpointing.saving import save
+from checkpointing.storage import Storage
+from checkpointing.stores import open_storage
 from checkpointing.tensors import DTYPES, scalar_from_hex
 from checkpointing.tree import human_bytes, render_boxes, render_tree
 
@@ -169,7 +170,7 @@ def take_in(arguments: argparse.Namespace) -> int:
     step = arguments.step if arguments.step is not None else foreign.step
     if step is None:
         raise NotFoundError(f"{arguments.source} does not say which step is done. Type --step N (0 for none).")
-    if scan(FileStorage(arguments.dir)):
+    if scan(open_storage(arguments.dir)):
         raise LayoutError(f"{arguments.dir} holds generations already. Give another directory, or remove it.")
     told = {"kind": foreign.kind, "source": str(arguments.source), "step": step, "optimizer": foreign.has_optimizer}
     name = save(arguments.dir, step, foreign.pieces, {IMPORTED: told})
@@ -214,7 +215,7 @@ def verify(place: Place, as_json: bool) -> int:
     return status
 
 
-def _verify_one(storage: FileStorage, generation: Generation) -> dict[str, Any]:
+def _verify_one(storage: Storage, generation: Generation) -> dict[str, Any]:
     damage: list[str] = []
     unreadable, checked, shown = None, 0, -PROGRESS_BYTES
     try:

@@ -21,7 +21,8 @@ import torch
 from checkpointing.errors import DamagedError, LayoutError, MismatchError, NotFoundError, first_few
 from checkpointing.hub_names import HubPlace, are_fused, hub_names, whole
 from checkpointing.reader import GenerationReader
-from checkpointing.storage import DOCUMENT_BYTES, Buffer, read_object, sync_directory, write_behind
+from checkpointing.small_files import DOCUMENT_BYTES, Buffer, read_object, sync_directory
+from checkpointing.storage import write_behind
 from checkpointing.stream import read_each, read_whole
 from checkpointing.tensors import DTYPE_NAMES, DTYPES, tensor_bytes
 

@@ -138,6 +138,11 @@ class Writer:
     index: str
     cover: Cover = ()
 
+    @staticmethod
+    def of(record: dict[str, Any]) -> Writer:
+        """A writer that came from another process as JSON, which knows no tuples."""
+        return Writer(**{**record, "cover": tuple((low, high) for low, high in record["cover"])})
+
     @property
     def files(self) -> dict[str, int]:
         """The size in bytes of every file that it wrote."""

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpointing.errors import MismatchError
 from checkpointing.geometry import Box, Shape
-from checkpointing.storage import read_json
+from checkpointing.small_files import read_json
 from checkpointing.stream import boxes
 
 # Names that only a model with experts has: in memory, and in a directory.

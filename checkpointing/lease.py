@@ -38,7 +38,8 @@ from checkpointing.lease_protocol import (
     Verdict,
     WaitFor,
 )
-from checkpointing.storage import SMALL_FILE_BYTES, FileStorage, Storage, retried
+from checkpointing.small_files import SMALL_FILE_BYTES, retried
+from checkpointing.storage import FileStorage, Storage
 
 logger = logging.getLogger("checkpointing")
 

@@ -1,4 +1,4 @@
-"""The meaning of a path that has generations: a run, a directory of them, or one of them."""
+"""The meaning of a place that has generations: a run, a directory or store of them, or one of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from checkpointing.errors import NotFoundError
 from checkpointing.generations import Generation, check_readable, scan
-from checkpointing.storage import FileStorage
+from checkpointing.storage import FileStorage, Storage
+from checkpointing.stores import is_path, open_storage
 
 CHECKPOINTS = "checkpoints"  # of a run, where it is not told otherwise
 
@@ -17,7 +18,7 @@ CHECKPOINTS = "checkpoints"  # of a run, where it is not told otherwise
 class Place:
     """Generations, and where they lie."""
 
-    storage: FileStorage
+    storage: Storage
     generations: list[Generation]  # newest first, whatever their state; where one was named that one alone
     named: str | None  # the name of the one generation that the path is
 
@@ -34,10 +35,14 @@ class Place:
 
 
 def find(path: str | os.PathLike[str]) -> Place:
-    """The generations of a run's directory, of a directory of generations, or of a generation's own.
+    """The generations of a run's directory, of a directory of generations, or of a generation's own; or of a store.
 
     Links are followed, and so `.` has a name. `NotFoundError` where there is no directory, or no generation in it.
     """
+    if not is_path(path):
+        if generations := scan(storage := open_storage(path)):
+            return Place(storage, generations, None)
+        raise NotFoundError(f"{storage} holds no generation")
     given = Path(path).expanduser()  # as of a quoted `~/run`
     if not given.is_dir():
         raise NotFoundError(f"{path} is not a directory; give a run, a checkpoint directory or a generation")

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from checkpointing.collective import Team
+from checkpointing.completeness import check_nothing_left
 from checkpointing.format import LogicalTensor, Manifest, digest
 from checkpointing.geometry import Box
-from checkpointing.match import check_nothing_left
 from checkpointing.plan import Mean, RankPlan, Row, SavePlan, collecting_later, plan_save, shared_boxes
 
 REMEMBERED = 8  # layouts of this process: a run that saves several models takes turns between them

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from checkpointing.storage import read_text
+from checkpointing.small_files import read_text
 from launch.job import ATTEMPTS
 from launch.scheduler import OVER, release, state_of
 from launch.status import Status

@@ -14,7 +14,8 @@ import yaml
 from checkpointing import CheckpointError
 from checkpointing.generations import newest
 from checkpointing.lease import holder_of
-from checkpointing.storage import FileStorage, read_json, read_text
+from checkpointing.small_files import read_json, read_text
+from checkpointing.storage import FileStorage
 from trainer.errors import Refused
 from trainer.track.files import read_lines
 

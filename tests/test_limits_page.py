@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-from checkpointing import lease_protocol, patience, storage
+from checkpointing import lease_protocol, patience, small_files
 from checkpointing.memory import client, copying, flush, keeper, snapshotter
 from checkpointing.memory.directory import KEEP_S
 from tests.harness.processes import ROOT
-from trainer import saving
+from trainer import saver
 from trainer.compose import compose
 
 PAGE = (ROOT / "docs" / "limits.md").read_text()
@@ -45,8 +45,8 @@ def test_the_library_s_own_limits_are_those_of_the_options_and_of_the_table() ->
         "the same, while nothing": flush.WAIT_S,
         "a keeper with nothing": keeper.EMPTY_S,
         "a keeper that is to commit": copying.SETTLE_S,
-        "a read that fails": sum(storage.RETRY_S),
-        "that of the last step": sum(saving.LAST_WAITS_S),
+        "a read that fails": sum(small_files.RETRY_S),
+        "that of the last step": sum(saver.LAST_WAITS_S),
         "the holder of a run directory": lease_protocol.EXPIRY_S,
     }.items():
         (limit,) = [limit for what, limit in limits.items() if what.startswith(start)]

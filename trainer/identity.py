@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from checkpointing import DamagedError, NotFoundError
-from checkpointing.storage import read_small, replace_file
+from checkpointing.small_files import read_small, replace_file
 
 NAME = ".identity.json"
 

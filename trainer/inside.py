@@ -53,6 +53,6 @@ def _entries(directory: Path) -> list[os.DirEntry[str]]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError:
-        from checkpointing.storage import retried  # which brings torch, and a launcher has none
+        from checkpointing.small_files import retried  # which brings torch, and a launcher has none
 
         return retried(directory, look)

@@ -21,7 +21,7 @@ from trainer.memory import memory_used
 from trainer.options.config import Config
 from trainer.profiling import Window
 from trainer.progress import LossScale, Progress
-from trainer.saving import Saver
+from trainer.saver import Saver
 from trainer.schedule import learning_rate
 from trainer.track.tracker import RunTracker
 from trainer.training import Training

@@ -1,26 +1,29 @@
 """Methods, optimizers and other choices from outside of this package: a Python file beside its YAML.
 
 In a directory that `--config-dir` names, `method/NAME.yaml` is a choice of the group method. Where it has options of
-its own or is of a new kind, `method/NAME.py` lies beside it, and holds `OPTIONS`, a dataclass below the group's own.
+its own or is of a new kind, `method/NAME.py` lies beside it, and holds `OPTIONS`, a dataclass below the group's own. A
+store is `checkpoint/NAME.py` with `STORE`, and a reducer `parallel/NAME.py` with `REDUCER`, each beside its YAML.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from checkpointing.errors import reason_of
+from checkpointing.errors import LayoutError
 from trainer.errors import Refused
 from trainer.options.config import CHOICES
+from trainer.options.parallel import REDUCERS
 
 CONFIG_DIR = ("--config-dir", "-cd")  # Hydra's flag
 CONF = Path(__file__).resolve().parents[1] / "conf"
 BUILT_IN = {group: frozenset(known) for group, known in CHOICES.items()}
+# What the Python file of a choice holds, by group: its options, or the class of a store or a reducer.
+HOLDS = {**dict.fromkeys(CHOICES, "OPTIONS"), "checkpoint": "STORE", "parallel": "REDUCER"}
 
 
 def directories_in(words: Sequence[str]) -> Iterator[tuple[str, Path]]:
@@ -42,7 +45,7 @@ def directory_of(flag: str, value: str) -> Path:
 
 
 def load(directories: Sequence[Path]) -> None:
-    """Import the Python files beside YAMLs in the groups of these directories, and make their choices known.
+    """Import the Python files beside YAMLs in the groups of these directories, and make what they hold known.
 
     `Refused` for a file that is none, and for a name that the project or another directory has.
     """
@@ -50,13 +53,36 @@ def load(directories: Sequence[Path]) -> None:
     for directory in directories:
         for path in sorted(directory.glob("*/*.py")):
             group, name = path.parent.name, path.stem
-            if group not in CHOICES or not path.with_suffix(".yaml").is_file():
+            if group not in HOLDS or not path.with_suffix(".yaml").is_file():
                 continue  # somebody's module, and none of ours
             other = taken.setdefault((group, name), path)
-            if other is not path or name in BUILT_IN[group] or (CONF / group / f"{name}.yaml").is_file():
+            if other is not path or name in BUILT_IN.get(group, ()) or (CONF / group / f"{name}.yaml").is_file():
                 where = f"{other} is" if other is not path else "the project has"
                 raise Refused(f"{path} cannot be {group}={name}: {where} that already. Rename the file and its YAML.")
-            add(group, name, _options_in(path), path)
+            from checkpointing.stores import module_of  # launchers go without numpy where nobody brings files
+
+            try:
+                module = module_of(path, f"evershard_{group}_{name}")
+            except LayoutError as error:
+                raise Refused(str(error)) from error
+            if not hasattr(module, HOLDS[group]):
+                raise Refused(f"{path} has no {HOLDS[group]} (docs/adding.md).")
+            _take_in(group, name, module, path)
+
+
+def _take_in(group: str, name: str, module: Any, path: Path) -> None:
+    """Make known what a file holds."""
+    if group == "checkpoint":
+        from checkpointing.stores import add_store
+
+        try:
+            add_store(name, module.STORE, path)
+        except LayoutError as error:
+            raise Refused(str(error)) from error
+    elif group == "parallel":
+        REDUCERS[name] = f"{module.__name__}:{module.REDUCER.__name__}"
+    else:
+        add(group, name, module.OPTIONS, path)
 
 
 def add(group: str, name: str, schema: type, where: Path) -> None:
@@ -71,23 +97,3 @@ def add(group: str, name: str, schema: type, where: Path) -> None:
         raise Refused(f"OPTIONS in {where} must have a default for every option: {error}.") from None
     known[name] = schema
     ConfigStore.instance().store(group=f"schema/{group}", name=name, node=schema)
-
-
-def _options_in(path: Path) -> type:
-    """The OPTIONS of a file, which is imported once. `Refused` where that fails, or it has none."""
-    name = f"evershard_plugins_{path.parent.name}_{path.stem}"
-    module = sys.modules.get(name)
-    if module is None or module.__file__ != str(path):
-        specification = importlib.util.spec_from_file_location(name, path)
-        assert specification is not None and specification.loader is not None
-        module = importlib.util.module_from_spec(specification)
-        sys.modules[name] = module  # dataclasses look their module up
-        try:
-            specification.loader.exec_module(module)
-        except Exception as error:  # whatever somebody's file does
-            del sys.modules[name]
-            raise Refused(f"{path} cannot be imported: {reason_of(error)}. Mend it, or take it out.") from error
-    if not hasattr(module, "OPTIONS"):
-        raise Refused(f"{path} has no OPTIONS, the dataclass of its options (docs/adding.md).")
-    found: type = module.OPTIONS
-    return found

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from checkpointing.printing import spell_out
-from checkpointing.storage import read_text
+from checkpointing.small_files import read_text
 from trainer.errors import Refused
 from trainer.track.files import read_lines
 

@@ -32,7 +32,9 @@ from checkpointing.format import Manifest
 from checkpointing.generations import Generation, abandon, candidates, read_index, scan
 from checkpointing.memory.directory import DEFAULT, why_not_private
 from checkpointing.memory.mapped import MappedStorage
-from checkpointing.storage import FileStorage, read_small, replace_file, sync_directory
+from checkpointing.small_files import read_small, replace_file, sync_directory
+from checkpointing.storage import Storage
+from checkpointing.stores import is_path, open_storage, same_place
 from trainer.errors import Refused, TrainingFailed
 from trainer.identity import came_from, identify, recorded
 from trainer.methods import build, method_of
@@ -79,18 +81,18 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     if config.resume == "auto":
         found, notes = _own_candidates(tiers, past.run_ids)
         if not found:
-            if not scan(FileStorage(Path(config.checkpoint.dir))):  # not even one that was abandoned
+            if not scan(open_storage(config.checkpoint.dir)):  # not even one that was abandoned
                 _check_nothing_was_saved(config, past)
             return Start(incarnation=incarnation, lines=["from scratch", *_what_memory_held(past), *notes])
     else:
-        place = _find(Path(config.resume))
+        place = _find(config.resume)
         named, found = place.named, [(place.storage, generation) for generation in place.candidates]
     storage, generation, manifest, state, passed_over = _newest_readable(found)
     passed_over = notes + passed_over
     changes = {} if IMPORTED in state else check_state(config, state, fingerprint, model)
     sizes = method_of(config).shapes(manifest)
     _check_model(f"{storage}/{generation.name}", manifest, _shapes(config, sizes, model))
-    is_own = any(storage.root.resolve() == tier.root.resolve() for tier in tiers)
+    is_own = any(same_place(storage, tier) for tier in tiers)
     lines = [
         f"{storage}/{generation.name}: step {generation.step} of {config.train.steps} is done, "
         f"saved by {manifest.world_size} processes"
@@ -126,9 +128,9 @@ def _shapes(config: Config, sizes: Mapping[str, int] | None, model: nn.Module) -
     return model if sizes is None else build(config, "meta", sizes)
 
 
-def own_tiers(config: Config) -> list[FileStorage]:
+def own_tiers(config: Config) -> list[Storage]:
     """Where the run's own generations lie: in memory first, where it has any, and durably."""
-    memory, durable = own_memory(config), FileStorage(Path(config.checkpoint.dir))
+    memory, durable = own_memory(config), open_storage(config.checkpoint.dir)
     return [durable] if memory is None else [memory, durable]
 
 
@@ -188,9 +190,7 @@ def become_itself(config: Config, own: bool, saved: str | None) -> str:
     return identify(run_dir, None if not own else saved if known is None else known.run_id)
 
 
-def _own_candidates(
-    tiers: list[FileStorage], known: Set[str]
-) -> tuple[list[tuple[FileStorage, Generation]], list[str]]:
+def _own_candidates(tiers: list[Storage], known: Set[str]) -> tuple[list[tuple[Storage, Generation]], list[str]]:
     """The run's committed generations over all tiers, newest first; and what is said of those that are not its own."""
     found, notes = [], []
     for number, tier in enumerate(tiers):
@@ -275,7 +275,7 @@ def _fill(part: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
     return {k: _fill(v, default[k]) if k in deeper else v for k, v in filled.items()}
 
 
-def turn_away_from(tiers: Sequence[FileStorage], start: Start, loaded_step: int) -> list[str]:
+def turn_away_from(tiers: Sequence[Storage], start: Start, loaded_step: int) -> list[str]:
     """Mark the run's own generations that are newer than where it goes on, so that they are never chosen again.
 
     Memory before the disk, on every node its own: a flush that is under way looks for the mark in memory. What has not
@@ -291,9 +291,9 @@ def turn_away_from(tiers: Sequence[FileStorage], start: Start, loaded_step: int)
     return names
 
 
-def _find(path: Path) -> Place:
+def _find(path: str) -> Place:
     """Find the generations of resume=<path>. `Refused` where nothing there was committed."""
-    if not path.is_dir():
+    if is_path(path) and not Path(path).is_dir():
         raise Refused(
             f"resume={path} is not a directory. Give a run, its checkpoints, or one generation; or resume=auto."
         )
@@ -322,8 +322,8 @@ def _check_nothing_was_saved(config: Config, past: History) -> None:
 
 
 def _newest_readable(
-    found: list[tuple[FileStorage, Generation]],
-) -> tuple[FileStorage, Generation, Manifest, dict[str, Any], list[str]]:
+    found: list[tuple[Storage, Generation]],
+) -> tuple[Storage, Generation, Manifest, dict[str, Any], list[str]]:
     """The first that can be read, the trainer's state in it, and what to say about those before it."""
     for _, generation in found:
         if isinstance(generation.damage, UnreadableError):
@@ -357,7 +357,7 @@ def cannot_read(error: UnreadableError) -> TrainingFailed:
     )
 
 
-def _trainer_state(storage: FileStorage, generation: Generation, manifest: Manifest) -> dict[str, Any]:
+def _trainer_state(storage: Storage, generation: Generation, manifest: Manifest) -> dict[str, Any]:
     state = trainer_state(read_index(storage, manifest, 0).objects)
     needed = (
         {"step"} if isinstance(state, dict) and IMPORTED in state else {"config", "fingerprint", "architecture", "step"}

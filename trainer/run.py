@@ -39,7 +39,7 @@ from trainer.parallel.engine import as_launched
 from trainer.parallel.world import World, pick_device, process_group
 from trainer.progress import Progress
 from trainer.resume import become_itself, decide
-from trainer.saving import Saver
+from trainer.saver import Saver
 from trainer.starting import Started, come_back, start_together, take_snapshots
 from trainer.track.tracker import RunTracker
 from trainer.training import Training

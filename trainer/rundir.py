@@ -17,14 +17,15 @@ from checkpointing.errors import first_few
 from checkpointing.lease import Holder, Lease
 from checkpointing.lease_protocol import EXPIRY_S, RELEASED
 from checkpointing.retention import clear_leftovers
-from checkpointing.storage import FileStorage, read_small, replace_file
+from checkpointing.small_files import read_small, replace_file
+from checkpointing.stores import is_path, open_storage
 from trainer.errors import FULL, PASSING, Refused, TrainingFailed
 from trainer.inside import refuse_links
 from trainer.options.config import Config
 from trainer.options.stored import as_yaml
 from trainer.parallel.world import World
 from trainer.resume import Start, cannot_read, own_tiers, turn_away_from
-from trainer.track.files import SPARE, roll_back
+from trainer.track.files import roll_back, spare_file
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def hold_run_directory(config: Config, world: World) -> Iterator[Leases | None]:
 
 def directories(config: Config) -> dict[str, str]:
     """The directories that a run writes into, by the option that names them. One may serve for both."""
-    if Path(config.run.dir).resolve() == Path(config.checkpoint.dir).resolve():
+    if is_path(config.checkpoint.dir) and Path(config.run.dir).resolve() == Path(config.checkpoint.dir).resolve():
         return {"run.dir": config.run.dir}
     return {"run.dir": config.run.dir, "checkpoint.dir": config.checkpoint.dir}
 
@@ -87,7 +88,7 @@ def _acquire(directory: str, key: str) -> Lease:
         print(f"  {'waiting':10} up to {EXPIRY_S:.0f} s for a sign of {who}, which held {directory}", flush=True)
 
     try:
-        return Lease.acquire(FileStorage(Path(directory) / ".lease"), waiting=waiting)
+        return Lease.acquire(open_storage(f"{directory}/.lease"), waiting=waiting)
     except LeaseHeldError as error:
         raise Refused(
             f"Another run uses {directory}: {error}. Wait until it has ended or stop it, or type another run.name."
@@ -100,9 +101,10 @@ def _acquire(directory: str, key: str) -> Lease:
 
 def make_directories(config: Config) -> list[Path]:
     """Create what a run writes into, and see that it can be written; returns those that were not there."""
-    refuse_links(Path(config.run.dir), Path(config.checkpoint.dir))
+    written = {key: name for key, name in directories(config).items() if is_path(name)}
+    refuse_links(Path(config.run.dir), Path(written.get("checkpoint.dir", config.run.dir)))
     made = []
-    for key, name in directories(config).items():
+    for key, name in written.items():
         directory = Path(name)
         if link := next(
             (one for one in (directory, *directory.parents) if one.is_symlink() and not one.exists()), None
@@ -153,11 +155,11 @@ def bring_back(config: Config, start: Start, step: int) -> list[str]:
     if step != start.step:
         told.append(f"the newest generation could not be read: going on from step {step}")
     try:
-        for name in clear_leftovers(FileStorage(config.checkpoint.dir)):
+        for name in clear_leftovers(open_storage(config.checkpoint.dir)):
             logger.info("cleared %s, which a save left behind that never committed", name)
         aside = turn_away_from(own_tiers(config), start, step)
         run_dir = Path(config.run.dir)
-        discarded, last = roll_back(run_dir, step, Path(config.checkpoint.dir) / SPARE)
+        discarded, last = roll_back(run_dir, step, spare_file(config.checkpoint.dir))
         replace_file(run_dir / "config.yaml", as_yaml(config).encode())
     except UnreadableError as error:
         raise cannot_read(error) from error

@@ -16,7 +16,7 @@ from checkpointing.memory import Snapshotter
 from checkpointing.memory.client import ensure_keeper
 from checkpointing.memory.directory import why_not_private
 from checkpointing.memory.mapped import MappedStorage
-from checkpointing.storage import FileStorage
+from checkpointing.stores import open_storage
 from trainer.errors import AlsoRefused, Refused
 from trainer.job import Job, Lines, say_plan
 from trainer.methods import build
@@ -126,7 +126,7 @@ def restore(training: Training, start: Start, memory: Path | None) -> tuple[dict
         directories = [one for one in directories if one != start.memory]
         if not directories:
             raise Refused(f"The run could go on from memory alone, and {why}. Type resume=none to start over.")
-    tiers = [MappedStorage(one) if one == start.memory else FileStorage(one) for one in directories]
+    tiers = [MappedStorage(one) if one == start.memory else open_storage(one) for one in directories]
     try:
         objects = load(
             tiers,

@@ -20,7 +20,7 @@ from checkpointing.errors import DamagedError, MismatchError, NotFoundError, fir
 from checkpointing.foreign.archive import Mapped, read_archive
 from checkpointing.foreign.state import Foreign, bare, under_all_names
 from checkpointing.geometry import Piece, Shape
-from checkpointing.storage import read_text
+from checkpointing.small_files import read_text
 
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<model>\d+)_optim_states\.pt$")
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<model>\d+)_model_states\.pt$")

@@ -13,7 +13,7 @@ from checkpointing.foreign.archive import Mapped, read_archive
 from checkpointing.foreign.state import Foreign, as_buffers_too
 from checkpointing.geometry import Piece
 from checkpointing.hub_names import HubNames, are_apart, hub_names, whole
-from checkpointing.storage import read_object
+from checkpointing.small_files import read_object
 
 logger = logging.getLogger("checkpointing")
 

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from checkpointing import format
+from checkpointing.codec import encode_layout, head_of
 from checkpointing.errors import CheckpointError
 from checkpointing.format import Manifest, digest, index_name
-from checkpointing.geometry import Piece
 from checkpointing.memory.arena import Shards
-from checkpointing.memory.client import Client
-from checkpointing.memory.image import Image, ImagePart, copy_part, is_as_copied
+from checkpointing.memory.conversation import Conversation
+from checkpointing.memory.image import ImagePart, copy_part
 from checkpointing.memory.messages import Message
+from checkpointing.memory.snapshot import Snapshot
 from checkpointing.plan import RankPlan
 
 logger = logging.getLogger("checkpointing")
@@ -33,66 +31,18 @@ SETTLE_S = 10.0  # how long one may take that nobody waits for, or to commit, be
 HELPERS = 2
 
 
-@dataclass
-class Snapshot:
-    """One on its way."""
-
-    serial: int
-    step: int
-    pieces: Sequence[Piece]
-    image: Image
-    manifest: Manifest
-    objects: dict[str, Any]
-    durable: bool
-    everywhere: int
-    checked: bool  # whether what was copied is compared with the state when the fence opens
-    asked: float = field(default_factory=time.monotonic)
-    ready: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)  # when the state is complete on each GPU
-    awaited: bool = False  # training waits at the fence
-    arena: str = ""
-    why: str = ""
-    generation: str = ""
-    told: Message = field(default_factory=dict)
-    target: memoryview | None = None
-    copy_s: float = 0.0
-    answered: threading.Event = field(default_factory=threading.Event)  # by the keeper, or it is waited for no more
-    copied: threading.Event = field(default_factory=threading.Event)  # nothing of the state is read any more
-    opened: threading.Event = field(
-        default_factory=threading.Event
-    )  # the fence: what is written now is the next step's
-    settled: threading.Event = field(default_factory=threading.Event)  # what became of it is known
-
-    def __post_init__(self) -> None:
-        for device in {piece.tensor.device for piece in self.pieces if piece.tensor.is_cuda}:
-            self.ready[device] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.ready[device].record(torch.cuda.current_stream(device))
-
-    def fail(self, why: str) -> None:
-        """The first reason stays."""
-        self.why = self.why or why
-        self.answered.set()
-        self.settled.set()
-
-    def is_as_copied(self) -> bool:
-        """Whether the state is still what the arena holds."""
-        if self.target is None:
-            return True  # it was not copied
-        target = self.target
-        return all(is_as_copied(part, self.pieces[part.piece], target) for part in self.image.parts)
-
-
 class Copier:
     """One rank's thread that copies snapshots, one at a time, with helpers."""
 
-    def __init__(self, memory: Path, rank: int, first: bool, shards: Shards, client: Client) -> None:
-        self._memory, self._rank, self._first, self._shards, self._client = memory, rank, first, shards, client
+    def __init__(self, memory: Path, rank: int, first: bool, shards: Shards, keeper: Conversation) -> None:
+        self._memory, self._rank, self._first, self._shards = memory, rank, first, shards
+        self._keeper, self._client = keeper, keeper.client
         # A thread's first GPU would be number 0, whichever is this rank's.
         on = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else (None, ())
         self._pool = ThreadPoolExecutor(HELPERS, "snapshot-copy", *on)
         self._worker = ThreadPoolExecutor(1, "snapshot", *on)
         self._streams = threading.local()
         self._layout: tuple[RankPlan | None, str, str] = None, "", ""  # its part of the manifest, under its digest
-        self.sent_layout = ""  # what the keeper knows
 
     def submit(self, snapshot: Snapshot) -> None:
         self._worker.submit(self._work, snapshot)
@@ -144,16 +94,17 @@ class Copier:
         messages, layout = [prepared], ""
         if self._first:
             layout, text = self._layout_text(image.plan, snapshot.manifest)
-            if layout != self.sent_layout:
+            if layout != self._keeper.known_layout:
                 messages.insert(0, {"kind": "layout", "layout": layout, "text": text})
-            prepared |= {"manifest": _head(snapshot.manifest), "layout": layout, "durable": snapshot.durable}
+            prepared |= {"manifest": head_of(snapshot.manifest), "layout": layout, "durable": snapshot.durable}
         if snapshot.checked:
             snapshot.opened.wait()  # nothing is committed before it was compared
             if snapshot.why:
                 raise CheckpointError(snapshot.why)
-        self.sent_layout = layout  # first: by the time it is sent the keeper may be gone, and its layouts with it
+        # First: by the time the message is sent the keeper may be gone, and its layouts with it.
+        self._keeper.known_layout = layout
         if not self._client.send(*messages):
-            self.sent_layout = ""
+            self._keeper.known_layout = ""
             raise CheckpointError("the keeper went away while the state was copied")
 
     def _ask(self, snapshot: Snapshot) -> bool:
@@ -183,15 +134,6 @@ class Copier:
 
     def _layout_text(self, plan: RankPlan, manifest: Manifest) -> tuple[str, str]:
         if self._layout[0] is not plan:
-            whole = asdict(manifest)
-            constant = {name: whole[name] for name in ("tensors", "aliases", "external")}
-            text = json.dumps(constant, separators=(",", ":"))
+            text = encode_layout(manifest)
             self._layout = plan, digest(text.encode()), text
         return self._layout[1], self._layout[2]
-
-
-def _head(manifest: Manifest) -> dict[str, Any]:
-    """The part of a manifest that differs between snapshots of one layout."""
-    names = ("step", "save_id", "parent", "run_id", "incarnation", "serial", "created", "world_size", "versions")
-    head = {name: getattr(manifest, name) for name in (*names, "metrics")}
-    return {"format": format.FORMAT, "version": format.VERSION, **head}

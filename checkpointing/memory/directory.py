@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from checkpointing.errors import CheckpointError, first_few
-from checkpointing.storage import DRAFT
+from checkpointing.small_files import DRAFT
 
 DEFAULT = Path(f"/dev/shm/evershard-{os.getuid()}")  # of all runs of this user
 SECRET, LOCK, LOG = "keeper.secret", "keeper.lock", "keeper.log"

@@ -6,20 +6,22 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from checkpointing.codec import encode_manifest
+from checkpointing.committing import commit
 from checkpointing.errors import CheckpointError, DamagedError
-from checkpointing.format import ABANDONED, COMMIT, MANIFEST, Manifest, digest
-from checkpointing.generations import check_files, check_writers, read, read_manifest
+from checkpointing.format import ABANDONED, COMMIT, Manifest, Writer
+from checkpointing.generations import read, read_manifest
 from checkpointing.lease import Hold
 from checkpointing.memory.mapped import MappedStorage
-from checkpointing.storage import Buffer, FileStorage, Storage, make_directories, named, sync_directory
+from checkpointing.small_files import Buffer, make_directories, named, sync_directory
+from checkpointing.storage import FileStorage, Storage
+from checkpointing.stores import is_path, open_storage
 
 STEP_BYTES = 16 * 1024 * 1024  # written at a time: what a flush that is to stop still waits for
 PAGE = 4096
@@ -51,19 +53,47 @@ class DirectStorage(FileStorage):
             descriptor = _open_direct(path)
             try:
                 direct = True
-                for part in _parts(chunks):
-                    self._check()
-                    began = time.monotonic()
+                for part in paced(chunks, self._rate, self._check):
                     if direct and not _is_whole_pages(part):  # the end of a file
                         _no_longer_direct(descriptor)
                         direct = False
                     _write_all(descriptor, part)
-                    if self._rate and (early := len(part) / self._rate - (time.monotonic() - began)) > 0:
-                        time.sleep(early)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
         sync_directory(path.parent)
+
+
+class PacedStorage:
+    """Another store, written to at `rate` bytes a second at most and with `check` between parts."""
+
+    def __init__(self, store: Storage, rate: float = 0, check: Callable[[], None] = lambda: None) -> None:
+        self._store, self._rate, self._check = store, rate, check
+        self.read_ranges, self.list = store.read_ranges, store.list
+        self.create_if_absent, self.delete = store.create_if_absent, store.delete
+
+    def __str__(self) -> str:
+        return str(self._store)
+
+    def put(self, name: str, chunks: Iterable[Buffer]) -> None:
+        self._store.put(name, paced(chunks, self._rate, self._check))
+
+
+def open_durable(place: str, rate: float, check: Callable[[], None]) -> Storage:
+    """The storage of a place that generations are flushed to."""
+    if is_path(place):
+        return DirectStorage(place, rate, check)
+    return PacedStorage(open_storage(place), rate, check)
+
+
+def paced(chunks: Iterable[Buffer], rate: float, check: Callable[[], None]) -> Iterator[memoryview]:
+    """Parts of chunks, `rate` bytes of them a second at most where it is not 0. `check` stops it by raising."""
+    for part in _parts(chunks):
+        check()
+        began = time.monotonic()
+        yield part
+        if rate and (early := len(part) / rate - (time.monotonic() - began)) > 0:
+            time.sleep(early)
 
 
 def _open_direct(path: Any) -> int:
@@ -83,7 +113,7 @@ def _is_whole_pages(part: memoryview) -> bool:
     return len(part) % PAGE == 0 and np.frombuffer(part, np.uint8).ctypes.data % PAGE == 0
 
 
-def _parts(chunks: Iterable[Buffer]) -> Iterable[memoryview]:
+def _parts(chunks: Iterable[Buffer]) -> Iterator[memoryview]:
     """Whole pages, a bounded number at a time, and the rest last."""
     for chunk in chunks:
         view = memoryview(chunk).cast("B")
@@ -138,8 +168,8 @@ def flush(
                     _tell(durable, manifest, nodes)
                     manifest = _gather(durable, manifest, nodes, wait_s, check)
                 _check_wanted(memory, durable, name)
-                check()
-                _commit(durable, manifest)
+                commit(durable, manifest, guard=check)
+                durable.delete(_listed(durable, manifest, "prepared-"))
             except BaseException:
                 _discard(durable, manifest, [file.rpartition("/")[2] for file in _listed(durable, manifest)])
                 raise
@@ -158,17 +188,6 @@ def _check_wanted(memory: MappedStorage, durable: Storage, name: str) -> None:
     """Raise where the run has turned away from it: marked here, or on the disk by one that came back elsewhere."""
     if _is_unwanted(memory, name) or f"{name}/{ABANDONED}" in durable.list(f"{name}/"):
         raise CheckpointError(f"the run has turned away from {name}")
-
-
-def _commit(durable: Storage, manifest: Manifest) -> None:
-    prefix, data = f"{manifest.generation}/", encode_manifest(manifest)
-    if f"{prefix}{COMMIT}" in durable.list(prefix):
-        return  # by a keeper that died right after it
-    check_writers(manifest)
-    durable.put(f"{prefix}{MANIFEST}", [data])
-    check_files(manifest, {file.removeprefix(prefix): size for file, size in durable.list(prefix).items()})
-    durable.create_if_absent(f"{prefix}{COMMIT}", digest(data).encode())
-    durable.delete(file for file in durable.list(prefix) if file.startswith(f"{prefix}prepared-"))
 
 
 def _listed(durable: Storage, manifest: Manifest, start: str = "") -> list[str]:
@@ -219,14 +238,12 @@ def _awaited(
 
 
 def _together(durable: Storage, manifest: Manifest, told: list[str]) -> Manifest:
-    from checkpointing.commit import as_writer
-
     writers = []
     for file in told:
         record = json.loads(read(durable, file))
         if record["save_id"] != manifest.save_id:
             raise DamagedError(f"{file} is of another save")
-        writers += [as_writer(one) for one in record["writers"]]
+        writers += [Writer.of(one) for one in record["writers"]]
     return replace(manifest, writers=sorted(writers, key=lambda writer: writer.rank))
 
 

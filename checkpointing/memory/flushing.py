@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpointing.memory.flush import DirectStorage, Nodes, flush
+from checkpointing.memory.flush import Nodes, flush, open_durable
 from checkpointing.memory.mapped import MappedStorage
 
 logger = logging.getLogger("keeper")
@@ -25,7 +25,7 @@ class Task:
     serial: int
     generation: str
     memory: Path
-    durable: Path
+    durable: str  # a place, as `open_storage` takes it
     rate: float
     nodes: Nodes
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -108,7 +108,7 @@ class Flusher:
         try:
             check_all()
             memory = MappedStorage(task.memory)  # one of its own: its mappings go with the flush
-            durable = DirectStorage(task.durable, task.rate, check)
+            durable = open_durable(task.durable, task.rate, check)
             nbytes = flush(memory, durable, task.generation, task.nodes, check=check_all)
         except Exception as error:  # whatever it is, training goes on
             logger.warning("%s could not be flushed: %s", task.generation, error)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpointing.errors import DamagedError
-from checkpointing.storage import READ_FLAGS, Data, FileStorage, retried
+from checkpointing.small_files import READ_FLAGS, retried
+from checkpointing.storage import Data, FileStorage
 
 
 class MappedStorage(FileStorage):

@@ -12,7 +12,7 @@ from typing import Any
 
 from checkpointing.errors import CheckpointError
 
-VERSION = 2
+VERSION = 3
 SOCKET = "keeper.sock"
 MOST_BYTES = 256 * 1024 * 1024  # of one message: a manifest may be large
 

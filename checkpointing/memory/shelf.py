@@ -8,12 +8,11 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpointing.errors import DamagedError
-from checkpointing.format import COMMIT, MANIFEST, digest
+from checkpointing.committing import commit_in_memory, reinstate, withdraw
+from checkpointing.format import COMMIT
 from checkpointing.generations import scan
 from checkpointing.lease import held_generations
 from checkpointing.memory.arena import ARENA, arena_name
@@ -111,18 +110,7 @@ class Shelf:
 
     def commit(self, arena: str, name: str, serial: int, manifest: bytes, files: Mapping[str, int]) -> None:
         """Make an arena that was filled a generation. Whatever fails, it is an arena again."""
-        here = self.root / arena
-        for file, nbytes in files.items():
-            if (size := (here / file).stat().st_size) != nbytes:
-                raise DamagedError(f"{file} has {size} bytes, and {nbytes} were written")
-        (here / MANIFEST).write_bytes(manifest)
-        directory = here.rename(self.root / name)
-        try:
-            (directory / _DRAFT).write_text(digest(manifest))
-            (directory / _DRAFT).rename(directory / COMMIT)
-        except OSError:
-            directory.rename(here)
-            raise
+        commit_in_memory(self.root / arena, self.root / name, manifest, files)
         self.kept.insert(0, Kept(name, serial))
 
     def _release(self, name: str) -> bool:
@@ -133,10 +121,10 @@ class Shelf:
         directory = self.root / name
         if name in self.held | self._flushed():
             return False
-        with suppress(FileNotFoundError):
-            (directory / COMMIT).rename(directory / _DRAFT)
+        if (directory / COMMIT).exists():
+            withdraw(directory)
             if name in self.held:
-                (directory / _DRAFT).rename(directory / COMMIT)
+                reinstate(directory)
                 return False
         self.kept = [kept for kept in self.kept if kept.name != name]
         for path in directory.iterdir():
@@ -147,6 +135,3 @@ class Shelf:
 
     def _unused(self) -> str:
         return next(name for n in range(10_000) if not (self.root / (name := arena_name(n))).exists())
-
-
-_DRAFT = ".commit"

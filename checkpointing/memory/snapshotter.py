@@ -18,22 +18,23 @@ import torch.distributed as dist
 
 from checkpointing import replicas
 from checkpointing.collective import Team, as_team
-from checkpointing.commit import agree_to_save, begin_save, check_save, versions
 from checkpointing.errors import CheckpointError, DamagedError, LayoutError
 from checkpointing.format import Manifest, digest
 from checkpointing.geometry import External, Piece
-from checkpointing.lease import Lease, this_machine
-from checkpointing.memory.arena import Shards
-from checkpointing.memory.client import Client
-from checkpointing.memory.copying import SETTLE_S, Copier, Snapshot
+from checkpointing.lease import Lease
+from checkpointing.memory.allocation import Arenas, Node
+from checkpointing.memory.conversation import Conversation
+from checkpointing.memory.copying import SETTLE_S, Copier
 from checkpointing.memory.directory import FINISHED, KEEP_S, LOG, join_start, keeper_lock, make_directory, remove
-from checkpointing.memory.durables import Durable, Durables
+from checkpointing.memory.durables import Durable
 from checkpointing.memory.image import Image
 from checkpointing.memory.mapped import MappedStorage
-from checkpointing.memory.messages import VERSION, Message
-from checkpointing.memory.room import check_room
+from checkpointing.memory.messages import VERSION
+from checkpointing.memory.snapshot import Snapshot
 from checkpointing.plan import RankPlan
-from checkpointing.storage import FileStorage
+from checkpointing.saving import agree_to_save, begin_save, check_save, versions
+from checkpointing.storage import Storage
+from checkpointing.stores import file_of, open_storage, shared_place
 
 logger = logging.getLogger("checkpointing")
 
@@ -67,7 +68,7 @@ class Snapshotter:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str] | None,
+        directory: str | os.PathLike[str] | Storage | None,
         memory: str | os.PathLike[str],
         group: dist.ProcessGroup | Team | None = None,
         *,
@@ -81,17 +82,15 @@ class Snapshotter:
         lease: Lease | None = None,
     ) -> None:
         self._team = team = as_team(group)
-        self._directory = None if directory is None else Path(directory).resolve()
+        self._durable = None if directory is None else shared_place(open_storage(directory))
+        if directory is not None and self._durable is None:
+            raise LayoutError(f"snapshots are made durable by another process, which does not see {directory}")
         self.memory = Path(memory).resolve()  # the keeper has a working directory of its own
-        self._run_id, self._arenas, self._start_s = run_id, arenas, start_s
+        self._run_id, self._start_s = run_id, start_s
         self.check_fence = check_fence
-        self.keeper_pid = 0
         self.blocked_s = 0.0  # that training waited for snapshots, in all
-        places = [tuple(place) for place in team.together(lambda: [*this_machine(), str(self.memory)])]
-        nodes = sorted(set(places), key=places.index)
-        node = nodes.index(places[team.rank])
-        self._local = [rank for rank, place in enumerate(places) if place == places[team.rank]]
-        self._first = team.rank == self._local[0]
+        node = Node.of(team, self.memory)
+        self._first = team.rank == node.ranks[0]
         team.together(lambda: make_directory(self.memory) and None)  # its secret does not travel
         session, start = team.together(lambda: self._look(incarnation) if team.rank == 0 else None, long=True)[0]
         self._session, self._start = session, start
@@ -99,12 +98,10 @@ class Snapshotter:
         self._everywhere = 0  # the last serial that was committed on all nodes
         self._busy = False  # whether any node still writes what is to become durable
         self._image: Image | None = None
-        self._current: Snapshot | None = None
-        self._durables = Durables()
         alive: list[IO[bytes]] = []
         team.together(lambda: alive.append(join_start(self.memory, session)))
         self._alive = alive[0]
-        self._shards = Shards(self.memory, team.rank)
+        self._arenas = Arenas(team, node, self.memory, arenas)
         greeting = {
             "kind": "hello",
             "version": VERSION,
@@ -112,21 +109,19 @@ class Snapshotter:
             "incarnation": start["incarnation"],
             "run_id": run_id,
             "rank": team.rank,
-            "ranks": self._local,
-            "nodes": [node, len(nodes)],
+            "ranks": node.ranks,
+            "nodes": [node.number, node.count],
             "arenas": arenas,
             "keep_s": keep_s,
-            "durable": None if self._directory is None else str(self._directory),
+            "durable": self._durable,
+            "store": None if self._durable is None or (file := file_of(self._durable)) is None else str(file),
             "rate": rate,
             "everywhere": 0,
             "lease": next((one for one in team.together(lambda: _as_told(lease)) if one is not None), None),
         }
-        self._greeting, self._unsent = greeting, set[int]()
-        self._client = Client(
-            self.memory, greeting, self._heard, starts=self._first, keep_s=keep_s, lost=self._keeper_lost
-        )
-        self._copier = Copier(self.memory, team.rank, self._first, self._shards, self._client)
-        self._client.start()
+        self._keeper = Conversation(self.memory, greeting, starts=self._first, keep_s=keep_s)
+        self._copier = Copier(self.memory, team.rank, self._first, self._arenas.shards, self._keeper)
+        self._keeper.client.start()
         try:
             team.together(self._wait_for_keeper, long=True)
         except BaseException:
@@ -135,20 +130,23 @@ class Snapshotter:
 
     def _look(self, incarnation: int | None) -> tuple[str, dict[str, Any]]:
         """Find where serials go on from, over all tiers. Rank 0 alone calls it."""
-        tiers: list[FileStorage] = [MappedStorage(self.memory)]
-        if self._directory is not None:
-            tiers.append(FileStorage(self._directory))
+        tiers: list[Storage] = [MappedStorage(self.memory)]
+        if self._durable is not None:
+            tiers.append(open_storage(self._durable))
         starts = [begin_save(tier, incarnation) for tier in tiers]
         return secrets.token_hex(16), asdict(max(starts, key=lambda start: start.serial))
 
     def _wait_for_keeper(self) -> None:
-        if not self._client.connected.wait(self._start_s):
+        if not self._keeper.wait(self._start_s):
             raise CheckpointError(
                 f"the keeper of {self.memory} did not answer within {self._start_s:g} s. What it last said is in "
                 f"{self.memory / LOG}; kill it if it hangs, and start the run again."
             )
 
-    # The run's thread.
+    @property
+    def keeper_pid(self) -> int:
+        """The process of the keeper; 0 before one has said welcome."""
+        return self._keeper.keeper_pid
 
     def prepare(self, pieces: Sequence[Piece | External]) -> None:
         """Allocate the arenas that snapshots of these pieces need. Collective.
@@ -184,7 +182,7 @@ class Snapshotter:
 
         def check() -> None:
             check_save(step, self._run_id, self._start["incarnation"], objects, metrics)
-            if durable and self._directory is None:
+            if durable and self._durable is None:
                 raise LayoutError("durable=True, and this Snapshotter was made without a directory to write to")
 
         plan, mine = agree_to_save(self._team, pieces, check, [f"step {step}", f"durable={durable}", f"last={last}"])
@@ -213,14 +211,14 @@ class Snapshotter:
             external=mine.external,
         )
         if durable and self._busy and not last:  # as it was when the last one was settled
-            self._weigh(self._team.together(self._durables.state))
+            self._weigh(self._team.together(self._keeper.durables.state))
         if durable and self._busy and not last:
             why = "the one before it is still being written: the disk is slower than durable ones are asked for"
-            self._durables.fail(step, why)
+            self._keeper.durables.fail(step, why)
             durable = False
         if durable:
-            self._durables.expect(self._serial, step)
-        self._current = Snapshot(
+            self._keeper.durables.expect(self._serial, step)
+        self._keeper.current = Snapshot(
             self._serial,
             step,
             written,
@@ -231,7 +229,7 @@ class Snapshotter:
             self._everywhere,
             self.check_fence,
         )
-        self._copier.submit(self._current)
+        self._copier.submit(self._keeper.current)
         self.blocked_s += time.perf_counter() - began
         if wait:
             self.fence()
@@ -244,7 +242,7 @@ class Snapshotter:
 
     def fence(self) -> None:
         """Wait as `mutating` does, for hooks that fire before a write. Again without a snapshot it returns at once."""
-        snapshot = self._current
+        snapshot = self._keeper.current
         if snapshot is None or snapshot.opened.is_set():
             return
         began = time.perf_counter()
@@ -267,24 +265,24 @@ class Snapshotter:
 
     def settle(self) -> SnapshotOutcome | None:
         """Settle the last snapshot on all nodes. Collective; None where there was none since the last call."""
-        if (snapshot := self._current) is None:
+        if (snapshot := self._keeper.current) is None:
             return None
         began = time.perf_counter()
         self.fence()
         if not snapshot.settled.wait(SETTLE_S):
             snapshot.fail(f"the keeper did not commit it within {SETTLE_S:.0f} s")
-            self._client.hang_up()
-        self._current = None
-        told = self._team.together(lambda: [self._durables.state(), snapshot.generation, snapshot.why])
+            self._keeper.client.hang_up()
+        self._keeper.current = None
+        told = self._team.together(lambda: [self._keeper.durables.state(), snapshot.generation, snapshot.why])
         whys = [why for _, generation, why in told if not generation]
         self._weigh([state for state, *_ in told], {snapshot.serial} if whys else set())
         self.blocked_s += time.perf_counter() - began
         if whys:
             why = next((why for why in whys if why), "it was not committed")
-            self._durables.forget(snapshot.serial)
+            self._keeper.durables.forget(snapshot.serial)
             return SnapshotOutcome(snapshot.step, why=why, durable=snapshot.durable)
         self._everywhere, self._parent = snapshot.serial, snapshot.manifest.save_id
-        self._greeting["everywhere"] = snapshot.serial  # for a keeper that is started anew
+        self._keeper.committed_everywhere(snapshot.serial)
         memory, backlog = snapshot.told.get("memory", 0), snapshot.told.get("backlog", 0)
         return SnapshotOutcome(
             snapshot.step, snapshot.generation, "", snapshot.asked, memory, backlog, snapshot.durable, snapshot.copy_s
@@ -296,12 +294,11 @@ class Snapshotter:
         self._busy = any(set(serials) - failed for serials, _ in states)
         if self._first:
             for serial in failed:  # elsewhere: this node may have committed it, and waits for the others in vain
-                if not self._client.send({"kind": "cancel", "serial": serial}):
-                    self._unsent.add(serial)
+                self._keeper.cancel(serial)
 
     def durables(self) -> list[Durable]:
         """Take the durable writes of this node that ended since the last call, well or not."""
-        return self._durables.take()
+        return self._keeper.durables.take()
 
     def wait_durable(self, seconds: float) -> bool:
         """Wait until all that was to become durable is, or has failed, on all nodes; whether it came to that.
@@ -310,8 +307,8 @@ class Snapshotter:
         """
         deadline = time.monotonic() + seconds
         while True:
-            self._durables.wait(max(0.0, min(1.0, deadline - time.monotonic())))
-            told = self._team.together(lambda: [self._durables.state(), time.monotonic() >= deadline])
+            self._keeper.durables.wait(max(0.0, min(1.0, deadline - time.monotonic())))
+            told = self._team.together(lambda: [self._keeper.durables.state(), time.monotonic() >= deadline])
             self._weigh([state for state, _ in told])
             if not any(serials for (serials, _), _ in told):
                 return True
@@ -320,7 +317,7 @@ class Snapshotter:
 
     def close(self, *, finished: bool = False) -> None:
         """Let go of the arenas. With `finished` the run needs no memory any more: the keeper frees it and ends."""
-        if (snapshot := self._current) is not None and not snapshot.opened.is_set():
+        if (snapshot := self._keeper.current) is not None and not snapshot.opened.is_set():
             if snapshot.checked:
                 snapshot.fail("it was given up")
             snapshot.opened.set()
@@ -336,8 +333,8 @@ class Snapshotter:
                 logger.warning(
                     "%s is freed later: its keeper does not hear that the run has ended: %s", self.memory, error
                 )
-        self._client.close()
-        self._shards.close()
+        self._keeper.client.close()
+        self._arenas.shards.close()
         self._alive.close()
         if finished and self._first:
             with suppress(OSError), keeper_lock(self.memory) as lock:  # the keeper may be deleting it
@@ -357,89 +354,12 @@ class Snapshotter:
             self.close(finished=finished)
 
     def _lay_out(self, plan: RankPlan, pieces: Sequence[Piece]) -> None:
-        """Lay out this rank's file, and see that the arenas fit, before anything is copied. Collective."""
-        self._image = None
-        image: Image | None = None
-
-        def lay_out() -> int:
-            nonlocal image
-            image = Image(plan, pieces, self._team.rank)
-            return image.nbytes
-
-        sizes = self._team.together(lay_out)
-        assert image is not None
-        nbytes = image.nbytes
-        needed = sum(sizes[rank] for rank in self._local)
-
-        def check() -> None:
-            if not self._first:
-                return
-            try:
-                there = sum(f.stat().st_blocks * 512 for f in self.memory.rglob("shard-*"))
-            except OSError as error:
-                raise LayoutError(f"{self.memory} cannot be read: {error}") from error
-            more = self._arenas * needed - min(there, self._arenas * needed)
-            check_room(
-                self.memory,
-                more,
-                f"{self._arenas} snapshots of {needed / 1e9:.2f} GB by {len(self._local)} processes, of which "
-                f"{there / 1e9:.2f} GB are there",
-                pinned=self._shards.pinned,
-            )
-
-        self._team.together(check)
-        self._shards.close()
-
-        def list_arenas() -> list[str]:
-            try:
-                return self._shards.names(self._arenas) if self._first else []
-            except OSError as error:
-                raise LayoutError(f"{self.memory} cannot be read: {error}") from error
-
-        def allocate() -> None:
-            try:
-                for arena in names[self._local[0]]:
-                    self._shards.of(arena, nbytes)
-            except OSError as error:  # as ours: the others must take it for the same thing as this rank does
-                raise LayoutError(f"snapshots do not fit into {self.memory}: {error}") from error
-
-        names = self._team.together(list_arenas)
-        self._team.together(allocate)
-        self._image = image
-
-    # The client's thread.
-
-    def _heard(self, message: Message) -> None:
-        kind, serial = message["kind"], message.get("serial", -1)
-        if kind == "welcome":
-            self.keeper_pid = message["pid"]
-            for unsent in list(self._unsent):
-                if self._client.send({"kind": "cancel", "serial": unsent}):
-                    self._unsent.discard(unsent)
-        elif kind in ("durable", "undurable"):
-            self._durables.heard(message)
-        elif (snapshot := self._current) is not None and snapshot.serial == serial:
-            if kind == "go":
-                snapshot.arena = message["arena"]
-                snapshot.answered.set()
-            elif kind == "skipped":
-                self._copier.sent_layout = ""  # it may be one that does not know it
-                snapshot.fail(message["why"])
-            elif kind == "committed":
-                snapshot.generation, snapshot.told = message["generation"], message
-                snapshot.settled.set()
-
-    def _keeper_lost(self) -> None:
-        """Whatever it had been told is forgotten with it."""
-        self._copier.sent_layout = ""
-        why = "the keeper went away, and is started again"
-        if (snapshot := self._current) is not None and not snapshot.settled.is_set():
-            snapshot.fail(why)
-        self._durables.lose(why)
+        self._image = None  # in case there is no room for the new one
+        self._image = self._arenas.lay_out(plan, pieces)
 
 
 def _as_told(lease: Lease | None) -> list[Any] | None:
     """A lease for keepers, which look whether it still holds."""
-    if lease is None or not isinstance(lease.storage, FileStorage):
+    if lease is None or (place := shared_place(lease.storage)) is None:
         return None
-    return [str(lease.storage.root.resolve()), lease.number, lease.claim.decode()]
+    return [place, lease.number, lease.claim.decode()]

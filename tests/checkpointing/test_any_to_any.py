@@ -12,7 +12,7 @@ import torch
 
 from checkpointing import Piece, load, save
 from checkpointing.collective import Team
-from checkpointing.storage import MemoryStorage
+from checkpointing.stores import MemoryStorage
 from tests.checkpointing.layout_kinds import (
     ANY_SHAPE,
     ARITHMETIC_KINDS,

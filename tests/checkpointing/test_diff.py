@@ -13,7 +13,7 @@ from checkpointing import Piece, save, stream
 from checkpointing.diff import Difference, compare
 from checkpointing.generations import newest
 from checkpointing.reader import GenerationReader
-from checkpointing.storage import MemoryStorage
+from checkpointing.stores import MemoryStorage
 from tests.harness.threads import all_of, on_ranks
 
 

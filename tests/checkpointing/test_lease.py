@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from checkpointing import LeaseHeldError, UnreadableError, lease
-from checkpointing import storage as storage_module
+from checkpointing import LeaseHeldError, UnreadableError, lease, small_files
 from checkpointing.lease import EXPIRY_S, Hold, Holder, Lease, held_generations, hold, holder_of, still_holds
-from checkpointing.storage import FileStorage, MemoryStorage
+from checkpointing.storage import FileStorage
+from checkpointing.stores import MemoryStorage
 
 
 def write_lease(directory: Path, holder: Holder, number: int = 1) -> None:
@@ -252,7 +252,7 @@ def test_a_storage_that_fails_loses_no_lease(tmp_path: Path, monkeypatch: pytest
 
 def test_a_claim_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Lease.acquire(FileStorage(tmp_path))
-    monkeypatch.setattr(storage_module, "RETRY_S", (0.0,))
+    monkeypatch.setattr(small_files, "RETRY_S", (0.0,))
 
     def failing(*_: object) -> int:
         raise OSError(errno.EIO, "Input/output error")

@@ -11,7 +11,7 @@ from checkpointing import MismatchError, Piece, load, planner, save
 from checkpointing.collective import Team
 from checkpointing.plan import layout_rows, plan_save
 from checkpointing.planner import agree_on_plan
-from checkpointing.storage import MemoryStorage
+from checkpointing.stores import MemoryStorage
 from tests.harness.threads import all_of, on_ranks
 
 Layout = Callable[[int], list[Piece]]

@@ -7,7 +7,7 @@ import torch
 
 from checkpointing import Piece, ReplicaError, load, replicas, save
 from checkpointing.collective import Team
-from checkpointing.storage import MemoryStorage
+from checkpointing.stores import MemoryStorage
 from tests.harness.threads import all_of, on_ranks
 
 

@@ -13,10 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpointing import DamagedError, NotFoundError, UnreadableError
+from checkpointing import DamagedError, NotFoundError, UnreadableError, small_files
 from checkpointing import storage as storage_module
 from checkpointing.lease import Hold
-from checkpointing.storage import SMALL_BYTES, FileStorage, MemoryStorage, Storage, read_small, replace_file
+from checkpointing.small_files import replace_file
+from checkpointing.storage import SMALL_BYTES, FileStorage, Storage
+from checkpointing.stores import MemoryStorage
 
 
 @pytest.fixture(params=["files", "memory"])
@@ -109,7 +111,7 @@ class Failing:
     CALLS: ClassVar = {"listed": "scandir", "opened": "open", "read": "preadv"}
 
     def __init__(self, kind: str, top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(storage_module, "RETRY_S", (0.0, 0.0))
+        monkeypatch.setattr(small_files, "RETRY_S", (0.0, 0.0))
         self.kind, self.storage, self.left, self.calls, self.error = kind, FileStorage(top), 0, 0, errno.EIO
         self.storage.put("a/x", [b"12345"])
         real = getattr(os, self.CALLS[kind])
@@ -318,23 +320,6 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text() == "precious"
 
 
-@pytest.mark.parametrize("what", ["absent", "a link", "a pipe", "too long", "small"])
-def test_a_small_file_is_read_if_it_is_one(what: str, tmp_path: Path) -> None:
-    path = tmp_path / "id"
-    if what == "a link":
-        (tmp_path / "secret").write_text("secret")
-        path.symlink_to(tmp_path / "secret")
-    elif what == "a pipe":
-        os.mkfifo(path)
-    elif what != "absent":
-        path.write_bytes(bytes(5 if what == "small" else storage_module.SMALL_FILE_BYTES + 1))
-    if what == "small":
-        assert read_small(path) == bytes(5)
-        return
-    with pytest.raises(NotFoundError if what == "absent" else DamagedError):
-        read_small(path)
-
-
 def test_holds_come_and_go_beside_each_other(tmp_path: Path) -> None:
     """Nobody takes away what another is about to create in."""
     failures = []
@@ -360,7 +345,7 @@ def test_half_of_an_object_without_hard_links_is_taken_back(tmp_path: Path, monk
     def no_links(*_: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    real, calls = storage_module._write_all, []
+    real, calls = small_files.write_all, []
 
     def full(descriptor: int, chunk: Any) -> None:
         calls.append(1)
@@ -369,25 +354,7 @@ def test_half_of_an_object_without_hard_links_is_taken_back(tmp_path: Path, monk
         real(descriptor, chunk)
 
     monkeypatch.setattr(os, "link", no_links)
-    monkeypatch.setattr(storage_module, "_write_all", full)
+    monkeypatch.setattr(small_files, "write_all", full)
     with pytest.raises(OSError, match="No space left"):
         FileStorage(tmp_path).create_if_absent("step/COMMIT", b"digest")
     assert len(calls) == 2 and list((tmp_path / "step").iterdir()) == []
-
-
-def test_documents_are_bounded(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.write_text('{"a": [1]}')
-    (tmp_path / "link").symlink_to(path)
-    assert storage_module.read_json(path) == storage_module.read_json(tmp_path / "link") == {"a": [1]}
-    path.write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="too deep"):
-        storage_module.read_json(path)
-    with open(path, "wb") as file:
-        file.truncate(storage_module.DOCUMENT_BYTES + 1)
-    with pytest.raises(OSError, match="too large"):
-        storage_module.read_text(path)
-    os.mkfifo(tmp_path / "pipe")
-    for none in (tmp_path / "pipe", tmp_path):
-        with pytest.raises(OSError):
-            storage_module.read_text(none)

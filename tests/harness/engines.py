@@ -21,7 +21,7 @@ from checkpointing.diff import compare
 from checkpointing.generations import newest
 from checkpointing.layouts.zero import describe_zero
 from checkpointing.reader import GenerationReader
-from checkpointing.storage import FileStorage
+from checkpointing.stores import open_storage
 from trainer.compose import compose
 from trainer.data.dataset import Windows
 from trainer.data.feed import Feed
@@ -136,7 +136,7 @@ def windows(length: int, num_tokens: int = 256, count: int = 3000) -> Windows:
     return Windows(np.random.default_rng(0).integers(0, num_tokens, count).astype(kind), length)
 
 
-def start(overrides: list[str], full: Path | None = None, seed: int = 0) -> Started:
+def start(overrides: list[str], full: Path | str | None = None, seed: int = 0) -> Started:
     """With a model of random weights, or of those in the checkpoints of a directory."""
     sizes = () if "model=hf" in overrides else MODEL
     config = compose([*sizes, *TRAINING, *overrides, f"train.seed={seed}"])
@@ -150,7 +150,7 @@ def start(overrides: list[str], full: Path | None = None, seed: int = 0) -> Star
     return Started(config, training, feed_for(training, config, windows(12, num_tokens)))
 
 
-def train_and_save(overrides: list[str], directory: Path) -> dict[str, Any]:
+def train_and_save(overrides: list[str], directory: Path | str) -> dict[str, Any]:
     """Six steps under a layout, saved. The losses, and how many tensors differ from what the engine's API gathers."""
     started = start(overrides)
     losses = started.train(1, STEPS)
@@ -195,7 +195,7 @@ def moments_of(optimizer: torch.optim.Optimizer) -> list[str]:
     return [key for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim()]
 
 
-def differing(gathered: dict[str, torch.Tensor], directory: Path) -> list[str]:
+def differing(gathered: dict[str, torch.Tensor], directory: Path | str) -> list[str]:
     """Names whose stored content is not bit for bit what was gathered."""
     targets = {name: torch.full_like(tensor, torch.nan) for name, tensor in gathered.items()}
     if targets:
@@ -204,7 +204,7 @@ def differing(gathered: dict[str, torch.Tensor], directory: Path) -> list[str]:
     return [name for name, tensor in gathered.items() if not torch.equal(tensor, targets[name])]
 
 
-def resume(overrides: list[str], source: Path, again: Path, *, control: bool) -> dict[str, Any]:
+def resume(overrides: list[str], source: Path | str, again: Path | str, *, control: bool) -> dict[str, Any]:
     """Load under a layout, save at once, compare the first forward, and train on; the losses, and the control's."""
     started = start(overrides, seed=1)
     load(source, started.training.pieces())
@@ -223,11 +223,11 @@ def resume(overrides: list[str], source: Path, again: Path, *, control: bool) ->
     return found
 
 
-def contents_differ(one: Path, other: Path) -> list[str]:
+def contents_differ(one: Path | str, other: Path | str) -> list[str]:
     """Names of tensors that are not bit-equal in the newest generations of two directories."""
     readers = []
     for directory in (one, other):
-        storage = FileStorage(directory)
+        storage = open_storage(directory)
         generation = newest(storage)
         assert generation is not None and generation.manifest is not None
         readers.append(GenerationReader(storage, generation.manifest))

@@ -93,7 +93,7 @@ def test_the_graph_of_this_checkout_tells_tests_apart() -> None:
     tests = {name for name in graph.files if "/test_" in name and name.endswith(".py")}
     scores = graph.reached_by(["trainer/methods/selection/scores.py"]) & tests
     assert "tests/trainer/methods/test_conformance.py" in scores and len(scores) < 0.75 * len(tests)
-    assert not {"tests/checkpointing/test_geometry.py", "tests/checkpointing/test_commit.py"} & scores
+    assert not {"tests/checkpointing/test_geometry.py", "tests/checkpointing/test_saving.py"} & scores
     assert len(graph.reached_by(["docs/adopt.md"]) & tests) < 10
     assert "tests/checkpointing/test_geometry.py" in graph.reached_by(["checkpointing/geometry.py"])
 

@@ -86,7 +86,7 @@ def test_without_time_what_was_committed_stays(how: str, tmp_path: Path, monkeyp
 SLOW_SAVES = """
 import os, sys, time
 if os.environ.get("EVERSHARD_TEST_SLOW") and "RANK" in os.environ:
-    import checkpointing.commit as commit
+    import checkpointing.saving
     fsync, count = os.fsync, [0]
     def slow(descriptor):
         name = os.readlink(f"/proc/self/fd/{descriptor}")

@@ -1,17 +1,20 @@
-"""A method and an optimizer of new kinds, each by one file and one YAML in a directory of somebody's own.
+"""A method, an optimizer, a store and a reducer of new kinds, each by one file and one YAML of somebody's own.
 
 Nothing in the project knows them, and the shared suites run on them as on any other.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from checkpointing import stores
 from tests.harness.engines import LAYOUTS, STEPS, contents_differ, furthest, resume, start, train_and_save
 from tests.harness.runs import SMALL, launch, rows, trainer
 from tests.harness.worlds import SharedWorld
@@ -19,6 +22,7 @@ from tests.trainer.methods import test_conformance as conformance
 from trainer.compose import compose, compose_from_command_line
 from trainer.errors import Refused
 from trainer.options.config import CHOICES, is_free
+from trainer.options.parallel import REDUCERS
 from trainer.options.stored import as_json, from_json
 
 GAINS = '''
@@ -146,21 +150,148 @@ class LionKind:
 '''
 
 
+# A store and a reducer are no choices with options: their files say what they are.
+
+TABLE = '''
+"""A store in a table of SQLite, which many processes may write: `table:///PATH/OF/A/FILE.db`."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+
+from checkpointing import DamagedError, NotFoundError
+
+
+class Table:
+    def __init__(self, rest):
+        self._place = f"table://{rest}"
+        path, _, below = rest.partition(".db")
+        self._path, self._below = path + ".db", below.strip("/") and below.strip("/") + "/"
+
+    def __str__(self):
+        return self._place
+
+    def _do(self, what, *values):
+        with closing(sqlite3.connect(self._path, timeout=60)) as table, table:
+            table.execute("CREATE TABLE IF NOT EXISTS objects (name TEXT PRIMARY KEY, data BLOB)")
+            return table.execute(what, values).fetchall()
+
+    def put(self, name, chunks):
+        data = b"".join(bytes(chunk) for chunk in chunks)
+        self._do("REPLACE INTO objects VALUES (?, ?)", self._below + name, data)
+
+    def read_ranges(self, name, ranges):
+        found = self._do("SELECT data FROM objects WHERE name = ?", self._below + name)
+        if not found:
+            raise NotFoundError(f"{name} is not in {self}")
+        ((data,),) = found
+        if any(stop > len(data) for _, stop in ranges):
+            raise DamagedError(f"{name} has {len(data)} bytes")
+        return [bytearray(data[start:stop]) for start, stop in ranges]
+
+    def list(self, prefix=""):
+        rows = self._do("SELECT name, length(data) FROM objects ORDER BY name")
+        begins, cut = self._below + prefix, len(self._below)
+        return {name[cut:]: size for name, size in rows if name.startswith(begins)}
+
+    def create_if_absent(self, name, data):
+        try:
+            self._do("INSERT INTO objects VALUES (?, ?)", self._below + name, bytes(data))
+        except sqlite3.IntegrityError:
+            return False
+        return True
+
+    def delete(self, names):
+        for name in names:
+            self._do("DELETE FROM objects WHERE name = ?", self._below + name)
+
+
+STORE = Table
+'''
+
+WIDE = '''
+"""Gradients are summed in fp64, whatever they are computed in."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Wide:
+    def __init__(self, mesh):
+        self._mesh = mesh
+        self._left_to_us = False
+
+    def attach(self, called):
+        if isinstance(called, DistributedDataParallel):
+            called.register_comm_hook(None, _leave)
+            self._left_to_us = True
+        for module in called.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_reduce_scatter(_InFp64())
+
+    def finish(self, gradients):
+        if self._left_to_us:
+            group = self._mesh.group("dp_replicate")
+            for gradient in gradients.values():
+                wide = gradient.double()
+                dist.all_reduce(wide, group=group)
+                gradient.copy_(wide / dist.get_world_size(group))
+
+    def sum(self, values, *axes):
+        return self._mesh.sum(values, *axes)
+
+
+def _leave(state, bucket):
+    done = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+class _InFp64:
+    def allocate(self, size, *, dtype, device):
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+        wide = input_tensor.double()
+        dist.all_reduce(wide, op=op, group=group)
+        output_tensor.copy_(wide.chunk(dist.get_world_size(group))[dist.get_rank(group)])
+
+
+REDUCER = Wide
+'''
+
+
 @pytest.fixture(autouse=True)
-def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def _forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing of a plug-in outlives its test."""
     for group, known in CHOICES.items():
         monkeypatch.setitem(CHOICES, group, dict(known))
+    monkeypatch.setattr(stores, "STORES", dict(stores.STORES))
+    monkeypatch.setattr(stores, "_files", dict(stores._files))
+    before = dict(REDUCERS)
+    yield
+    REDUCERS.clear()
+    REDUCERS.update(before)
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A configuration directory with a method and an optimizer of its own."""
-    for group, name, code in (("method", "gains", GAINS), ("optimizer", "lion", LION)):
+    """A configuration directory with a method, an optimizer, a store and a reducer of its own."""
+    for group, name, code, yaml in (
+        ("method", "gains", GAINS, "defaults:\n  - /schema/method@_here_: gains\n  - _self_\n"),
+        ("optimizer", "lion", LION, "defaults:\n  - /schema/optimizer@_here_: lion\n  - _self_\n"),
+        ("checkpoint", "table", TABLE, "dir: table://${run.dir}.db\n"),
+        ("parallel", "wide", WIDE, "reducer: wide\n"),
+    ):
         place = tmp_path / "mine" / group
         place.mkdir(parents=True)
         (place / f"{name}.py").write_text(code)
-        (place / f"{name}.yaml").write_text(f"defaults:\n  - /schema/{group}@_here_: {name}\n  - _self_\n")
+        (place / f"{name}.yaml").write_text(yaml)
     return tmp_path / "mine"
 
 
@@ -186,6 +317,9 @@ def test_its_options_are_checked_saved_and_read_like_any(directory: Path) -> Non
         ("method", "import nowhere_at_all", r"method/other\.py cannot be imported: No module named 'nowhere_at_all'"),
         ("method", "OPTIONS = 3", r"must be a dataclass below trainer\.options\.method\.MethodOptions"),
         ("method", "x = 3", r"method/other\.py has no OPTIONS"),
+        ("checkpoint", "x = 3", r"checkpoint/other\.py has no STORE"),
+        ("checkpoint", "STORE = 3", r"checkpoint/other\.py has no STORE, the class"),
+        ("parallel", "x = 3", r"parallel/other\.py has no REDUCER"),
         (
             "method",
             "from dataclasses import dataclass, field\nfrom trainer.options.method import MethodOptions\n"
@@ -209,6 +343,8 @@ def test_a_file_that_is_none_is_refused(directory: Path, group: str, code: str, 
 
 def test_a_name_that_is_taken_is_refused(directory: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
+    for group in ("checkpoint", "parallel"):
+        shutil.rmtree(directory / group)
     shutil.copytree(directory, other)
     with pytest.raises(Refused, match=r"cannot be method=gains: .*mine/method/gains\.py is that already\. Rename"):
         compose([*words(directory), *words(other)])
@@ -266,7 +402,7 @@ def test_a_method_passes_conformance(directory: Path, tmp_path: Path, world: Sha
     conformance.test_a_run_goes_through_every_engine_as_if_it_had_stayed(method, tmp_path, world)
 
 
-def resumed(overrides: list[str], source: Path, again: Path) -> dict[str, Any]:
+def resumed(overrides: list[str], source: Path | str, again: Path | str) -> dict[str, Any]:
     return resume(overrides, source, again, control=True)
 
 
@@ -284,6 +420,78 @@ def test_an_optimizer_goes_through_the_matrix(directory: Path, tmp_path: Path, w
         found = world.run(resumed, size, [*chosen, *overrides], tmp_path / source, again)[0]
         assert found["same_forward"] and contents_differ(tmp_path / source, again) == []
         assert furthest(found["losses"], expected[STEPS:]) < 1e-5 < furthest(found["control"], found["losses"])
+
+
+LAYOUTS_OF_DATA = ["single", "ddp", "fsdp on 3", "hsdp 2x2", "tp", "pp x ddp", "pp x fsdp"]
+
+
+def losses_of(overrides: list[str]) -> list[float]:
+    return start(overrides).train(1, STEPS)
+
+
+def test_a_reducer_goes_through_the_matrix(directory: Path, tmp_path: Path, world: SharedWorld) -> None:
+    """One that forgets to reduce is the control."""
+    file = directory / "parallel" / "lazy.py"
+    file.write_text(WIDE.replace("dist.all_reduce(wide", "(lambda *_, **__: None)(wide"))
+    file.with_suffix(".yaml").write_text("reducer: lazy\n")
+    expected = start([]).train(1, 2 * STEPS)
+    for layout in LAYOUTS_OF_DATA:
+        size, overrides = LAYOUTS[layout]
+        chosen = [*words(directory), *overrides]
+        wide = world.run(train_and_save, size, [*chosen, "parallel.reducer=wide"], tmp_path / "wide" / layout)[0]
+        assert furthest(wide["losses"], expected[:STEPS]) < 1e-5, layout
+        lazy = world.run(losses_of, size, [*chosen, "parallel.reducer=lazy"])[0]
+        assert (furthest(lazy, expected[:STEPS]) < 1e-5) == (layout in ("single", "tp")), layout
+    for target, source in zip(LAYOUTS_OF_DATA, [*LAYOUTS_OF_DATA[3:], *LAYOUTS_OF_DATA[:3]], strict=True):
+        size, overrides = LAYOUTS[target]
+        reduced = [*words(directory), *overrides, "parallel.reducer=wide"]
+        found = world.run(resumed, size, reduced, tmp_path / "wide" / source, tmp_path / f"{source} to {target}")[0]
+        assert found["same_forward"] and furthest(found["losses"], expected[STEPS:]) < 1e-5
+
+
+def test_another_reducer_is_another_result(directory: Path) -> None:
+    assert not is_free(config := compose([*words(directory), "parallel=wide"]), "parallel.reducer")
+    assert is_free(config, "parallel.tp") and config.parallel.reducer == "wide"
+    with pytest.raises(Refused, match=r"parallel\.reducer=narrow is none of plain, wide"):
+        compose([*words(directory), "parallel.reducer=narrow"])
+    with pytest.raises(Refused, match="DeepSpeed reduces gradients itself"):
+        compose([*words(directory), "parallel=zero1", "parallel.reducer=wide"])
+
+
+def test_a_store_goes_through_the_matrix(directory: Path, tmp_path: Path, world: SharedWorld) -> None:
+    layouts = ["single", "ddp", "fsdp on 3", "tp", "pp", "zero 1", "zero 3"]
+    expected = start(words(directory)).train(1, 2 * STEPS)
+    for layout in layouts:
+        size, overrides = LAYOUTS[layout]
+        found = world.run(train_and_save, size, [*words(directory), *overrides], f"table://{tmp_path}/{layout}.db")[0]
+        assert found["wrong"] == []
+    for target, source in zip(layouts, [*layouts[3:], *layouts[:3]], strict=True):
+        size, overrides = LAYOUTS[target]
+        here, again = f"table://{tmp_path}/{source}.db", f"table://{tmp_path}/{source} to {target}.db"
+        found = world.run(resumed, size, [*words(directory), *overrides], here, again)[0]
+        assert found["same_forward"] and contents_differ(here, again) == []
+        assert furthest(found["losses"], expected[STEPS:]) < 1e-5 < furthest(found["control"], found["losses"])
+
+
+@pytest.mark.usefixtures("processes")
+@pytest.mark.parametrize("every", [0, 1], ids=["saved", "from memory"])
+def test_a_whole_run_keeps_its_checkpoints_in_a_store(every: int, directory: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    memory = [f"checkpoint.memory.every={every}", f"checkpoint.memory.dir={tmp_path / 'memory'}"]
+    common = [*SMALL, "checkpoint=table", "checkpoint.every=2", f"run.dir={run}", *memory, *words(directory)]
+    done = launch(2, [*common, "train.steps=4"])
+    assert done.returncode == 0, done.stderr
+    assert not (run / "checkpoints").exists() and (tmp_path / "run.db").is_file()
+    again = launch(1, [*common, "parallel=fsdp", "train.steps=6"])
+    assert again.returncode == 0 and [row["step"] for row in rows(run)] == [*range(1, 7)], again.stderr
+    assert f"table://{run}.db/step-00000004" in again.stdout
+    place, store = f"table://{run}.db", str(directory / "checkpoint" / "table.py")
+    listed = trainer("ls", place, "--store", store, "--json", module="checkpointing")
+    generations = json.loads(listed.stdout)["generations"]
+    assert [g["step"] for g in generations if g["state"] == "committed"] == [6, 4], listed.stderr
+    assert trainer("verify", place, "--store", store, module="checkpointing").returncode == 0
+    unknown = trainer("ls", place, module="checkpointing")
+    assert unknown.returncode == 2 and "no store is called 'table'. Known are file, memory" in unknown.stderr
 
 
 @pytest.mark.usefixtures("processes")

@@ -276,7 +276,7 @@ def test_space_that_cannot_be_freed_does_not_stop_training(
     def fail(storage: object, keep: int) -> None:
         raise PermissionError("not yours")
 
-    monkeypatch.setattr("trainer.saving.prune", fail)
+    monkeypatch.setattr("trainer.saver.prune", fail)
     assert go(tmp_path)[-1]["step"] == 12
     assert "cannot be deleted: not yours" in caplog.text
 

@@ -31,7 +31,7 @@ from transformers.utils import logging
 from checkpointing import CheckpointError, parameter_names
 from checkpointing.export import copy_description, leads_out
 from checkpointing.printing import printable_output
-from checkpointing.storage import read_text
+from checkpointing.small_files import read_text
 from trainer.errors import Refused
 from trainer.methods.changes import as_rows, changes, compare
 from trainer.methods.deltas import DESCRIBED, LONGEST, Applied, Delta, as_any_new_file, compose, take_out

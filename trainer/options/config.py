@@ -9,7 +9,7 @@ from trainer.options.checkpoint import Checkpoint
 from trainer.options.data import Chat, Data, Hub, Jsonl, Mix, Stdlib, Text
 from trainer.options.elastic import Elastic
 from trainer.options.evaluation import Eval
-from trainer.options.field import free, is_free_field
+from trainer.options.field import free, is_bound_field, is_free_field
 from trainer.options.launch import AccelerateLaunch, DeepspeedLaunch, Launch, LocalLaunch, SlurmLaunch, TorchrunLaunch
 from trainer.options.method import Full, Lora, MethodOptions, Selective, Sparse
 from trainer.options.model import HuggingFace, Model, TinyLlama
@@ -76,7 +76,7 @@ def method_name(config: Config) -> str:
 def is_free(config: Config, key: str) -> bool:
     """Whether a run may go on with another value of an option, or another choice of a group: the result is the same."""
     group, _, name = key.partition(".")
-    if is_free_field(Config, group):
-        return True
     owner = getattr(config, group, None)
+    if is_free_field(Config, group):
+        return not (is_dataclass(owner) and is_bound_field(type(owner), name))
     return is_dataclass(owner) and is_free_field(type(owner), name)

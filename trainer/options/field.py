@@ -23,6 +23,16 @@ def free(default: Any) -> Any:
     return field(default_factory=default, metadata=metadata) if made else field(default=default, metadata=metadata)
 
 
+def bound(default: Any) -> Any:
+    """An option that changes the result, in a group whose others are free."""
+    return field(default=default, metadata={"bound": True})
+
+
+def is_bound_field(owner: type, name: str) -> bool:
+    """Whether an option of a group is not free although its group is."""
+    return any(one.name == name and one.metadata.get("bound") for one in fields(owner))
+
+
 def is_free_field(owner: type, name: str) -> bool:
     """Whether an option of a group, or of a choice of it, is free."""
     return any(one.name == name and one.metadata.get("free") for one in fields(owner))

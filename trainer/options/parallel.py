@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any, Optional
 
 from trainer.errors import Refused
-from trainer.options.field import option
+from trainer.options.field import bound, option
 
 # OmegaConf reads these annotations at run time and knows Optional[int], not int | None.
 
@@ -17,6 +17,9 @@ class Engine(Enum):
     accelerate = "accelerate"
     deepspeed = "deepspeed"
 
+
+# How gradients are reduced, as MODULE:CLASS by name; a class is made of a `Mesh`.
+REDUCERS = {"plain": "trainer.parallel.reducing:PlainReducer"}
 
 PipelineSchedule = Enum("PipelineSchedule", ["gpipe", "1f1b", "interleaved"])
 
@@ -38,6 +41,7 @@ class Parallel:
     compile_backend: str = "inductor"  # of torch.compile
     auto: bool = False  # choose the degrees by the memory of model and device; those given are not looked at
     local_batch: Optional[int] = None  # samples in memory at a time; splits a micro-batch, not its result
+    reducer: str = bound("plain")  # how gradients of the ranks become one; plain: as DDP, FSDP2 and DeepSpeed do it
     zero_stage: int = option(0, low=0, high=3)  # DeepSpeed shards the optimizer (1), gradients (2), parameters (3)
     offload: bool = False  # DeepSpeed keeps the optimizer's state, and updates, in CPU memory (zero_stage 1 to 3)
     deepspeed: Any = (
@@ -50,7 +54,17 @@ class Parallel:
         return self.engine is Engine.deepspeed or (self.engine is Engine.accelerate and self.zero_stage > 0)
 
     def refuse(self) -> None:
-        """Refuse DeepSpeed's options where another engine trains."""
+        """Refuse DeepSpeed's options where another engine trains, and a reducer that is unknown or not used."""
+        if self.reducer not in REDUCERS:
+            raise Refused(
+                f"parallel.reducer={self.reducer} is none of {', '.join(sorted(REDUCERS))}. Type "
+                "parallel.reducer=plain."
+            )
+        if self.reducer != "plain" and self.uses_deepspeed:
+            raise Refused(
+                f"parallel.reducer={self.reducer}, and DeepSpeed reduces gradients itself. Type parallel=ddp or "
+                "parallel=fsdp, or parallel.reducer=plain."
+            )
         for name in ("zero_stage", "offload", "deepspeed"):
             if (value := getattr(self, name)) and not self.uses_deepspeed:
                 raise Refused(

@@ -29,6 +29,7 @@ from trainer.parallel.compiling import Compiled
 from trainer.parallel.computing import LOW, Draws, MakeOptimizer, logits_of, parts_of, set_lr, summed_loss
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.pipeline import Pipeline, Shape, Stage, check_stages, inside
+from trainer.parallel.reducing import make_reducer
 from trainer.parallel.tensor import Cuts, check_splittable, cut
 from trainer.parallel.world import World
 from trainer.plan import Topology
@@ -73,11 +74,17 @@ class TorchEngine:
             checkpoint_blocks(model)
         self._draws = Draws(model, {layer: order[unwrapped(layer)] for layer in blocks(model)})
         self._bare = self._model = model
-        wrap = distribute_by or distribute
+        self._reducer = make_reducer(config.parallel, self._mesh)
+
+        def distributed(part: nn.Module) -> nn.Module:
+            called = (distribute_by or distribute)(part, self._mesh, device)
+            self._reducer.attach(called)
+            return called
+
         if self._pipeline is not None:
-            self._pipeline.make_stages(self._draws, lambda stage: wrap(stage, self._mesh, device))
+            self._pipeline.make_stages(self._draws, distributed)
         else:
-            self._model = wrap(model, self._mesh, device)
+            self._model = distributed(model)
         self._optimizer = make_optimizer(model, self._cuts.held)
         if whole is not None:
             self._check_same(whole, topology)
@@ -105,10 +112,11 @@ class TorchEngine:
     ) -> torch.Tensor:
         named = {p: name for name, p in reversed(parameter_names(self._bare).items())}  # a tied one once
         gradients = {name: p.grad for p, name in named.items() if p.grad is not None}
+        self._reducer.finish(gradients)
         if (holders := self._mesh.group("dp_shard", "tp")) is not None:
             self._cuts.add_up(gradients, holders)
         copied = self._pipeline.add_up_tied(gradients) if self._pipeline is not None else None
-        # DDP and FSDP2 take the mean over ranks; put right before the backward, fp16 would overflow sooner on many.
+        # Reduced gradients are the mean over ranks; put right before the backward, fp16 would overflow sooner on many.
         factor: Any = self.data_size / (loss_scale or 1.0)
         norm = self._norm({name: gradient for name, gradient in gradients.items() if name != copied}).mul(factor)
         if loss_scale is None or norm.isfinite():
@@ -133,7 +141,7 @@ class TorchEngine:
         return total
 
     def reduce(self, values: torch.Tensor) -> torch.Tensor:
-        return self._mesh.sum(values, "pp", "dp_replicate", "dp_shard")
+        return self._reducer.sum(values, "pp", "dp_replicate", "dp_shard")
 
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         with self._evaluating():
@@ -220,7 +228,7 @@ class TorchEngine:
         parts = [local_of(part) for name, g in gradients.items() for part in self._cuts.counted(name, g, first)]
         norms = torch._foreach_norm(parts) if parts else []
         squares = torch.stack([torch.zeros((), device=self.device, dtype=torch.float64), *norms]).square().sum()
-        return self._mesh.sum(squares, "pp", "dp_shard", "tp").sqrt().float()
+        return self._reducer.sum(squares, "pp", "dp_shard", "tp").sqrt().float()
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor | None:
         """The logits in evaluation; None on ranks that do not compute the last layer."""

@@ -17,7 +17,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from checkpointing.storage import open_file, replace_file, sync_directory
+from checkpointing.small_files import open_file, replace_file, sync_directory
+from checkpointing.stores import is_path
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +205,11 @@ def lines_of(file: BinaryIO, most: int = MOST) -> Iterator[bytes]:
 
 SPARE = "metrics.late.jsonl"  # beside the checkpoints
 MOST_SPARE = 2**28  # bytes of it: lines that a run held in its memory
+
+
+def spare_file(checkpoints: str) -> Path | None:
+    """Where lines go that metrics.jsonl does not take; None where checkpoints lie in a store that is no directory."""
+    return Path(checkpoints) / SPARE if is_path(checkpoints) else None
 
 
 def roll_back(run_dir: Path, step: int, spare: Path | None = None) -> tuple[int, int]:

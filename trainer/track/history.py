@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpointing.storage import open_file
+from checkpointing.small_files import open_file
 from trainer.errors import PASSING, Refused
 from trainer.track.files import lines_of
 

@@ -15,7 +15,7 @@ from trainer.options.stored import as_json
 from trainer.options.tracking import Tracker
 from trainer.rundir import Leases
 from trainer.track.console import Console
-from trainer.track.files import SPARE, Events, Metrics, Samples
+from trainer.track.files import Events, Metrics, Samples, spare_file
 from trainer.track.tensorboard import TensorBoard
 from trainer.track.wandb_run import WandbRun, where_it_goes
 
@@ -68,7 +68,7 @@ class RunTracker:
         if rank != 0:
             return
         run_dir = Path(config.run.dir)
-        self._metrics = Metrics(run_dir / "metrics.jsonl", Path(config.checkpoint.dir) / SPARE)
+        self._metrics = Metrics(run_dir / "metrics.jsonl", spare_file(config.checkpoint.dir))
         self._events = Events(run_dir / "events.jsonl")
         self._sinks = [
             self._metrics,

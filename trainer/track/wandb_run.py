@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from checkpointing.storage import read_text
+from checkpointing.small_files import read_text
 from trainer.errors import Refused
 from trainer.track.guarded import Guarded
 

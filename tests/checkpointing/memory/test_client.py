@@ -61,14 +61,14 @@ def test_a_killed_keeper_is_replaced_and_training_goes_on(
             go_on.clear()
             snapshots.snapshot(2, rows_of(0, 1, 2))
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: not snapshots._client.connected.is_set())
+        wait_for(lambda: not snapshots._keeper.client.connected.is_set())
         go_on.set()
         if when == "idle":
             snapshots.snapshot(2, rows_of(0, 1, 2))
         assert not settle()  # told, and not waited for
     newest = 2 if when == "mid-flush" else 1
     assert_equal(loaded(root)[0], rows_of(0, 1, newest))
-    wait_for(snapshots._client.connected.is_set, 60)
+    wait_for(snapshots._keeper.client.connected.is_set, 60)
     assert snapshots.keeper_pid != pid
     snapshots.snapshot(3, rows_of(0, 1, 3), durable=True)
     assert settle() and snapshots.wait_durable(WAIT_S)
@@ -100,7 +100,7 @@ def test_a_keeper_that_hangs_costs_one_wait(tmp_path: Path, monkeypatch: pytest.
         assert time.monotonic() - began < 27 / 2  # none of them waited its second
     finally:
         os.kill(pid, signal.SIGCONT)
-    wait_for(snapshots._client.connected.is_set)
+    wait_for(snapshots._keeper.client.connected.is_set)
     snapshots.snapshot(30, rows_of(0, 1, 30))
     assert (outcome := snapshots.settle()) is not None and outcome.generation
     snapshots.close(finished=True)
@@ -128,10 +128,10 @@ def test_a_keeper_that_hangs_up_at_once_is_heard_by_a_whole_snapshotter(
 OLDER = """
 import sys
 from pathlib import Path
-from checkpointing.memory import keeper, messages
+from checkpointing.memory import keeper, messages, protocol
 from checkpointing.memory.directory import RELEASE
 
-keeper.VERSION = messages.VERSION = 0
+keeper.VERSION = messages.VERSION = protocol.VERSION = 0
 keeper.RELEASE = sys.argv[2]  # the first release did not say
 keeper.main([sys.argv[1]])
 """

@@ -29,7 +29,7 @@ def test_a_keeper_that_says_nothing_is_not_waited_for_without_end(
 ) -> None:
     monkeypatch.setattr(copying, "ASK_S", 0.2)
     with keeping(tmp_path / "memory") as keeper:
-        monkeypatch.setattr(keeper, "_begin", lambda *_: None)
+        monkeypatch.setattr(keeper.protocol, "_begin", lambda *_: [])
         snapshots = Snapshotter(None, tmp_path / "memory")
         snapshots.snapshot(1, rows_of(0, 1, 1))
         snapshots.fence()
@@ -75,16 +75,16 @@ def test_one_that_cannot_be_copied_costs_that_snapshot(
         raise RuntimeError("a bad page")
 
     with keeping(tmp_path / "memory"), Snapshotter(None, tmp_path / "memory") as snapshots:
-        send = snapshots._client.send
+        send = snapshots._keeper.client.send
 
         def send_and_be_answered(*messages: Message) -> bool:
             sent = send(*messages)
             if messages[0]["kind"] == "failed":
-                assert (snapshot := snapshots._current) is not None and snapshot.settled.wait(WAIT_S)
+                assert (snapshot := snapshots._keeper.current) is not None and snapshot.settled.wait(WAIT_S)
             return sent
 
         if keeper_is_quick:
-            monkeypatch.setattr(snapshots._client, "send", send_and_be_answered)
+            monkeypatch.setattr(snapshots._keeper.client, "send", send_and_be_answered)
         for step in (1, 2, 3):
             with monkeypatch.context() as patch:
                 if step == 2:
@@ -185,7 +185,7 @@ def sees_a_fused_optimizer() -> None:
             if step == 1:
                 snapshots.fence()
             else:
-                assert snapshots._current is not None and snapshots._current.copied.wait(WAIT_S)
+                assert snapshots._keeper.current is not None and snapshots._keeper.current.copied.wait(WAIT_S)
                 optimizer.step()
                 with pytest.raises(DamagedError, match="outside"):
                     snapshots.fence()

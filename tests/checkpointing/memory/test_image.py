@@ -16,7 +16,7 @@ from checkpointing.format import index_name, shard_name
 from checkpointing.generations import read
 from checkpointing.memory.image import CHUNK_BYTES, Image, copy_part
 from checkpointing.plan import RankPlan, layout_rows, plan_save
-from checkpointing.storage import MemoryStorage
+from checkpointing.stores import MemoryStorage
 from checkpointing.writer import write_shard
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64]

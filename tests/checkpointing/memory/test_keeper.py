@@ -46,6 +46,7 @@ def hello(root: Path, **changes: object) -> dict[str, object]:
         "arenas": 2,
         "keep_s": 60,
         "durable": None,
+        "store": None,
         "rate": 0,
         "everywhere": 0,
         "lease": None,
@@ -168,7 +169,7 @@ def test_two_ranks_go_on_with_the_next_keeper(tmp_path: Path) -> None:
             waits.append(time.monotonic() - began)
             assert outcome is not None
             good += bool(outcome.generation)
-            if step == 3 and team.rank == snapshots._local[0]:
+            if step == 3 and team.rank == 0:
                 os.kill(snapshots.keeper_pid, signal.SIGKILL)
             team.together(lambda: time.sleep(0.05))
         snapshots.close(finished=True)
@@ -236,7 +237,7 @@ def test_a_run_that_finished_without_its_keeper_leaves_no_memory(tmp_path: Path)
     root = tmp_path / "user" / "memory"
     with keeping(root):
         snapshots = Snapshotter(None, root)
-        snapshots._client._starts = False
+        snapshots._keeper.client._starts = False
         snapshots.snapshot(1, rows_of(0, 1, 1))
         assert (outcome := snapshots.settle()) is not None and outcome.generation
     with keeper_lock(root) as lock:
@@ -253,7 +254,7 @@ def test_it_waits_for_who_reads_and_not_long_where_nothing_is_kept(
     root = tmp_path / "memory"
     with keeping(root) as empty:
         wait_for(lambda: not root.exists())
-        assert not empty.stopped
+        assert not empty._stopped
     root = tmp_path / "another"
     with keeping(root, 0.3):
         snapshots = Snapshotter(None, root, keep_s=0.3)
@@ -276,7 +277,7 @@ def test_whose_directory_was_deleted_ends_and_leaves_its_successor_alone(tmp_pat
         shutil.rmtree(root)
         make_directory(root)
         wait_for(lambda: not any(thread.name == f"keeper of {root}" for thread in threading.enumerate()))
-        assert read_secret(root) != first.secret
+        assert read_secret(root) != first.protocol._secret
         with keeping(root):
             snapshots_of(root, range(1, 2))
             assert_equal(loaded(root)[0], rows_of(0, 1, 1))

@@ -89,8 +89,8 @@ def test_a_node_that_lost_its_keeper_holds_up_no_other(
             snapshots.snapshot(step, rows_of(team.rank, 2, step), durable=step in (1, 6))
             outcomes[team.rank].append(snapshots.settle())
             if step == 1 and team.rank == 1:
-                snapshots._client.hang_up()  # as when it dies: this node knows nothing of its flush any more
-                wait_for(snapshots._client.connected.is_set)
+                snapshots._keeper.client.hang_up()  # as when it dies: this node knows nothing of its flush any more
+                wait_for(snapshots._keeper.client.connected.is_set)
             if step == 4:
                 assert snapshots.wait_durable(WAIT_S)
                 slow.go_on.set()
@@ -114,8 +114,8 @@ def test_a_generation_that_one_node_lacks_does_not_count(tmp_path: Path, nodes: 
         for step in range(1, 7):
             snapshots.snapshot(step, rows_of(team.rank, 2, step))
             if step in (3, 4, 5, 6) and team.rank == 1:
-                assert snapshots._current is not None
-                snapshots._current.fail("a test")
+                assert snapshots._keeper.current is not None
+                snapshots._keeper.current.fail("a test")
             assert (outcome := snapshots.settle()) is not None and bool(outcome.generation) == (step < 3)
         snapshots.close()
         pieces = rows_of(team.rank, 2, -1)[:1]

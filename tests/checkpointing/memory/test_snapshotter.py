@@ -143,7 +143,7 @@ def test_writes_outside_the_fence_are_found(memory: Path, monkeypatch: pytest.Mo
     snapshots.snapshot(1, describe(model, optimizer))
     assert gate.reached.wait(WAIT_S)
     gate.open.set()
-    assert snapshots._current is not None and snapshots._current.copied.wait(WAIT_S)
+    assert snapshots._keeper.current is not None and snapshots._keeper.current.copied.wait(WAIT_S)
     with torch.no_grad():
         if write == "in place":
             model.weight[0, 0] += 1
@@ -363,21 +363,21 @@ def test_a_keeper_that_ends_as_soon_as_it_has_committed_is_not_taken_for_the_nex
     memory, released = tmp_path / "memory", threading.Event()
     with keeping(memory):
         snapshots = Snapshotter(None, memory)
-        snapshots._client._starts = False
-        send = snapshots._client.send
+        snapshots._keeper.client._starts = False
+        send = snapshots._keeper.client.send
 
         def send_slowly(*messages: Message) -> bool:
             sent = send(*messages)
             return sent and (messages[-1]["kind"] != "prepared" or released.wait(WAIT_S))
 
-        snapshots._client.send = send_slowly  # type: ignore[method-assign]
+        snapshots._keeper.client.send = send_slowly  # type: ignore[method-assign]
         snapshots.snapshot(1, rows_of(0, 1, 1))
         assert (outcome := snapshots.settle()) is not None and outcome.generation
-    wait_for(lambda: not snapshots._client.connected.is_set())
-    wait_for(lambda: not snapshots._copier.sent_layout)
+    wait_for(lambda: not snapshots._keeper.client.connected.is_set())
+    wait_for(lambda: not snapshots._keeper.known_layout)
     released.set()
     with keeping(memory):
-        wait_for(snapshots._client.connected.is_set)
+        wait_for(snapshots._keeper.client.connected.is_set)
         snapshots.snapshot(2, rows_of(0, 1, 2))
         assert (outcome := snapshots.settle()) is not None and outcome.generation, outcome
         snapshots.close()
@@ -387,7 +387,7 @@ def test_training_goes_on_without_a_keeper_and_with_the_next_one(tmp_path: Path)
     memory = tmp_path / "memory"
     with keeping(memory):
         snapshots = Snapshotter(None, memory)
-        snapshots._client._starts = False  # this test starts them
+        snapshots._keeper.client._starts = False  # this test starts them
         snapshots.snapshot(1, rows_of(0, 1, 1))
         assert (outcome := snapshots.settle()) is not None and outcome.generation
     snapshots.snapshot(2, rows_of(0, 1, 2))
@@ -395,7 +395,7 @@ def test_training_goes_on_without_a_keeper_and_with_the_next_one(tmp_path: Path)
     found, _ = loaded(memory)
     assert_equal(found, rows_of(0, 1, 1))
     with keeping(memory):
-        wait_for(snapshots._client.connected.is_set)
+        wait_for(snapshots._keeper.client.connected.is_set)
         for step in (3, 4, 5, 6):
             snapshots.snapshot(step, rows_of(0, 1, step))
             assert (outcome := snapshots.settle()) is not None and outcome.generation, outcome

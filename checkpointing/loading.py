@@ -13,18 +13,18 @@ import torch
 import torch.distributed as dist
 
 from checkpointing.collective import Team, as_team
-from checkpointing.commit import as_storage
+from checkpointing.completeness import check_complete, check_external, check_targets, without_other_names
 from checkpointing.errors import DamagedError, LayoutError, MismatchError, NotFoundError, VersionError, first_few
 from checkpointing.format import Manifest
 from checkpointing.generations import candidates, check_readable, read_manifest, scan
 from checkpointing.geometry import External, Piece, parts_of
 from checkpointing.lease import hold
-from checkpointing.match import check_complete, check_external, check_targets, without_other_names
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.plan import Row, layout_rows, split
 from checkpointing.planner import agree_on_completeness
 from checkpointing.reader import GenerationReader
 from checkpointing.storage import Storage
+from checkpointing.stores import open_storage
 from checkpointing.tensors import tensor_bytes
 from checkpointing.writer import DEFAULT_BUDGET, LEAST_BUDGET
 
@@ -63,7 +63,7 @@ def load(
     """
     team = as_team(group)
     given: Sequence[Any] = directory if isinstance(directory, list | tuple) else [directory]
-    storages = [as_storage(one) for one in given]
+    storages = [open_storage(one) for one in given]
     asked = (step, generation, only, cast, memory_budget)
     wanted = _agree(team, () if callable(pieces) else pieces, *asked)
     tried: dict[tuple[int, str], str] = {}  # in vain, and why; by the number of the storage

@@ -27,13 +27,15 @@ from checkpointing import (
     Piece,
     load,
     save,
+    small_files,
     storage,
 )
 from checkpointing.collective import Team
 from checkpointing.format import CHECKSUMS
 from checkpointing.generations import newest, scan
 from checkpointing.retention import clear_leftovers
-from checkpointing.storage import FileStorage, MemoryStorage
+from checkpointing.storage import FileStorage
+from checkpointing.stores import MemoryStorage
 from tests.checkpointing.layouts_for_tests import assembled, bits, random_layout, random_tensors, same_bits
 from tests.harness.threads import all_of, on_ranks
 
@@ -246,7 +248,8 @@ def test_everything_is_durable_before_commit_exists(tmp_path: Path) -> None:
 
     # The control: with a sync left out, the same check fails.
     with pytest.MonkeyPatch.context() as patch, watched(before):
-        patch.setattr(storage, "sync_directory", lambda path: None)
+        for module in (storage, small_files):
+            patch.setattr(module, "sync_directory", lambda path: None)
         with pytest.raises(AssertionError):
             save(tmp_path, 2, one_piece())
 

@@ -8,8 +8,14 @@ import pytest
 import torch
 
 from checkpointing import External, LayoutError, MismatchError, Piece
+from checkpointing.completeness import (
+    check_complete,
+    check_external,
+    check_nothing_left,
+    check_targets,
+    without_other_names,
+)
 from checkpointing.format import ExternalTensor, LogicalTensor, Manifest
-from checkpointing.match import check_complete, check_external, check_nothing_left, check_targets, without_other_names
 from checkpointing.plan import layout_rows
 
 MANIFEST = Manifest(

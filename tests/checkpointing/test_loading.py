@@ -20,16 +20,17 @@ from checkpointing import (
     UnreadableError,
     VersionError,
     load,
-    restore,
+    loading,
     save,
+    small_files,
 )
 from checkpointing import reader as reader_module
-from checkpointing import storage as storage_module
 from checkpointing.format import digest
 from checkpointing.generations import abandon, scan
 from checkpointing.reader import GenerationReader
 from checkpointing.retention import Keep, prune
-from checkpointing.storage import FileStorage, MemoryStorage
+from checkpointing.storage import FileStorage
+from checkpointing.stores import MemoryStorage
 from tests.harness.threads import ThreadTeam, all_of, on_ranks
 
 
@@ -267,7 +268,7 @@ def test_a_read_error_is_no_damage(file: str, times: int, tmp_path: Path, monkey
         return preadv(descriptor, buffers, position)
 
     monkeypatch.setattr(os, "preadv", failing)
-    monkeypatch.setattr(storage_module, "RETRY_S", (0.0, 0.0))
+    monkeypatch.setattr(small_files, "RETRY_S", (0.0, 0.0))
     target = pieces(0.0)
     if times == 1:
         load(tmp_path, target)
@@ -287,15 +288,15 @@ def test_a_run_that_goes_on_while_it_is_read_does_not_look_damaged(
 ) -> None:
     """Between the listing and the hold, the run saves and deletes what was listed."""
     save(tmp_path, 1, pieces(1.0))
-    hold = restore.hold
+    hold = loading.hold
 
     def overtaken(storage: FileStorage, name: str) -> object:
-        monkeypatch.setattr(restore, "hold", hold)
+        monkeypatch.setattr(loading, "hold", hold)
         save(tmp_path, 2, pieces(2.0))
         prune(FileStorage(tmp_path), Keep(1))
         return hold(storage, name)
 
-    monkeypatch.setattr(restore, "hold", overtaken)
+    monkeypatch.setattr(loading, "hold", overtaken)
     target = pieces(0.0)
     load(tmp_path, target)
     assert values(target) == [2.0, 2.0]
@@ -304,14 +305,14 @@ def test_a_run_that_goes_on_while_it_is_read_does_not_look_damaged(
 def test_what_is_being_loaded_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once it is held, the run may save and prune as it likes."""
     save(tmp_path, 1, pieces(1.0))
-    read = restore.read_manifest
+    read = loading.read_manifest
 
     def meanwhile(storage: FileStorage, name: str) -> object:
         save(tmp_path, 2, pieces(2.0))
         assert prune(FileStorage(tmp_path), Keep(1)) == []
         return read(storage, name)
 
-    monkeypatch.setattr(restore, "read_manifest", meanwhile)
+    monkeypatch.setattr(loading, "read_manifest", meanwhile)
     target = pieces(0.0)
     load(tmp_path, target)
     assert values(target) == [1.0, 1.0]

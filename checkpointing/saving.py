@@ -16,14 +16,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from checkpointing import replicas
-from checkpointing.codec import decode_manifest, encode_manifest
+from checkpointing import committing, replicas
 from checkpointing.collective import Team, as_team
 from checkpointing.errors import CheckpointError, LayoutError, LostError, first_few
 from checkpointing.format import (
     COMMIT,
     MANIFEST,
-    METADATA_BYTES,
     ExternalTensor,
     Manifest,
     Writer,
@@ -33,12 +31,13 @@ from checkpointing.format import (
     index_name,
     shard_name,
 )
-from checkpointing.generations import check_files, check_readable, check_writers, scan
+from checkpointing.generations import check_readable, scan
 from checkpointing.geometry import External, Piece
 from checkpointing.lease import Hold
 from checkpointing.plan import RankPlan, Row, layout_rows, split
 from checkpointing.planner import agree_on_plan
-from checkpointing.storage import FileStorage, Storage
+from checkpointing.storage import Storage
+from checkpointing.stores import open_storage
 from checkpointing.tensors import DTYPE_NAMES
 from checkpointing.writer import DEFAULT_BUDGET, LEAST_BUDGET, write_shard
 
@@ -69,7 +68,7 @@ def save(
     reading such pieces once more (`ReplicaError` names the ranks). `guard` is called on rank 0 right before the commit,
     and stops it by raising. `memory_budget` bounds the bytes of copies beside the state.
     """
-    team, storage = as_team(group), as_storage(directory)
+    team, storage = as_team(group), open_storage(directory)
     objects, metrics = {} if objects is None else objects, {} if metrics is None else metrics
 
     plan, mine = agree_to_save(
@@ -107,7 +106,7 @@ def save(
             external=mine.external,
             **asdict(start),
         )
-        _commit(storage, manifest, guard)
+        committing.commit(storage, manifest, guard)
 
     def hold() -> None:
         """Whoever clears up sees by it that what is not committed yet is not dead."""
@@ -117,7 +116,7 @@ def save(
     with ExitStack() as opened:
         team.together(hold, long=True)
         try:
-            prepared = [as_writer(record) for record in team.together(prepare, long=True) if record is not None]
+            prepared = [Writer.of(record) for record in team.together(prepare, long=True) if record is not None]
             team.together(lambda: commit(prepared) if team.rank == 0 else None, long=True)
         except LostError:
             raise  # rank 0 may commit what this rank wrote; if not, it is cleared away as a leftover
@@ -197,15 +196,6 @@ def check_save(
         raise LayoutError("objects must be plain JSON values: tuples and keys that are no strings come back changed")
 
 
-def as_storage(directory: str | os.PathLike[str] | Storage) -> Storage:
-    return FileStorage(directory) if isinstance(directory, str | os.PathLike) else directory
-
-
-def as_writer(record: dict[str, Any]) -> Writer:
-    """A writer that came from another rank as JSON, which knows no tuples."""
-    return Writer(**{**record, "cover": tuple((low, high) for low, high in record["cover"])})
-
-
 def _declared(given: Sequence[External]) -> dict[str, ExternalTensor]:
     external: dict[str, ExternalTensor] = {}
     for one in given:
@@ -235,28 +225,6 @@ def begin_save(storage: Storage, incarnation: int | None) -> SaveStart:
         incarnation = parent.incarnation if parent else 0
     serial = 1 + max((g.manifest.serial for g in found if g.manifest), default=0)
     return SaveStart(secrets.token_hex(16), parent.save_id if parent else "", incarnation, serial)
-
-
-def _commit(storage: Storage, manifest: Manifest, guard: Callable[[], None] | None) -> None:
-    """COMMIT comes last, after the manifest that it vouches for, and vouches only for what is there.
-
-    Every rank's files are durable by now, but a rank may have another directory mounted under the same name.
-    """
-    prefix = f"{manifest.generation}/"
-    data = encode_manifest(manifest)
-    try:
-        decode_manifest(data, MANIFEST)
-    except CheckpointError as error:
-        raise LayoutError(f"what was saved could not be read again: {error}") from error
-    if len(data) > METADATA_BYTES:
-        raise LayoutError(f"the manifest would have {len(data):,} bytes, and at most {METADATA_BYTES:,} are read again")
-    storage.put(f"{prefix}{MANIFEST}", [data])
-    if guard is not None:
-        guard()
-    check_writers(manifest)
-    check_files(manifest, {name.removeprefix(prefix): size for name, size in storage.list(prefix).items()})
-    created = storage.create_if_absent(f"{prefix}{COMMIT}", digest(data).encode())
-    assert created, "a fresh save id was committed before"
 
 
 def _discard(storage: Storage, name: str, rank: int) -> None:

@@ -19,12 +19,11 @@ from checkpointing.memory import Snapshotter
 from checkpointing.memory.flush import DirectStorage
 from checkpointing.storage import FileStorage
 from tests.checkpointing.memory.keepers import WAIT_S, keeping
-from trainer import saving
 from trainer.compose import compose
 from trainer.errors import TrainingFailed
 from trainer.outcome import Outcome
 from trainer.progress import LossScale, Progress
-from trainer.saving import Saver
+from trainer.saver import Saver
 
 
 class Scene:
@@ -163,7 +162,7 @@ def test_it_ends_after_as_many_in_a_row_as_it_is_told_to(tmp_path: Path, monkeyp
 
 
 def test_the_last_step_is_tried_again_and_then_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "LAST_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr("trainer.saver.LAST_WAITS_S", (0.0, 0.0))
     saver = Scene(tmp_path).saver()
     with full_disk(monkeypatch, times=2):
         saver.save(Progress(1), {}, durable=True, last=True)
@@ -251,9 +250,11 @@ def test_where_a_snapshot_that_was_to_become_durable_was_left_out_the_next_one_i
         for step in range(1, 6):
             saver.save(Progress(step), {}, durable=step == 2, last=False)
             if step in (2, 3):
-                assert snapshots._current is not None
-                snapshots._current.fail("a test")
-                snapshots._client.send({"kind": "failed", "serial": snapshots._current.serial, "why": "a test"})
+                assert snapshots._keeper.current is not None
+                snapshots._keeper.current.fail("a test")
+                snapshots._keeper.client.send(
+                    {"kind": "failed", "serial": snapshots._keeper.current.serial, "why": "a test"}
+                )
             if step not in (2, 3):
                 assert snapshots.wait_durable(WAIT_S)
             saver.settle()

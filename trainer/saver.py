@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from checkpointing import (
@@ -22,7 +21,7 @@ from checkpointing import (
 from checkpointing.collective import Team
 from checkpointing.memory import Durable, SnapshotOutcome, Snapshotter
 from checkpointing.retention import Keep, prune
-from checkpointing.storage import FileStorage
+from checkpointing.stores import open_storage
 from trainer.errors import TrainingFailed
 from trainer.options.config import Config
 from trainer.options.stored import as_json
@@ -205,7 +204,7 @@ class Saver:
 
     def _save(self, done: Progress, metrics: dict[str, float]) -> str:
         return save(
-            Path(self.config.checkpoint.dir),
+            self.config.checkpoint.dir,
             done.step,
             self.training.pieces(),
             {"trainer": self._state(done)},
@@ -252,7 +251,7 @@ class Saver:
         try:
             self.leases.check()
             options = self.config.checkpoint
-            prune(FileStorage(options.dir), Keep(options.keep, options.keep_every, options.keep_best))
+            prune(open_storage(options.dir), Keep(options.keep, options.keep_every, options.keep_best))
         except LeaseHeldError:
             raise
         except (OSError, CheckpointError) as error:
