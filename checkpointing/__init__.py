@@ -15,8 +15,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from checkpointing.collective import Team
     from checkpointing.errors import (
+        BaseNeededError,
         CheckpointError,
+        ConfigNeededError,
         DamagedError,
         LayoutError,
         LeaseHeldError,
@@ -28,7 +31,11 @@ if TYPE_CHECKING:
         UnreadableError,
         VersionError,
     )
-    from checkpointing.geometry import Box, External, Piece, Slice
+    from checkpointing.export import copy_description, leads_out
+    from checkpointing.foreign import IMPORTED
+    from checkpointing.format import Manifest
+    from checkpointing.generations import Generation, abandon, candidates, newest, read_index, read_manifest, scan
+    from checkpointing.geometry import Box, External, Interval, Piece, Slice
     from checkpointing.layouts import (
         Held,
         describe,
@@ -40,25 +47,50 @@ if TYPE_CHECKING:
         publish_zero,
         restore_param_groups,
     )
+    from checkpointing.layouts.zero import held_in_partition
+    from checkpointing.lease import Holder, Lease, clear_released, holder_of, pid_space
+    from checkpointing.lease_protocol import EXPIRY_S
     from checkpointing.loading import load
-    from checkpointing.place import Place, find
-    from checkpointing.retention import Keep, prune
+    from checkpointing.memory import Durable, SnapshotOutcome, Snapshotter
+    from checkpointing.memory.client import ensure_keeper
+    from checkpointing.memory.directory import DEFAULT_MEMORY, why_not_private
+    from checkpointing.memory.mapped import MappedStorage
+    from checkpointing.patience import PATIENCE
+    from checkpointing.place import CHECKPOINTS, Place, find
+    from checkpointing.reader import GenerationReader
+    from checkpointing.retention import Keep, clear_leftovers, prune
     from checkpointing.saving import save
     from checkpointing.storage import FileStorage, Storage
-    from checkpointing.stores import MemoryStorage, open_storage
-    from checkpointing.tensors import external_of
+    from checkpointing.stores import MemoryStorage, add_store, is_path, module_of, open_storage, same_place
+    from checkpointing.tensors import DTYPES, external_of
 
 __all__ = [
+    "CHECKPOINTS",
+    "DEFAULT_MEMORY",
+    "DTYPES",
+    "EXPIRY_S",
+    "IMPORTED",
+    "PATIENCE",
+    "BaseNeededError",
     "Box",
     "CheckpointError",
+    "ConfigNeededError",
     "DamagedError",
+    "Durable",
     "External",
     "FileStorage",
+    "Generation",
+    "GenerationReader",
     "Held",
+    "Holder",
+    "Interval",
     "Keep",
     "LayoutError",
+    "Lease",
     "LeaseHeldError",
     "LostError",
+    "Manifest",
+    "MappedStorage",
     "MemoryStorage",
     "MismatchError",
     "NotFoundError",
@@ -67,49 +99,87 @@ __all__ = [
     "Place",
     "ReplicaError",
     "Slice",
+    "SnapshotOutcome",
+    "Snapshotter",
     "Storage",
+    "Team",
     "UnreadableError",
     "VersionError",
+    "abandon",
+    "add_store",
+    "candidates",
+    "clear_leftovers",
+    "clear_released",
+    "copy_description",
     "describe",
     "describe_zero",
+    "ensure_keeper",
     "external_of",
     "find",
+    "held_in_partition",
+    "holder_of",
+    "is_path",
+    "leads_out",
     "load",
     "materialize",
+    "module_of",
+    "newest",
     "open_storage",
     "param_groups",
     "parameter_names",
+    "pid_space",
     "pieces_of",
     "prune",
     "publish_zero",
+    "read_index",
+    "read_manifest",
     "restore_param_groups",
+    "same_place",
     "save",
+    "scan",
+    "why_not_private",
 ]
 
-_ELSEWHERE = {
-    "Box": "geometry",
-    "External": "geometry",
-    "FileStorage": "storage",
-    "Keep": "retention",
-    "MemoryStorage": "stores",
-    "Piece": "geometry",
-    "Place": "place",
-    "Slice": "geometry",
-    "Storage": "storage",
-    "external_of": "tensors",
-    "find": "place",
-    "load": "loading",
-    "open_storage": "stores",
-    "prune": "retention",
-    "save": "saving",
+# The names of each module below this package.
+_NAMES = {
+    "collective": "Team",
+    "errors": (
+        "BaseNeededError CheckpointError ConfigNeededError DamagedError LayoutError LeaseHeldError LostError "
+        "MismatchError NotFoundError PeerError ReplicaError UnreadableError VersionError"
+    ),
+    "export": "copy_description leads_out",
+    "foreign": "IMPORTED",
+    "format": "Manifest",
+    "generations": "Generation abandon candidates newest read_index read_manifest scan",
+    "geometry": "Box External Interval Piece Slice",
+    "layouts": (
+        "Held describe describe_zero materialize param_groups parameter_names pieces_of publish_zero "
+        "restore_param_groups"
+    ),
+    "layouts.zero": "held_in_partition",
+    "lease": "Holder Lease clear_released holder_of pid_space",
+    "lease_protocol": "EXPIRY_S",
+    "loading": "load",
+    "memory": "Durable SnapshotOutcome Snapshotter",
+    "memory.client": "ensure_keeper",
+    "memory.directory": "DEFAULT_MEMORY why_not_private",
+    "memory.mapped": "MappedStorage",
+    "patience": "PATIENCE",
+    "place": "CHECKPOINTS Place find",
+    "reader": "GenerationReader",
+    "retention": "Keep clear_leftovers prune",
+    "saving": "save",
+    "storage": "FileStorage Storage",
+    "stores": "MemoryStorage add_store is_path module_of open_storage same_place",
+    "tensors": "DTYPES external_of",
 }
+_MODULE = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _ELSEWHERE.get(name) or ("errors" if name.endswith("Error") else "layouts")
-    found = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
+    found = globals()[name] = getattr(import_module(f"{__name__}.{_MODULE[name]}"), name)
     return found
 
 

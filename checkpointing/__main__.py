@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     command = commands.add_parser("import", help="make a generation of a checkpoint that another library wrote")
     command.add_argument("source", type=Path, metavar="SOURCE", help="of DeepSpeed, torch's DCP or Hugging Face")
-    command.add_argument("dir", metavar="DIR", help="of generations; give it to resume=DIR")
+    command.add_argument("dir", metavar="DIR", help="of generations, which are written there")
     command.add_argument("--trust-pickle", action="store_true", help="read descriptions that are pickles")
     command.add_argument("--step", type=int, metavar="N", help="which step is done (default: as the checkpoint says)")
     command.add_argument(

@@ -19,7 +19,9 @@ import torch
 
 from checkpointing.diff import compare
 from checkpointing.errors import (
+    BaseNeededError,
     CheckpointError,
+    ConfigNeededError,
     DamagedError,
     LayoutError,
     NotFoundError,
@@ -146,23 +148,37 @@ def _diff(a: GenerationReader, b: GenerationReader, as_json: bool) -> int:
     return int(bool(differing))
 
 
+# What to type where an export needs more than a generation has: the library itself knows no commands.
+_NEXT = {
+    BaseNeededError: "`python -m trainer.methods merge RUN DIR` puts it into its base.",
+    ConfigNeededError: "Type --config DIR with a directory of that model; `python -m trainer.methods merge RUN DIR` "
+    "writes a run's as transformers does.",
+}
+
+
 def export(reader: GenerationReader, arguments: argparse.Namespace) -> int:
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(arguments.dtype)
-    with hold(reader.storage, reader.manifest.generation):
-        if arguments.to == "torch":
-            count = export_torch(reader, arguments.out, dtype=dtype)
-        elif arguments.to == "dcp":
-            count = export_dcp(reader, arguments.out, dtype=dtype)
-        else:
-            # A run leaves beside its checkpoints what model it trains.
-            beside = Path(str(reader.storage)).parent / "hf"
-            count = export_hugging_face(reader, arguments.out, arguments.config or beside, dtype=dtype)
+    try:
+        with hold(reader.storage, reader.manifest.generation):
+            count = _write_out(reader, arguments)
+    except (BaseNeededError, ConfigNeededError) as error:
+        raise type(error)(f"{error}. {_NEXT[type(error)]}") from error
     told = {"generation": reader.manifest.generation, "step": reader.manifest.step, "parameters": count}
     if arguments.json:
         print(json.dumps({**told, "out": str(arguments.out)}))
     else:
         print(f"{count:,} parameters of step {reader.manifest.step} in {arguments.out}")
     return 0
+
+
+def _write_out(reader: GenerationReader, arguments: argparse.Namespace) -> int:
+    """Write the model in the form that was asked for; how many parameters it has."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(arguments.dtype)
+    if arguments.to == "torch":
+        return export_torch(reader, arguments.out, dtype=dtype)
+    if arguments.to == "dcp":
+        return export_dcp(reader, arguments.out, dtype=dtype)
+    beside = Path(str(reader.storage)).parent / "hf"  # a run leaves there what model it trains
+    return export_hugging_face(reader, arguments.out, arguments.config or beside, dtype=dtype)
 
 
 def take_in(arguments: argparse.Namespace) -> int:

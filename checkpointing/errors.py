@@ -19,6 +19,14 @@ class MismatchError(CheckpointError):
     """The checkpoint and the pieces disagree: a tensor missing, left over, or of another shape or dtype."""
 
 
+class BaseNeededError(MismatchError):
+    """A model is to be written whole, and the generation holds only what was trained of it."""
+
+
+class ConfigNeededError(MismatchError):
+    """A model is to be written for other programs, and how these name its tensors cannot be told."""
+
+
 class DamagedError(CheckpointError):
     """Stored bytes are not what was written: a checksum, a size or a structure is wrong."""
 

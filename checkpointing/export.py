@@ -18,7 +18,15 @@ from typing import Any
 
 import torch
 
-from checkpointing.errors import DamagedError, LayoutError, MismatchError, NotFoundError, first_few
+from checkpointing.errors import (
+    BaseNeededError,
+    ConfigNeededError,
+    DamagedError,
+    LayoutError,
+    MismatchError,
+    NotFoundError,
+    first_few,
+)
 from checkpointing.hub_names import HubPlace, are_fused, hub_names, whole
 from checkpointing.reader import GenerationReader
 from checkpointing.small_files import DOCUMENT_BYTES, Buffer, read_object, sync_directory
@@ -96,9 +104,8 @@ def _named(reader: GenerationReader, stored: Sequence[str], description: Path) -
             raise MismatchError(f"the shape of {odd[0]} is {here} in the checkpoint and {there} by {description}")
     except MismatchError as error:
         if are_fused(names):
-            raise MismatchError(
-                f"The model has the experts of a layer as one tensor, and {error}. Type --config DIR with a directory "
-                "of that model; `python -m trainer.methods merge RUN DIR` writes a run's as transformers does."
+            raise ConfigNeededError(
+                f"the model has the experts of a layer as one tensor, which other programs have apart, and {error}"
             ) from error
         logger.warning("tensors are written under the names that they have here: %s", error)
         # Of a tied tensor the name that lies deepest: a head hangs on the model, and what readers look for is the
@@ -142,10 +149,9 @@ def parameters(reader: GenerationReader) -> list[str]:
     manifest = reader.manifest
     found = sorted(name for name in manifest.tensors if name.startswith((MODEL, BUFFER)))
     if lacking := sorted(name for name in manifest.external if name.startswith(MODEL)):
-        raise MismatchError(
+        raise BaseNeededError(
             f"{manifest.generation} holds what was trained, and names the rest by its hash: "
-            f"{first_few([_bare(name) for name in lacking])}. `python -m trainer.methods merge RUN DIR` "
-            "puts it into its base."
+            f"{first_few([_bare(name) for name in lacking])}"
         )
     # What was imported from a directory that does not tell buffers from parameters is stored as either.
     if not any(name.startswith(MODEL) for name in (*found, *manifest.aliases)):

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpointing.generations import Generation, newest
-from checkpointing.storage import FileStorage
+from checkpointing import FileStorage, Generation, newest
 from launch.health import OPTIONS, reports
 from trainer.elastic.preemption import AGAIN
 from trainer.outcome import DIRECTORY, Outcome, read

@@ -11,11 +11,8 @@ from typing import Any
 
 import yaml
 
-from checkpointing import CheckpointError
-from checkpointing.generations import newest
-from checkpointing.lease import holder_of
+from checkpointing import CheckpointError, FileStorage, holder_of, newest
 from checkpointing.small_files import read_json, read_text
-from checkpointing.storage import FileStorage
 from trainer.errors import Refused
 from trainer.track.files import read_lines
 

@@ -145,3 +145,32 @@ def test_no_two_public_classes_have_one_name() -> None:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     ]
     assert [name for name in set(classes) if classes.count(name) > 1] == []
+
+
+# Words and small files, which all packages share; everything else of the library has its place in its public face.
+SHARED_MODULES = {"checkpointing.errors", "checkpointing.printing", "checkpointing.small_files"}
+STARTS = {"launch/console.py", "launch/keeper.py"}  # commands of the library, under other names
+
+
+@pytest.mark.parametrize("package", ["trainer", "launch"])
+def test_the_librarys_public_face_suffices(package: str) -> None:
+    past = set()
+    for path in sorted((ROOT / package).rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            past |= {(name, m) for m in modules if m.startswith("checkpointing.") and m not in SHARED_MODULES}
+    assert {one for one in past if one[0] not in STARTS} == set()
+
+
+def test_the_library_words_no_command_of_the_trainers() -> None:
+    """It is used by other loops, whose users know none of them."""
+    words = re.compile(r"python -m (trainer|launch)|(?<![\w.])(train|parallel|method|optimizer|run|resume)(\.\w+)?=\w")
+    found = {}
+    paths = set((ROOT / "checkpointing").rglob("*.py")) - {ROOT / "checkpointing" / "commands.py"}  # the command's own
+    for path in sorted(paths):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and words.search(node.value):
+                found[f"{path.name}:{node.lineno}"] = node.value.strip()[:100]
+    assert found == {}

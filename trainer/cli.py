@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-from checkpointing.errors import CheckpointError
+from checkpointing import CheckpointError
 from checkpointing.printing import shown
 from trainer.elastic.preemption import listen_no_more, was_warned
 from trainer.errors import OF_STORAGE, AlsoRefused, Refused, TrainingFailed

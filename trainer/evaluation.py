@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from checkpointing.collective import Team
+from checkpointing import Team
 from trainer.data.dataset import Dataset
 from trainer.data.feed import Feed, StepShare
 from trainer.data.tokenizer import Tokenizer

@@ -25,10 +25,9 @@ from trainer.optimizers import optimizer_of, suits
 from trainer.optimizers.groups import lr_scales
 from trainer.options.config import Config
 from trainer.parallel.auto import Cluster, choose, memory_of
+from trainer.parallel.axes import is_possible, refuse_layout
 from trainer.parallel.compiling import check_compiling
 from trainer.parallel.engine import find_topology
-from trainer.parallel.pipeline import check_stages, is_stageable
-from trainer.parallel.tensor import check_splittable, is_splittable
 from trainer.parallel.world import World
 from trainer.plan import MemoryPlan, Topology, describe_run, plan_batch
 from trainer.schedule import never_reached
@@ -91,22 +90,17 @@ def lay_out(
     optimizer = optimizer_of(config)
     if config.parallel.auto:
         cluster = Cluster(world.size, world.local_size, memory_of(device, world.local_size))
-        schedule = config.parallel.pp_schedule
         config, why = choose(
             config,
             sizes,
             cluster,
-            lambda size: is_splittable(model, size),
-            lambda size: is_stageable(model, size, schedule),
+            lambda topology: is_possible(model, topology, config),
             lambda topology: suits(optimizer, model, topology),
         )
     topology = find_topology(config, world, device)
     batch = plan_batch(config, topology.data_size)
-    if topology.tp > 1:
-        check_splittable(model, topology.tp)
+    refuse_layout(model, topology, config)
     optimizer.refuse(model, topology)
-    if topology.pp > 1:
-        check_stages(model, topology.pp, config.parallel.pp_schedule)
     return config, topology, plan_memory(config, sizes, topology, batch.rounds), why
 
 

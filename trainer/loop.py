@@ -6,12 +6,13 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from checkpointing.collective import Team
+from checkpointing import Team
 from trainer.data.feed import Feed, StepShare
 from trainer.elastic.preemption import Preemption
 from trainer.elastic.randomness import derive
@@ -27,23 +28,29 @@ from trainer.track.tracker import RunTracker
 from trainer.training import Training
 
 
+@dataclass(frozen=True)
+class RunParts:
+    """The parts of a run that its loop puts to work."""
+
+    config: Config
+    training: Training
+    feed: Feed
+    evaluation: Evaluation
+    tracker: RunTracker
+    saver: Saver
+
+
 def train(
-    config: Config,
-    training: Training,
-    feed: Feed,
-    evaluation: Evaluation,
-    tracker: RunTracker,
-    saver: Saver,
-    done: Progress,
-    preemption: Preemption,
-    before_step: Callable[[int], None] | None = None,
+    parts: RunParts, done: Progress, preemption: Preemption, before_step: Callable[[int], None] | None = None
 ) -> bool:
     """Train from where `done` stands to the last step, reporting and saving on the way; whether it came so far.
 
     After a warning the step that was under way is the last one, and is saved. With `eval.patience` the run ends sooner
-    where the held-out loss does not get better. `before_step` is called on every rank with
-    the number of each step, when all of the step before is recorded.
+    where the held-out loss does not get better. `before_step` is called on every rank with the number of each step,
+    when all of the step before is recorded.
     """
+    config, training, feed, evaluation = parts.config, parts.training, parts.feed, parts.evaluation
+    tracker, saver = parts.tracker, parts.saver
     last, losses = config.train.steps, dict[str, float]()
     window = Window(config.train.profile, Path(config.run.dir) / "profile", int(os.environ.get("RANK", "0")))
     for step in range(done.step + 1, last + 1):
@@ -65,7 +72,8 @@ def train(
             row |= evaluation.measure(training, feed)
             if "eval_loss" in row:
                 done.evaluated(row["eval_loss"])
-        # No line before it is known what became of the snapshot of the step before: a resume finds all lines up to it.
+        # Write this step's line only after the previous snapshot is settled: a resume from that snapshot must find
+        # every line up to it.
         tracker.step(row | saver.settle())
         losses = {key: row[key] for key in ("loss", "eval_loss") if math.isfinite(row.get(key, math.nan))}
         ends = step == last or done.gives_up(config.eval.patience)

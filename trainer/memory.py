@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 FP32 = 4
 MAX_LIVE = 1_000_000_000  # parameters that ZeRO stage 3 holds whole at most, by default
+PREFETCHED = 50_000_000  # and of those that it gathers ahead
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,10 @@ def _plan_state(config: Config, of: Footprint, topology: Topology, held: int, ag
     if zero:
         sharding = engine_options(config, trained // FP32)["zero_optimization"]
         buckets = min(FP32 * int(sharding["reduce_bucket_size"]), trained)
-        if zero == 3:  # it lets go of nothing below this limit
+        if zero == 3:
+            # What it gathers ahead lies in one buffer before it is copied out of that, and it lets go of nothing below
+            # a limit.
+            gathered = max(gathered, min(FP32 * int(sharding.get("stage3_prefetch_bucket_size", PREFETCHED)), held))
             gathered += min(FP32 * int(sharding.get("stage3_max_live_parameters", MAX_LIVE)), held)
     return MemoryPlan(
         parameters=-(-held // shards),

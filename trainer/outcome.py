@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from checkpointing.errors import CheckpointError, LeaseHeldError
+from checkpointing import CheckpointError, LeaseHeldError
 from trainer.elastic.preemption import AGAIN
 from trainer.errors import Refused, TrainingFailed
 

@@ -14,6 +14,10 @@ from trainer.errors import Refused
 from trainer.options.config import Config, choice_of, method_name
 from trainer.options.parallel import Engine, Parallel
 
+# Every degree, from the axis whose ranks are furthest apart to the one whose ranks are neighbours, which talk most.
+AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+TAKING_APART = ("tp", "pp", "dp_shard")  # of these: by which a process holds less than the whole model
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -31,7 +35,7 @@ class Topology:
 
     @property
     def size(self) -> int:
-        return self.pp * self.data_size * self.tp
+        return prod(getattr(self, axis) for axis in AXES)
 
     def __str__(self) -> str:
         if self.size == 1:
@@ -52,7 +56,7 @@ def resolve_topology(parallel: Parallel, world_size: int) -> Topology:
                 f"parallel.{key}={degree}: {what} parallelism is not supported. "
                 f"Type parallel.{key}=1 and parallel.tp={degree}."
             )
-    degrees = {"tp": parallel.tp, "pp": parallel.pp, "dp_shard": parallel.dp_shard}
+    degrees = {key: getattr(parallel, key) for key in TAKING_APART}
     rest = 1 if -1 in degrees.values() else -1
     degrees["dp_replicate"] = parallel.dp_replicate if parallel.dp_replicate is not None else rest
     for key, degree in degrees.items():
@@ -77,7 +81,7 @@ def resolve_topology(parallel: Parallel, world_size: int) -> Topology:
 def _fitting(world_size: int, wanted: dict[str, int]) -> str:
     """Degrees that make up the world: each as near to what was wanted as the others leave room for."""
     found, left = {}, world_size
-    for key in ("tp", "pp", "dp_shard"):
+    for key in TAKING_APART:
         found[key] = next(n for n in range(min(max(wanted[key], 1), left), 0, -1) if left % n == 0)
         left //= found[key]
     found = {"dp_replicate": left, "dp_shard": found["dp_shard"]} | {k: found[k] for k in ("tp", "pp") if wanted[k] > 1}

@@ -14,7 +14,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from checkpointing.errors import LayoutError
+from checkpointing import LayoutError
 from trainer.errors import Refused
 from trainer.options.config import CHOICES
 from trainer.options.parallel import REDUCERS
@@ -59,7 +59,7 @@ def load(directories: Sequence[Path]) -> None:
             if other is not path or name in BUILT_IN.get(group, ()) or (CONF / group / f"{name}.yaml").is_file():
                 where = f"{other} is" if other is not path else "the project has"
                 raise Refused(f"{path} cannot be {group}={name}: {where} that already. Rename the file and its YAML.")
-            from checkpointing.stores import module_of  # launchers go without numpy where nobody brings files
+            from checkpointing import module_of  # launchers go without numpy where nobody brings files
 
             try:
                 module = module_of(path, f"evershard_{group}_{name}")
@@ -73,7 +73,7 @@ def load(directories: Sequence[Path]) -> None:
 def _take_in(group: str, name: str, module: Any, path: Path) -> None:
     """Make known what a file holds."""
     if group == "checkpoint":
-        from checkpointing.stores import add_store
+        from checkpointing import add_store
 
         try:
             add_store(name, module.STORE, path)

@@ -17,24 +17,31 @@ from typing import Any
 from torch import nn
 
 from checkpointing import (
+    DEFAULT_MEMORY,
+    IMPORTED,
     CheckpointError,
+    Generation,
+    Manifest,
+    MappedStorage,
     NotFoundError,
     Place,
+    Storage,
     UnreadableError,
     VersionError,
+    abandon,
+    candidates,
     describe,
     find,
+    is_path,
+    open_storage,
     parameter_names,
+    read_index,
+    same_place,
+    scan,
+    why_not_private,
 )
 from checkpointing.errors import first_few
-from checkpointing.foreign import IMPORTED
-from checkpointing.format import Manifest
-from checkpointing.generations import Generation, abandon, candidates, read_index, scan
-from checkpointing.memory.directory import DEFAULT, why_not_private
-from checkpointing.memory.mapped import MappedStorage
 from checkpointing.small_files import read_small, replace_file, sync_directory
-from checkpointing.storage import Storage
-from checkpointing.stores import is_path, open_storage, same_place
 from trainer.errors import Refused, TrainingFailed
 from trainer.identity import came_from, identify, recorded
 from trainer.methods import build, method_of
@@ -161,7 +168,7 @@ def memory_directory(config: Config) -> Path | None:
         return None
     if not _MEMORY_NAME.fullmatch(own) or came_from(run_dir):
         return None
-    return Path(config.checkpoint.memory.dir or DEFAULT).resolve() / own
+    return Path(config.checkpoint.memory.dir or DEFAULT_MEMORY).resolve() / own
 
 
 def make_memory_directory(config: Config) -> Path:

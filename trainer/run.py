@@ -19,9 +19,7 @@ from typing import NoReturn
 
 import torch
 
-from checkpointing import LeaseHeldError
-from checkpointing.collective import Team
-from checkpointing.patience import PATIENCE
+from checkpointing import PATIENCE, LeaseHeldError, Team
 from checkpointing.printing import shown
 from trainer.data.feed import Feed
 from trainer.data.templates import chosen_template
@@ -30,7 +28,7 @@ from trainer.elastic.preemption import AGAIN, Preemption, warnings_of
 from trainer.evaluation import Evaluation, TextWriter
 from trainer.exhausted import explained
 from trainer.job import Job, read, say_plan
-from trainer.loop import train
+from trainer.loop import RunParts, train
 from trainer.models import architecture, leave_description
 from trainer.options.config import Config
 from trainer.options.precision import Compute
@@ -125,8 +123,8 @@ def train_and_finish(started: Started, evaluation: Evaluation, preemption: Preem
             begin(tracker, started, run_id)
             saver = saver_of(started, tracker, run_id, done.step, opened, lambda: status == 0)
             preemption.give_up = partial(give_up, tracker, saver, done)
-            feed = feed_of(job, started.training)
-            if train(config, started.training, feed, evaluation, tracker, saver, done, preemption, job.before_step):
+            parts = RunParts(config, started.training, feed_of(job, started.training), evaluation, tracker, saver)
+            if train(parts, done, preemption, job.before_step):
                 tracker.emit("finish", step=done.step)
                 status = 0
                 finish(job, evaluation, tracker, done)

@@ -12,13 +12,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpointing import LeaseHeldError, UnreadableError
+from checkpointing import (
+    EXPIRY_S,
+    Holder,
+    Lease,
+    LeaseHeldError,
+    UnreadableError,
+    clear_leftovers,
+    clear_released,
+    is_path,
+    open_storage,
+)
 from checkpointing.errors import first_few
-from checkpointing.lease import Holder, Lease
-from checkpointing.lease_protocol import EXPIRY_S, RELEASED
-from checkpointing.retention import clear_leftovers
-from checkpointing.small_files import read_small, replace_file
-from checkpointing.stores import is_path, open_storage
+from checkpointing.small_files import replace_file
 from trainer.errors import FULL, PASSING, Refused, TrainingFailed
 from trainer.inside import refuse_links
 from trainer.options.config import Config
@@ -128,9 +134,7 @@ def make_directories(config: Config) -> list[Path]:
 def remove_empty(made: list[Path]) -> None:
     """A refused command leaves no directories behind, as under a name with a typo."""
     for directory in reversed(made):
-        for claim in (directory / ".lease").glob("lease-*.json"):
-            if read_small(claim) == RELEASED:  # that of a run that has come since keeps the directory
-                claim.unlink(missing_ok=True)
+        clear_released(directory / ".lease")  # a claim of a run that has come since keeps the directory
         for empty in (directory / ".lease", directory):
             with contextlib.suppress(OSError):
                 empty.rmdir()

@@ -11,17 +11,20 @@ from typing import Any
 
 from checkpointing import (
     CheckpointError,
+    Durable,
+    Keep,
     LayoutError,
     LeaseHeldError,
     LostError,
     MismatchError,
     ReplicaError,
+    SnapshotOutcome,
+    Snapshotter,
+    Team,
+    open_storage,
+    prune,
     save,
 )
-from checkpointing.collective import Team
-from checkpointing.memory import Durable, SnapshotOutcome, Snapshotter
-from checkpointing.retention import Keep, prune
-from checkpointing.stores import open_storage
 from trainer.errors import TrainingFailed
 from trainer.options.config import Config
 from trainer.options.stored import as_json

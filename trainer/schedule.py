@@ -8,7 +8,9 @@ from trainer.options.schedule import Curve, Schedule
 
 
 def never_reached(total: int, peak: float, schedule: Schedule) -> str:
-    """A note on a run that ends within its warm-up; empty for others."""
+    """A note on a run that ends within its warm-up, or whose rate is 0; empty for others."""
+    if peak == 0:
+        return "optimizer.lr=0: nothing is learned, as in a trial of everything else"
     if schedule.warmup_steps <= total:
         return ""
     return (

@@ -9,14 +9,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpointing import CheckpointError, DamagedError, MismatchError, UnreadableError, load
-from checkpointing.collective import Team
-from checkpointing.foreign import IMPORTED
-from checkpointing.memory import Snapshotter
-from checkpointing.memory.client import ensure_keeper
-from checkpointing.memory.directory import why_not_private
-from checkpointing.memory.mapped import MappedStorage
-from checkpointing.stores import open_storage
+from checkpointing import (
+    IMPORTED,
+    CheckpointError,
+    DamagedError,
+    MappedStorage,
+    MismatchError,
+    Snapshotter,
+    Team,
+    UnreadableError,
+    ensure_keeper,
+    load,
+    open_storage,
+    why_not_private,
+)
 from trainer.errors import AlsoRefused, Refused
 from trainer.job import Job, Lines, say_plan
 from trainer.methods import build

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from checkpointing import External, Piece, parameter_names
-from checkpointing.format import Manifest
+from checkpointing import External, Manifest, Piece, parameter_names
 from trainer.data.dataset import Batch
 from trainer.methods import build, method_of
 from trainer.methods.externals import externals_of, with_external

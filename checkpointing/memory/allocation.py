@@ -34,7 +34,7 @@ class Node:
 
 
 class Arenas:
-    """At most `count` arenas in a directory, each with a file of every rank of the node."""
+    """A directory's arenas, `count` at most, each with a file of every rank of the node."""
 
     def __init__(self, team: Team, node: Node, memory: Path, count: int) -> None:
         self._team, self._node, self._memory, self._count = team, node, memory, count

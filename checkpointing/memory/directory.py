@@ -16,7 +16,7 @@ from typing import IO
 from checkpointing.errors import CheckpointError, first_few
 from checkpointing.small_files import DRAFT
 
-DEFAULT = Path(f"/dev/shm/evershard-{os.getuid()}")  # of all runs of this user
+DEFAULT_MEMORY = Path(f"/dev/shm/evershard-{os.getuid()}")  # of all runs of this user
 SECRET, LOCK, LOG = "keeper.secret", "keeper.lock", "keeper.log"
 RELEASE = "keeper.version"  # of the protocol that the keeper at work speaks
 SECRET_BYTES = 32
@@ -115,7 +115,7 @@ def remove(root: Path) -> None:
         if wait is None or (renamed and not aside.exists()):
             break
         time.sleep(wait)
-    if root.parent == DEFAULT:
+    if root.parent == DEFAULT_MEMORY:
         with suppress(OSError):  # other runs of this user are there
             root.parent.rmdir()
 

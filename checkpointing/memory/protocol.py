@@ -302,5 +302,5 @@ class KeeperProtocol:
 
     @property
     def connections(self) -> Collection[int]:
-        """Those that are listened to."""
+        """Connections that are listened to, by number."""
         return self._rank_of.keys()

@@ -109,6 +109,17 @@ def test_so_it_is_under_other_layouts(method: str, layout: str, world: SharedWor
     assert found[0][0] == pytest.approx(max(needed for _, needed in found), rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [(2, "parallel=zero3"), (2, "parallel=pp"), (3, "parallel=fsdp")],
+    ids=["zero3", "pp", "fsdp on 3"],
+)
+@pytest.mark.parametrize("method", ["lora", "s2ft", "lift", "spiel"])
+def test_so_it_is_of_each_kind_of_method(method: str, size: int, layout: str, world: SharedWorld) -> None:
+    found = world.run(planned_and_needed, size, method, [layout])
+    assert found[0][0] == pytest.approx(max(needed for _, needed in found), rel=0.1)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3", "qwen3", "gemma", "mixtral"])
 def test_every_family_can_be_planned(name: str, tmp_path: Path) -> None:
     save_model(tmp_path, name)

@@ -34,4 +34,5 @@ def test_a_rate_that_is_never_reached_is_said() -> None:
     assert never_reached(5, 1.0, Schedule(warmup_steps=5)) == never_reached(9, 1.0, Schedule(warmup_steps=0)) == ""
     said = never_reached(40, 2e-3, Schedule(warmup_steps=100))
     assert "takes 100 steps and the run 40" in said and "ends at 8.00e-04" in said
+    assert never_reached(9, 0.0, Schedule(warmup_steps=0)).startswith("optimizer.lr=0: nothing is learned")
     assert said.endswith("never comes to optimizer.lr=2.00e-03. Type schedule.warmup_steps=2")

@@ -34,6 +34,7 @@ _NOT_READ = {
 }
 _MARK = b"\xef\xbb\xbf"  # that some programs write before UTF-8
 _LOOK = 512  # bytes
+_SPREAD = 1 << 20  # bytes that are looked at for the end of an object that does not end in its line
 
 
 def open_text(path: Path) -> BinaryIO:
@@ -121,7 +122,12 @@ def records(path: Path, name: str) -> Iterator[tuple[str, bytes, Record]]:
                         raise Refused(f"{name} is a web page or XML, as where a download needs a login. Get it anew.")
                 if line := line.strip():
                     where = f"{name}, line {number}"
-                    yield where, line, _object(where, parse(where, line))
+                    try:
+                        found = parse(where, line)
+                    except Refused:
+                        _refuse_spread(name, number, line + b"\n" + file.read(_SPREAD))
+                        raise
+                    yield where, line, _object(where, found)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise unreadable(path, error) from None
 
@@ -135,9 +141,42 @@ def _array(name: str, data: bytes) -> Iterator[tuple[str, bytes, Record]]:
         yield where, json.dumps(one).encode(), _object(where, one)
 
 
+def _refuse_spread(name: str, number: int, rest: bytes) -> None:
+    """`Refused` for an object that does not end in its line, as of a file that was printed for reading."""
+    if not rest.startswith(b"{"):
+        return
+    try:
+        _, end = json.JSONDecoder().raw_decode(text := rest.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return
+    if "\n" in text[:end]:
+        raise Refused(
+            f"{name}: the JSON object that begins in line {number} goes over several lines, and a record is one line. "
+            "Type `jq -c . FILE > LINES`, and give what that writes."
+        )
+
+
+class _Twice(ValueError):
+    """An object names one field twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names differ."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(next(name for name in names if names.count(name) > 1))
+    return found
+
+
 def parse(where: str, text: bytes) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
+    except _Twice as error:
+        raise Refused(
+            f"{where} names {str(error)!r} twice, and which of the two counts JSON does not say. Mend or remove the "
+            "line; nothing was started."
+        ) from None
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError):
             # Of a line the column alone: its own "line 1" is not the file's.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 
-from checkpointing.lease import Holder, pid_space
+from checkpointing import Holder, pid_space
 
 LAUNCHER = "EVERSHARD_LAUNCHER"
 LOOK_S = 1.0

@@ -70,7 +70,7 @@ class Preemption:
         import torch  # seconds, which a process that is warned while it starts does not have
         import torch.distributed as dist
 
-        from checkpointing.collective import Team
+        from checkpointing import Team
 
         noted = torch.tensor([self.signum], dtype=torch.int32)
         if dist.is_initialized():

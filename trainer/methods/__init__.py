@@ -7,7 +7,7 @@ from importlib import import_module
 
 from torch import nn
 
-from checkpointing.collective import Team
+from checkpointing import Team
 from trainer.methods.method import Method
 from trainer.models import build_model
 from trainer.options.config import Config

@@ -28,8 +28,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from checkpointing import CheckpointError, parameter_names
-from checkpointing.export import copy_description, leads_out
+from checkpointing import CheckpointError, copy_description, leads_out, parameter_names
 from checkpointing.printing import printable_output
 from checkpointing.small_files import read_text
 from trainer.errors import Refused

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from checkpointing import External, Piece, external_of, parameter_names
-from checkpointing.collective import Team
+from checkpointing import External, Piece, Team, external_of, parameter_names
 from trainer.methods.method import Method
 from trainer.options.model import HuggingFace
 

@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from checkpointing import Piece, Slice, parameter_names
-from checkpointing.format import Manifest
+from checkpointing import Manifest, Piece, Slice, parameter_names
 from trainer.errors import Refused
 from trainer.methods.deltas import Delta, difference
 from trainer.methods.selection.choosing import Ranks

@@ -10,12 +10,21 @@ import torch
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from checkpointing import CheckpointError, NotFoundError, Piece, describe, external_of, find, parameter_names
-from checkpointing.format import Manifest
-from checkpointing.generations import read_index, read_manifest
-from checkpointing.place import CHECKPOINTS
-from checkpointing.reader import GenerationReader
-from checkpointing.tensors import DTYPES
+from checkpointing import (
+    CHECKPOINTS,
+    DTYPES,
+    CheckpointError,
+    GenerationReader,
+    Manifest,
+    NotFoundError,
+    Piece,
+    describe,
+    external_of,
+    find,
+    parameter_names,
+    read_index,
+    read_manifest,
+)
 from trainer.errors import Refused
 from trainer.identity import came_from, recorded
 from trainer.methods import build, method_of

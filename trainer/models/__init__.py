@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import is_flash_attn_2_available
 
-from checkpointing.collective import Team
+from checkpointing import Team
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import Refused
 from trainer.models import huggingface, tiny_llama

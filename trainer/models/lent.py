@@ -18,8 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from checkpointing.collective import Team
-from checkpointing.lease import pid_space
+from checkpointing import Team, pid_space
 
 logger = logging.getLogger(__name__)
 

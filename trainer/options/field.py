@@ -40,5 +40,7 @@ def is_free_field(owner: type, name: str) -> bool:
 
 def refuse_unprintable(key: str, name: str) -> None:
     """Refuse a name that would be more than a name in a job's script, a log or a terminal."""
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise Refused(f"{key}={name!r} cannot be read as text under this locale. Put LC_ALL=C.UTF-8 in front.")
     if not name.isprintable():
         raise Refused(f"{key}={name!r} holds a line break or a control character. Type {key}=NAME without it.")

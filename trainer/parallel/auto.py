@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,14 +31,13 @@ def choose(
     config: Config,
     of: Footprint,
     cluster: Cluster,
-    splittable: Callable[[int], bool],
-    stageable: Callable[[int], bool],
+    possible: Callable[[Topology], bool],
     suitable: Callable[[Topology], bool] = lambda _: True,
 ) -> tuple[Config, list[str]]:
     """The configuration with the first layout that fits, and why it was taken. `Refused` if none does.
 
-    `splittable` tells whether the model can be tensor-parallel over so many ranks, `stageable` whether it can be dealt
-    to so many in a pipeline, and `suitable` whether the optimizer accepts these degrees.
+    `possible` tells whether the model can be taken apart by these degrees, and `suitable` whether the optimizer accepts
+    them.
     """
     if not of.known:
         raise Refused(
@@ -47,7 +46,7 @@ def choose(
         )
     usable, best = int(USABLE * cluster.budget), 0
     tried: list[tuple[str, int]] = []
-    for topology, checkpointing in layouts(cluster, splittable, stageable):
+    for topology, checkpointing in layouts(cluster, possible):
         if not suitable(topology):
             continue
         chosen = with_layout(config, topology, checkpointing)
@@ -71,9 +70,7 @@ def choose(
     )
 
 
-def layouts(
-    cluster: Cluster, splittable: Callable[[int], bool], stageable: Callable[[int], bool]
-) -> Iterator[tuple[Topology, bool]]:
+def layouts(cluster: Cluster, possible: Callable[[Topology], bool]) -> Iterator[tuple[Topology, bool]]:
     """Layouts from the fastest to the thriftiest, each with or without activation checkpointing.
 
     Whole copies; shards within a machine, which gather over its fast links, then across machines; layers computed
@@ -85,10 +82,10 @@ def layouts(
     for shard in shards:
         yield Topology(dp_replicate=size // shard, dp_shard=shard), False
     yield Topology(dp_shard=size), True
-    tensor = [n for n in within if n > 1 and splittable(n)]
+    tensor = [n for n in within if n > 1 and possible(Topology(tp=n))]
     for tp in tensor:
         yield Topology(dp_shard=size // tp, tp=tp), True
-    for pp in (n for n in across if n > 1 and stageable(n)):
+    for pp in (n for n in across if n > 1 and possible(Topology(pp=n))):
         for tp in [1, *(n for n in tensor if size % (n * pp) == 0)]:
             yield Topology(dp_shard=size // (pp * tp), tp=tp, pp=pp), True
 
@@ -96,10 +93,7 @@ def layouts(
 def with_layout(config: Config, topology: Topology, checkpointing: bool) -> Config:
     parallel = replace(
         config.parallel,
-        dp_replicate=topology.dp_replicate,
-        dp_shard=topology.dp_shard,
-        tp=topology.tp,
-        pp=topology.pp,
+        **asdict(topology),
         activation_checkpointing=checkpointing or config.parallel.activation_checkpointing,
     )
     return replace(config, parallel=parallel)

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from checkpointing import Piece, Slice, parameter_names
-from checkpointing.layouts.zero import describe_zero, held_in_partition, publish_zero
+from checkpointing import Piece, Slice, describe_zero, held_in_partition, parameter_names, publish_zero
 from trainer.data.dataset import Batch
 from trainer.models import blocks
 from trainer.options.config import Config

@@ -13,7 +13,7 @@ from typing import Any
 from trainer.errors import Refused
 from trainer.options.config import Config
 from trainer.options.optimizer import Implementation
-from trainer.plan import Topology
+from trainer.plan import TAKING_APART, Topology
 
 BUCKET = 500_000_000  # elements reduced at a time, at most: DeepSpeed's default, allocated however small the model is
 
@@ -50,7 +50,7 @@ UNSUPPORTED = (
 
 def check_deepspeed(config: Config, topology: Topology) -> None:
     """`Refused` for degrees that DeepSpeed's engine does not have, and a JSON that contradicts the configuration."""
-    for key in ("tp", "pp", "dp_shard"):
+    for key in TAKING_APART:
         if (degree := getattr(topology, key)) > 1:
             raise Refused(
                 f"parallel.{key}={degree}: DeepSpeed's engine shards over all processes, by parallel.zero_stage. "

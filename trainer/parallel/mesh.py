@@ -8,9 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from trainer.plan import Topology
-
-AXES = ("pp", "dp_replicate", "dp_shard", "tp")  # tensor-parallel ranks are neighbours: they talk most
+from trainer.plan import AXES, Topology
 
 
 @dataclass(frozen=True)

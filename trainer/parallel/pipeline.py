@@ -7,7 +7,7 @@ masks and position embeddings are what they are in the whole model. Scheduling i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,14 +83,6 @@ def check_stages(model: nn.Module, size: int, schedule: PipelineSchedule) -> Non
                 f"parallel.pp={size} leaves process {at} of a pipeline without anything to train. Name layers of all "
                 "stages in method.target_modules, or type parallel.pp=1."
             )
-
-
-def is_stageable(model: nn.Module, size: int, schedule: PipelineSchedule) -> bool:
-    try:
-        check_stages(model, size, schedule)
-    except Refused:
-        return False
-    return True
 
 
 def _dealt(num_layers: int, num_stages: int, index: int) -> range:
@@ -303,14 +295,14 @@ class Pipeline:
         dist.broadcast(found, group=self.group, group_src=(self.num_stages - 1) % self.size)
         return found
 
-    def add_up_tied(self, gradients: dict[str, torch.Tensor]) -> str | None:
+    def finish(self, gradients: dict[str, torch.Tensor]) -> Collection[str]:
         """Give both stages that hold a tied tensor its whole gradient; the name of the copy that does not count."""
         ends = (0, (self.num_stages - 1) % self.size)
         if not self.tied or ends[0] == ends[1] or self.at not in ends:
-            return None
+            return ()
         name = next((name for name in self.tied if name in gradients), None)
         if name is None:  # frozen
-            return None
+            return ()
         mine = gradients[name]
         local = mine.to_local() if isinstance(mine, DTensor) else mine
         other = torch.empty_like(local)
@@ -322,7 +314,7 @@ class Pipeline:
             else:
                 dist.recv(other, group=self.group, group_src=peer)
         local.add_(other)
-        return None if first else name
+        return () if first else (name,)
 
     def reshard(self) -> None:
         """Leave FSDP2's parameters as shards: its roots are the stages, which the model does not know of."""
@@ -330,7 +322,7 @@ class Pipeline:
             if isinstance(stage, FSDPModule):
                 stage.reshard()
 
-    def under_all_names(self, pieces: Sequence[Piece]) -> list[Piece]:
+    def described(self, pieces: Sequence[Piece]) -> list[Piece]:
         """A tied tensor is described by both of its names on both stages that hold it."""
         found = list(pieces)
         for piece in pieces:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from checkpointing.geometry import Interval
+from checkpointing import Interval
 from trainer.errors import Refused
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -19,8 +19,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from checkpointing import Held, Piece, parameter_names, pieces_of
-from checkpointing.geometry import Interval
+from checkpointing import Held, Interval, Piece, parameter_names, pieces_of
 from trainer.errors import Refused
 from trainer.models import blocks
 from trainer.models.families import FAMILIES, INNER, KV, QKV, Family, Units
@@ -60,8 +59,9 @@ class Cuts:
     # Ranges in a fused tensor that several ranks hold, beside other ranges of different lengths: what shards it further
     # cuts them at other places on each rank.
     fused: dict[str, list[Interval]] = field(default_factory=dict)
+    holders: dist.ProcessGroup | None = None  # all ranks that hold parts of the same layers
 
-    def one_by_one(self, pieces: Sequence[Piece]) -> list[Piece]:
+    def described(self, pieces: Sequence[Piece]) -> list[Piece]:
         """Describe pieces of fused ranges row by row: only equal boxes may be held twice."""
         found: list[Piece] = []
         for piece in pieces:
@@ -90,11 +90,11 @@ class Cuts:
                 if not any(start <= piece.offset[dim] < start + length for start, length in self.copied[name]):
                     yield piece.tensor
 
-    def add_up(self, gradients: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> None:
-        """Give every rank the whole gradient of what it holds; `group` are all ranks that hold parts of the model."""
+    def finish(self, gradients: Mapping[str, torch.Tensor]) -> Collection[str]:
+        """Give every rank the whole gradient of what it holds; `counted` says whose norm is whose."""
         names = [name for name in gradients if name in self.summed]
         if not names:
-            return
+            return ()
         shapes = {name: self.held[name].shape if name in self.held else tuple(gradients[name].shape) for name in names}
         sizes = [prod(shapes[name]) for name in names]
         whole = torch.zeros(sum(sizes), dtype=gradients[names[0]].dtype, device=gradients[names[0]].device)
@@ -104,9 +104,10 @@ class Cuts:
             for piece in pieces_of(name, gradients[name], self.held.get(name)):
                 parts.append((target[piece.box.slices((0,) * target.dim())], piece))
                 parts[-1][0].add_(piece.tensor)
-        dist.all_reduce(whole, group=group)
+        dist.all_reduce(whole, group=self.holders)
         for part, piece in parts:
             piece.tensor.copy_(part)
+        return ()
 
 
 def check_splittable(model: Any, size: int) -> None:
@@ -146,13 +147,15 @@ def _share(settings: Any, size: int, at: int) -> Share:
     return share_of(heads, kv_heads, int(head_size), size, at)
 
 
-def cut(model: Any, group: dist.ProcessGroup) -> Cuts:
+def cut(model: Any, group: dist.ProcessGroup, holders: dist.ProcessGroup | None) -> Cuts:
     """Leave this rank's share of a model, which computes together with the others' what the whole one did.
 
-    Collective; `check_splittable` has accepted the model.
+    `holders` are the ranks of `group` and those that shard what it holds further. Collective; `check_splittable` has
+    accepted the model.
     """
     cutter = _Cutter(model, group, dist.get_world_size(group), dist.get_rank(group))
     cutter.cut()
+    cutter.cuts.holders = holders
     return cutter.cuts
 
 

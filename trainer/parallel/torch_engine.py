@@ -6,7 +6,6 @@ pipeline's stages are cut out, layers are checkpointed, and what is left is shar
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
@@ -16,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,12 +23,14 @@ from trainer.data.dataset import Batch
 from trainer.errors import Refused
 from trainer.models import blocks
 from trainer.options.config import Config
+from trainer.parallel.axes import TakenApart, refuse_layout
 from trainer.parallel.compiling import Compiled
 from trainer.parallel.computing import LOW, Draws, MakeOptimizer, logits_of, parts_of, set_lr, summed_loss
+from trainer.parallel.data import distribute
 from trainer.parallel.mesh import Mesh
-from trainer.parallel.pipeline import Pipeline, Shape, Stage, check_stages, inside
+from trainer.parallel.pipeline import Pipeline, Shape
 from trainer.parallel.reducing import make_reducer
-from trainer.parallel.tensor import Cuts, check_splittable, cut
+from trainer.parallel.tensor import Cuts, cut
 from trainer.parallel.world import World
 from trainer.plan import Topology
 
@@ -55,21 +55,20 @@ class TorchEngine:
         self._local_batch = config.parallel.local_batch
         self._clip = config.optimizer.clip
         self._low = self.low = LOW.get(config.precision.compute)
-        if topology.tp > 1:
-            check_splittable(model, topology.tp)
-        if topology.pp > 1:
-            check_stages(model, topology.pp, config.parallel.pp_schedule)
+        refuse_layout(model, topology, config)
         whole = next_token(model) if topology.tp * topology.pp > 1 else None
         order = {block: number for number, block in enumerate(blocks(model))}
-        self._cuts = Cuts()
+        self._cuts, self._taken_apart = Cuts(), list[TakenApart]()
         if (tensor_group := self._mesh.group("tp")) is not None:
-            self._cuts = cut(model, tensor_group)
+            self._cuts = cut(model, tensor_group, self._mesh.group("dp_shard", "tp"))
+            self._taken_apart.append(self._cuts)
         self._pipeline: Pipeline | None = None
         if (stages_group := self._mesh.group("pp")) is not None:
             shape = Shape(self._local_batch or config.train.micro_batch, config.train.seq_len)
             schedule = config.parallel.pp_schedule
             self._pipeline = Pipeline(model, stages_group, schedule, shape, device, low=self._low)
             model = self._pipeline.model
+            self._taken_apart.append(self._pipeline)
         if config.parallel.activation_checkpointing:
             checkpoint_blocks(model)
         self._draws = Draws(model, {layer: order[unwrapped(layer)] for layer in blocks(model)})
@@ -113,12 +112,10 @@ class TorchEngine:
         named = {p: name for name, p in reversed(parameter_names(self._bare).items())}  # a tied one once
         gradients = {name: p.grad for p, name in named.items() if p.grad is not None}
         self._reducer.finish(gradients)
-        if (holders := self._mesh.group("dp_shard", "tp")) is not None:
-            self._cuts.add_up(gradients, holders)
-        copied = self._pipeline.add_up_tied(gradients) if self._pipeline is not None else None
+        copied = {name for part in self._taken_apart for name in part.finish(gradients)}
         # Reduced gradients are the mean over ranks; put right before the backward, fp16 would overflow sooner on many.
         factor: Any = self.data_size / (loss_scale or 1.0)
-        norm = self._norm({name: gradient for name, gradient in gradients.items() if name != copied}).mul(factor)
+        norm = self._norm({name: gradient for name, gradient in gradients.items() if name not in copied}).mul(factor)
         if loss_scale is None or norm.isfinite():
             if self._clip > 0:
                 factor = factor * (self._clip / (norm + 1e-6)).clamp(max=1.0)
@@ -157,8 +154,10 @@ class TorchEngine:
             self._pipeline.reshard()
         here = parameter_names(self._bare)
         held = {name: held for name, held in self._cuts.held.items() if name in here}
-        pieces = self._cuts.one_by_one(describe(self._bare, self._optimizer, logical=held))
-        return pieces if self._pipeline is None else self._pipeline.under_all_names(pieces)
+        pieces: Sequence[Piece] = describe(self._bare, self._optimizer, logical=held)
+        for part in self._taken_apart:
+            pieces = part.described(pieces)
+        return list(pieces)
 
     def publish(self) -> None:
         """Nothing here is derived from the pieces: masters are what computes."""
@@ -307,34 +306,3 @@ def checkpoint_blocks(model: nn.Module) -> None:
 def unwrapped(layer: nn.Module) -> nn.Module:
     inner: nn.Module = getattr(layer, "_checkpoint_wrapped_module", layer)
     return inner
-
-
-def distribute(model: nn.Module, mesh: Mesh, device: torch.device) -> nn.Module:
-    """The model as it is called for training, sharded or replicated over the data, on its device."""
-    topology = mesh.topology
-    if topology.dp_shard > 1:
-        assert mesh.whole is not None
-        data = mesh.whole["dp_replicate", "dp_shard"] if topology.dp_replicate > 1 else mesh.whole["dp_shard"]
-        # Each block moves to the device as it is sharded, so that the device never holds the whole model.
-        for block in blocks(model):
-            fully_shard(block, mesh=data)
-        # The root is the model inside peft's wrapper, past which evaluation calls it; a stage is one by itself.
-        root = model if isinstance(model, Stage) else inside(model)
-        assert len(list(root.parameters())) == len(list(model.parameters())), "a wrapper has parameters of its own"
-        fully_shard(root, mesh=data)
-        return model
-    model = model.to(device)
-    if topology.dp_replicate > 1:
-        # Buffers of causal language models are constants. torch 2.13 renamed the option that leaves them alone.
-        option = "broadcast_buffers"
-        if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
-            option = "forward_sync_buffers"
-        leave_buffers: dict[str, Any] = {option: False}
-        return DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            process_group=mesh.group("dp_replicate"),
-            gradient_as_bucket_view=True,
-            **leave_buffers,
-        )
-    return model

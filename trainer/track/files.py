@@ -17,8 +17,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from checkpointing import is_path
 from checkpointing.small_files import open_file, replace_file, sync_directory
-from checkpointing.stores import is_path
 
 logger = logging.getLogger(__name__)
 

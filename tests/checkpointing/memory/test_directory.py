@@ -60,7 +60,7 @@ def test_one_keeper_at_a_time(tmp_path: Path) -> None:
 def test_removing_leaves_nothing_and_may_be_done_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for parent, is_ours in ((tmp_path / "ours", True), (tmp_path / "chosen", False)):
         if is_ours:
-            monkeypatch.setattr(directory, "DEFAULT", parent)
+            monkeypatch.setattr(directory, "DEFAULT_MEMORY", parent)
         for name in ("run", "other"):
             make_directory(parent / name)
         remove(parent / "run")

@@ -69,6 +69,13 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "an array that is cut": (json.dumps(RECORDS, indent=2).encode()[:-4], r"is not JSON: .*line \d+, column"),
     "an array of texts": (b'["a", "b"]', "record 1 is a text, not an object"),
     "an array, and more": (b"[{}] {}", "is not JSON: Extra data"),
+    "printed for reading": (json.dumps(RECORDS[0], indent=1).encode(), r"begins in line 1 goes over several .*jq -c"),
+    "the second one is": (LINES + json.dumps(RECORDS[0], indent=1).encode(), r"begins in line \d+ goes over several"),
+    "a field twice": (b'{"text": "a", "text": "b"}\n', "line 1 names 'text' twice"),
+    "a field twice inside": (b'{"a": [{"digits": 1, "digits": 1}]}\n', "line 1 names 'digits' twice"),
+    "a field twice in an array": (b'[{"text": "a", "text": "a"}]', "names 'text' twice"),
+    "a line that is cut": (b'{"text": "a"\n{"text": "b"}\n', "line 1 is not JSON"),
+    "an object that has no end": (b'{"text": "a",\n"b": {', "line 1 is not JSON"),
 }
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from trainer.errors import Refused
-from trainer.options.field import free, is_free_field, option, refuse_unprintable
+from trainer.options.field import free, is_bound_field, is_free_field, option, refuse_unprintable
+from trainer.options.parallel import Parallel
 
 
 @dataclass
@@ -25,7 +26,12 @@ def test_a_free_option_says_so_and_has_its_default() -> None:
     assert told == ["words", "rate", "path"]
 
 
-def test_a_name_that_is_more_than_a_name_is_refused() -> None:
+@pytest.mark.parametrize(("name", "why"), [("a\nb", "holds a line break"), ("\udcc3\udcbc", "under this locale")])
+def test_a_name_that_is_more_than_a_name_is_refused(name: str, why: str) -> None:
     refuse_unprintable("run.name", "größe 1")
-    with pytest.raises(Refused, match=r"run\.name='a\\nb' holds a line break"):
-        refuse_unprintable("run.name", "a\nb")
+    with pytest.raises(Refused, match=why):
+        refuse_unprintable("run.name", name)
+
+
+def test_of_a_free_group_an_option_may_be_bound() -> None:
+    assert is_bound_field(Parallel, "reducer") and not is_bound_field(Parallel, "tp")

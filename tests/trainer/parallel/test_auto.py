@@ -81,9 +81,9 @@ def test_known_models_on_known_machines(
     cluster = Cluster(size, local, memory * 10**9)
     if expected is None:
         with pytest.raises(Refused, match=r"parallel=auto finds no layout .* Start \d+ processes, or type method=lora"):
-            choose(config, of, cluster, lambda tp: tp <= 8, lambda pp: pp <= len(of.layers))
+            choose(config, of, cluster, lambda t: t.tp <= 8 and t.pp <= len(of.layers))
         return
-    chosen, lines = choose(config, of, cluster, lambda tp: tp <= 8, lambda pp: pp <= len(of.layers))
+    chosen, lines = choose(config, of, cluster, lambda t: t.tp <= 8 and t.pp <= len(of.layers))
     topology = resolve_topology(chosen.parallel, size)
     assert {key: degree for key, degree in asdict(topology).items() if degree > 1} == expected
     need = plan_memory(chosen, of, topology, plan_batch(chosen, topology.data_size).rounds).total
@@ -94,7 +94,7 @@ def test_known_models_on_known_machines(
 
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 12))
 def test_every_layout_that_is_tried_fills_the_world(size: int, local: int, num_layers: int) -> None:
-    tried = list(layouts(Cluster(size, local, 0), lambda tp: tp <= 4, lambda pp: pp <= num_layers))
+    tried = list(layouts(Cluster(size, local, 0), lambda t: t.tp <= 4 and t.pp <= num_layers))
     assert all(topology.size == size and topology.tp <= min(4, local) for topology, _ in tried)
     assert all(topology.pp <= num_layers for topology, _ in tried)
     assert len(set(tried)) == len(tried) and tried[0][0].dp_replicate == size
@@ -107,11 +107,11 @@ def test_what_cannot_be_told_beforehand_is_not_taken_for_nothing() -> None:
     of = footprint(config, model)
     assert not of.known
     with pytest.raises(Refused, match=r"cannot be told beforehand\. Type the layout instead"):
-        choose(config, of, Cluster(8, 8, 10**12), lambda _: True, lambda _: True)
+        choose(config, of, Cluster(8, 8, 10**12), lambda _: True)
 
 
 def test_what_cannot_be_split_is_not_tried() -> None:
-    assert all(topology.tp == 1 for topology, _ in layouts(Cluster(8, 8, 0), lambda _: False, lambda _: True))
+    assert all(topology.tp == 1 for topology, _ in layouts(Cluster(8, 8, 0), lambda t: t.tp == 1))
     model = build(compose(["model.num_heads=4", "model.num_kv_heads=2"]), "meta")
     assert [is_splittable(model, size) for size in (1, 2, 4, 5)] == [True, True, True, False]
 
@@ -119,10 +119,10 @@ def test_what_cannot_be_split_is_not_tried() -> None:
 def test_a_layout_that_the_optimizer_refuses_is_not_taken() -> None:
     config, of = model_of("1B", "full")
     cluster = Cluster(8, 8, 80 * 10**9)
-    chosen, _ = choose(config, of, cluster, lambda _: False, lambda _: False, lambda topology: topology.dp_shard == 4)
+    chosen, _ = choose(config, of, cluster, lambda _: False, lambda topology: topology.dp_shard == 4)
     assert (chosen.parallel.dp_replicate, chosen.parallel.dp_shard) == (2, 4)
     with pytest.raises(Refused, match=r"no layout of 8 .* that this optimizer accepts\. Type optimizer=adamw"):
-        choose(config, of, cluster, lambda _: False, lambda _: False, lambda _: False)
+        choose(config, of, cluster, lambda _: False, lambda _: False)
 
 
 def test_memory_is_shared_by_the_processes_of_a_machine() -> None:

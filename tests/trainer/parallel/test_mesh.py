@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.harness.worlds import SharedWorld
-from trainer.parallel.mesh import AXES, Mesh
-from trainer.plan import Topology
+from trainer.parallel.mesh import Mesh
+from trainer.plan import AXES, Topology
 
 DEGREES = st.tuples(*(st.integers(1, 3) for _ in AXES))
 

@@ -63,7 +63,7 @@ def test_adapters_are_split_with_the_layers_they_adapt(directory: Path, world: S
 def train_wrongly(overrides: list[str], what: str) -> dict:
     """With one part of the mechanism broken."""
     if what == "gradients of what all ranks share are not added up":
-        tensor.Cuts.add_up = lambda *_: None  # type: ignore[method-assign,assignment]
+        tensor.Cuts.finish = lambda *_: ()  # type: ignore[method-assign,assignment]
     elif what == "every rank counts its copy in the norm":
         tensor.Cuts.counted = lambda _, name, gradient, first: iter([gradient])  # type: ignore[method-assign,assignment]
     return train_steps(overrides, 3)
@@ -80,11 +80,11 @@ def test_the_comparison_sees_what_is_broken(directory: Path, what: str, world: S
 
 
 def restored(overrides: list[str], what: str) -> dict:
-    before = tensor.Cuts.add_up, tensor.Cuts.counted
+    before = tensor.Cuts.finish, tensor.Cuts.counted
     try:
         return train_wrongly(overrides, what)
     finally:
-        tensor.Cuts.add_up, tensor.Cuts.counted = before  # type: ignore[method-assign]
+        tensor.Cuts.finish, tensor.Cuts.counted = before  # type: ignore[method-assign]
 
 
 def built(directory: Path, name: str, *more: str) -> torch.nn.Module:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from checkpointing import Manifest
 from checkpointing.errors import first_few
-from checkpointing.format import Manifest
 from trainer.elastic.randomness import reseed
 from trainer.errors import Refused
 from trainer.methods.method import Sizes

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from checkpointing import Held
-from checkpointing.geometry import Interval
+from checkpointing import Held, Interval
 from trainer.methods.entries import Entries, index_dtype
 from trainer.methods.sparse.places import short
 from trainer.options.method import Granularity, Reselection

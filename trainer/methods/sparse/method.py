@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from checkpointing import Piece
-from checkpointing.format import Manifest
+from checkpointing import Manifest, Piece
 from trainer.elastic.randomness import derive
 from trainer.errors import TrainingFailed
 from trainer.methods.deltas import Applied, Delta, LowRank
