@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from checkpointing.format import COMMIT, Manifest
 from checkpointing.generations import Generation, look, scan
 from checkpointing.lease import held_generations
 from checkpointing.storage import Storage
+from checkpointing.stores import open_storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +43,13 @@ class Keep:
         return self.metric in manifest.metrics
 
 
-def prune(storage: Storage, keep: Keep) -> list[str]:
+def prune(directory: str | os.PathLike[str] | Storage, keep: Keep) -> list[str]:
     """Delete sound generations but those that stay and those being read; returns the names deleted.
 
     For one process at a time. Abandoned generations go once `keep.last` others are there; damaged ones do not count,
     and stay for a person to look at.
     """
+    storage = open_storage(directory)
     sound = [g for g in scan(storage, remembered=True) if g.sound]
     current = [g for g in sound if not g.abandoned]
     if not all(look(storage, g.name).sound for g in current[: keep.last]):  # that are counted on

@@ -21,7 +21,6 @@ from checkpointing import (
     SnapshotOutcome,
     Snapshotter,
     Team,
-    open_storage,
     prune,
     save,
 )
@@ -254,7 +253,7 @@ class Saver:
         try:
             self.leases.check()
             options = self.config.checkpoint
-            prune(open_storage(options.dir), Keep(options.keep, options.keep_every, options.keep_best))
+            prune(options.dir, Keep(options.keep, options.keep_every, options.keep_best))
         except LeaseHeldError:
             raise
         except (OSError, CheckpointError) as error:
