@@ -61,7 +61,16 @@ if TYPE_CHECKING:
     from checkpointing.retention import Keep, clear_leftovers, prune
     from checkpointing.saving import save
     from checkpointing.storage import FileStorage, Storage
-    from checkpointing.stores import MemoryStorage, add_store, is_path, module_of, open_storage, same_place
+    from checkpointing.stores import (
+        MemoryStorage,
+        add_store,
+        file_of,
+        is_path,
+        load_store,
+        module_of,
+        open_storage,
+        same_place,
+    )
     from checkpointing.tensors import DTYPES, external_of
 
 __all__ = [
@@ -115,12 +124,14 @@ __all__ = [
     "describe_zero",
     "ensure_keeper",
     "external_of",
+    "file_of",
     "find",
     "held_in_partition",
     "holder_of",
     "is_path",
     "leads_out",
     "load",
+    "load_store",
     "materialize",
     "module_of",
     "newest",
@@ -170,7 +181,7 @@ _NAMES = {
     "retention": "Keep clear_leftovers prune",
     "saving": "save",
     "storage": "FileStorage Storage",
-    "stores": "MemoryStorage add_store is_path module_of open_storage same_place",
+    "stores": "MemoryStorage add_store file_of is_path load_store module_of open_storage same_place",
     "tensors": "DTYPES external_of",
 }
 _MODULE = {name: module for module, names in _NAMES.items() for name in names.split()}

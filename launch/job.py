@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpointing import FileStorage, Generation, newest
+from checkpointing import Generation, load_store, newest, open_storage
 from launch.health import OPTIONS, reports
 from trainer.elastic.preemption import AGAIN
 from trainer.outcome import DIRECTORY, Outcome, read
@@ -86,7 +86,10 @@ class BatchJob:
         path.with_suffix(".new").replace(path)
 
     def newest(self) -> Generation | None:
-        return newest(FileStorage(Path(self.options["checkpoints"])))
+        options = self.options
+        if "store" in options:
+            load_store(Path(options["store"]))
+        return newest(open_storage(options["checkpoints"]))
 
     def step(self) -> int:
         """The newest committed one; 0 without any."""

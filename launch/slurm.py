@@ -172,12 +172,22 @@ def _told(call: Call) -> dict[str, Any]:
     options = call.config.launch
     assert isinstance(options, SlurmLaunch)
     return {
-        "checkpoints": str(Path(call.config.checkpoint.dir).absolute()),
+        **_checkpoints(call.config.checkpoint.dir),
         "max_requeues": options.max_requeues,
         "exclude": options.exclude,
         "health": options.health,
         "gpus": options.gpus,
     }
+
+
+def _checkpoints(place: str) -> dict[str, str]:
+    """Where the run's generations lie, as the job finds them from any directory."""
+    if "://" not in place:
+        return {"checkpoints": str(Path(place).absolute())}
+    from checkpointing import file_of
+
+    file = file_of(place)
+    return {"checkpoints": place, **({} if file is None else {"store": str(file)})}
 
 
 def run(call: Call, script: Script) -> int:
@@ -206,7 +216,8 @@ def hand_in(script: Script) -> str:
     ask("sbatch", "--version")
     home = _home(script.runs) / "launch"
     for call in script.runs:
-        refuse_links(Path(call.config.run.dir), Path(call.config.checkpoint.dir))
+        place = call.config.checkpoint.dir
+        refuse_links(Path(call.config.run.dir), Path(call.config.run.dir if "://" in place else place))
     for directory in dict.fromkeys([home, *(Path(call.config.run.dir).absolute() / "launch" for call in script.runs)]):
         _refuse_second(directory)
     path = home / "job.sbatch"

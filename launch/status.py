@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from checkpointing import CheckpointError, FileStorage, holder_of, newest
+from checkpointing import CheckpointError, FileStorage, holder_of, is_path, newest, open_storage
 from checkpointing.small_files import read_json, read_text
 from trainer.errors import Refused
 from trainer.track.files import read_lines
@@ -56,9 +56,10 @@ class Status:
         alive = holder_of(FileStorage(run / ".lease")) is not None
         last = ends[-1]["event"] if ends else ""
         words = {"finish": "finished", "preempt": "preempted", "failure": "failed"}
-        checkpoints, found = Path(str(_option(run, "checkpoint.dir") or "-")), None
+        place, found = str(_option(run, "checkpoint.dir") or "-"), None
         with contextlib.suppress(CheckpointError, OSError):
-            found = newest(FileStorage(checkpoints if checkpoints.is_dir() else run / "checkpoints"))
+            here = is_path(place) and not Path(place).is_dir()  # as of a run that was moved
+            found = newest(open_storage(run / "checkpoints" if here else place))
         evaluated = [loss for one in rows if (loss := _number(one, "eval_loss")) is not None]
         total = _option(run, "train.steps")
         return Status(

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from checkpointing import save
+from checkpointing import save, stores
 from launch.health import OPTIONS
 from launch.job import BatchJob, Decision, decide, in_vain
 from launch.job import main as job_main
+from launch.slurm import _checkpoints
 from tests.launch.test_scheduler import commands, says  # noqa: F401
 from trainer.outcome import DIRECTORY, Outcome, leave
 
@@ -164,3 +165,20 @@ def test_no_healthy_machine_at_all_excludes_none(run: Path) -> None:
 
 def test_a_decision_is_what_it_says() -> None:
     assert decide(Outcome(0, True), [], 0, 0) == Decision(False, 0, "finished")
+
+
+def test_checkpoints_in_a_store_are_found_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "STORES", dict(stores.STORES))
+    monkeypatch.setattr(stores, "_files", {})
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from checkpointing import FileStorage\n"
+        f"def STORE(rest):\n    return FileStorage({str(tmp_path / 'elsewhere')!r} + '/' + rest)\n"
+    )
+    save(tmp_path / "elsewhere" / "a", 7, [])
+    options = {"checkpoints": "mine://a", "store": str(file)}
+    assert BatchJob(tmp_path, {OPTIONS: json.dumps(options)}).step() == 7
+    assert _checkpoints("mine://a") == options  # as the launcher tells it, whose configuration has loaded the file
+    assert _checkpoints("memory://a") == {"checkpoints": "memory://a"}
+    monkeypatch.chdir(tmp_path)
+    assert _checkpoints("runs/x") == {"checkpoints": str(tmp_path / "runs" / "x")}
