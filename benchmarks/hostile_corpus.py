@@ -124,6 +124,17 @@ def _pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
+def _pipe_for_index(scene: Scene) -> None:
+    (scene.model / "model.safetensors").unlink()
+    _pipe(scene.model / "model.safetensors.index.json")
+
+
+def _linked_pipe(scene: Scene) -> None:
+    _pipe(scene.top / "elsewhere")
+    (scene.model / "tokenizer.json").unlink()
+    (scene.model / "tokenizer.json").symlink_to(scene.top / "elsewhere")
+
+
 def _sparse(path: Path) -> None:
     """A file of a terabyte, which takes no room."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -309,6 +320,9 @@ def models() -> list[Case]:
         Case("a header that is deep", lambda s: _header(s, (200_000).to_bytes(8, "little") + DEEP.encode()), USING),
         Case("an index of a file elsewhere", _index_outside, USING),
         Case("a pipe for the weights", lambda s: _pipe(s.model / "model.safetensors"), USING),
+        Case("a pipe for the index of weights", _pipe_for_index, USING),
+        Case("a pipe for a model's configuration", lambda s: _pipe(s.model / "config.json"), USING),
+        Case("a link to a pipe for a tokenizer", _linked_pipe, USING),
         Case("a model's configuration that is deep", lambda s: (s.model / "config.json").write_text(DEEP), USING),
         Case("a model of impossible sizes", _impossible, USING),
     ]

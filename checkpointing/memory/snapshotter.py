@@ -289,7 +289,10 @@ class Snapshotter:
         )
 
     def _weigh(self, states: Sequence[Sequence[Sequence[int]]], failed: Set[int] = frozenset()) -> None:
-        """Whether any node still writes, by what all know: none begins one that another leaves out."""
+        """Decide, from state that all ranks share, whether a durable write is still running.
+
+        So every node starts or skips the next one alike.
+        """
         failed = {*failed, *(serial for _, serials in states for serial in serials)}
         self._busy = any(set(serials) - failed for serials, _ in states)
         if self._first:

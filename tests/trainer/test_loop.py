@@ -18,7 +18,7 @@ from trainer.data.sources import load_corpus
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.errors import TrainingFailed
 from trainer.evaluation import Evaluation, evaluate
-from trainer.loop import due, optimize, train
+from trainer.loop import RunParts, due, optimize, train
 from trainer.options.config import Config
 from trainer.progress import LossScale, Progress
 from trainer.schedule import learning_rate
@@ -110,7 +110,7 @@ def test_what_a_step_asks_of_the_engine() -> None:
     config, feed, evaluation = configure("schedule.warmup_steps=3", "data.log_ids=true")
     engine, sinks = Recorder(), Sinks()
     done = Progress()
-    train(config, engine, feed, evaluation, sinks, sinks, done, Warned())  # type: ignore[arg-type]
+    train(RunParts(config, engine, feed, evaluation, sinks, sinks), done, Warned())  # type: ignore[arg-type]
     for step in range(1, 6):
         share, calls = feed.step(step), engine.calls[3 * step - 3 : 3 * step]
         assert all(call["weight"] == 1 / share.num_targets for call in calls)  # by the count of the global batch
@@ -135,25 +135,25 @@ def test_who_watches_is_told_of_each_step_before_it_and_ends_the_run_by_raising(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(config, engine, feed, evaluation, sinks, sinks, Progress(), Warned(), watch)  # type: ignore[arg-type]
+        train(RunParts(config, engine, feed, evaluation, sinks, sinks), Progress(), Warned(), watch)  # type: ignore[arg-type]
     assert seen == [(1, 0), (2, 1), (3, 2), (4, 3)] and len(engine.rates) == 3
 
 
 def test_going_on_asks_for_the_same_as_never_stopping() -> None:
     config, feed, evaluation = configure()
     whole, part = Recorder(), Recorder()
-    train(config, whole, feed, evaluation, *[Sinks()] * 2, Progress(), Warned())  # type: ignore[arg-type]
-    train(config, part, feed, evaluation, *[Sinks()] * 2, Progress(3, 100), Warned())  # type: ignore[arg-type]
+    train(RunParts(config, whole, feed, evaluation, *[Sinks()] * 2), Progress(), Warned())  # type: ignore[arg-type]
+    train(RunParts(config, part, feed, evaluation, *[Sinks()] * 2), Progress(3, 100), Warned())  # type: ignore[arg-type]
     assert part.calls == whole.calls[9:] and part.rates == whole.rates[3:]
     shifted = Recorder()
-    train(config, shifted, feed, evaluation, *[Sinks()] * 2, Progress(2, 100), Warned())  # type: ignore[arg-type]
+    train(RunParts(config, shifted, feed, evaluation, *[Sinks()] * 2), Progress(2, 100), Warned())  # type: ignore[arg-type]
     assert shifted.calls[:6] != part.calls  # the control: a cursor that is off by one is seen
 
 
 def test_lines_come_before_the_checkpoint_that_counts_them_and_say_what_it_cost() -> None:
     config, feed, evaluation = configure("checkpoint.every=2", "eval.every=3")
     sinks = Sinks()
-    train(config, Recorder(), feed, evaluation, sinks, sinks, Progress(), Warned())  # type: ignore[arg-type]
+    train(RunParts(config, Recorder(), feed, evaluation, sinks, sinks), Progress(), Warned())  # type: ignore[arg-type]
     assert sinks.told == [
         *[("settle", 0), ("row", 1), ("save", 1)],
         *[("settle", 0), ("row", 2), ("durable save", 2)],
@@ -183,7 +183,7 @@ def test_text_is_written_after_the_save(monkeypatch: pytest.MonkeyPatch) -> None
     evaluation.held_out = []
     evaluation.write = lambda: ("a", "b")
     sinks = Sinks()
-    train(config, Recorder(), feed, evaluation, sinks, sinks, Progress(), Warned())  # type: ignore[arg-type]
+    train(RunParts(config, Recorder(), feed, evaluation, sinks, sinks), Progress(), Warned())  # type: ignore[arg-type]
     shown = [(what, step) for what, step in sinks.told if what in ("ab", "save", "durable save")]
     assert shown[-1] == ("durable save", 5) and [s for what, s in shown if what == "ab"] == [
         2,
@@ -198,15 +198,15 @@ def test_it_ends_where_the_held_out_loss_does_not_get_better_and_stays_ended(mon
     losses = [3.0, 2.0, 2.5, 2.0, 1.0]
     monkeypatch.setattr("trainer.evaluation.evaluate", lambda *_: losses.pop(0))
     sinks, done = Judged(), Progress()
-    assert train(config, Recorder(), feed, evaluation, sinks, sinks, done, Warned())  # type: ignore[arg-type]
+    assert train(RunParts(config, Recorder(), feed, evaluation, sinks, sinks), done, Warned())  # type: ignore[arg-type]
     assert [one for one in sinks.told if "save" in one[0]] == [("save", 1), ("save", 2), ("save", 3), ("last save", 4)]
     assert (done.step, done.best_loss, done.since_best) == (4, 2.0, 2) and sinks.told[-1] == ("finish", 4)
     again = Judged()
     resumed = Progress.of(done.as_state(), scaled=False)
-    assert train(config, Recorder(), feed, evaluation, again, again, resumed, Warned())  # type: ignore[arg-type]
+    assert train(RunParts(config, Recorder(), feed, evaluation, again, again), resumed, Warned())  # type: ignore[arg-type]
     assert again.told == [("finish", 4)]
     config.eval.patience = 3  # more patience goes on, and finds a better one
-    assert not train(config, Recorder(), feed, evaluation, again, again, resumed, Warned(1))  # type: ignore[arg-type]
+    assert not train(RunParts(config, Recorder(), feed, evaluation, again, again), resumed, Warned(1))  # type: ignore[arg-type]
     assert resumed.step == 5 and resumed.best_loss == 1.0 and resumed.since_best == 0
 
 
@@ -215,17 +215,17 @@ def test_what_is_not_finite_is_neither_reported_nor_saved(norm: float) -> None:
     config, feed, evaluation = configure("checkpoint.every=1")
     sinks, done = Sinks(), Progress(2, 7)
     with pytest.raises(TrainingFailed, match=r"Step 3 gave .* Lower optimizer\.lr"):
-        train(config, Recorder(norm), feed, evaluation, sinks, sinks, done, Warned())  # type: ignore[arg-type]
+        train(RunParts(config, Recorder(norm), feed, evaluation, sinks, sinks), done, Warned())  # type: ignore[arg-type]
     config.data.log_ids = True
     with pytest.raises(TrainingFailed, match=rf"samples: \[{feed.step(3).sample_ids[0]}, "):
-        train(config, Recorder(norm), feed, evaluation, sinks, sinks, done, Warned())  # type: ignore[arg-type]
+        train(RunParts(config, Recorder(norm), feed, evaluation, sinks, sinks), done, Warned())  # type: ignore[arg-type]
     assert sinks.told == [] and (done.step, done.tokens) == (2, 7)
 
 
 def test_a_step_that_overflowed_under_a_loss_scale_is_reported_as_left_out() -> None:
     config, feed, evaluation = configure("precision=fp16")
     engine, sinks, done = Recorder(0.5, float("inf"), float("nan")), Sinks(), Progress(0, 0, LossScale(64.0))
-    train(config, engine, feed, evaluation, sinks, sinks, done, Warned())  # type: ignore[arg-type]
+    train(RunParts(config, engine, feed, evaluation, sinks, sinks), done, Warned())  # type: ignore[arg-type]
     assert engine.scales == [64.0, 64.0, 32.0, 16.0, 16.0]
     assert [row["loss_scale"] for row in sinks.rows] == engine.scales
     assert [row["grad_norm"] for row in sinks.rows] == [0.5, None, None, 0.5, 0.5]
@@ -238,7 +238,7 @@ def test_a_loss_scale_does_not_shrink_for_ever() -> None:
     config, feed, evaluation = configure("precision=fp16")
     sinks, done = Sinks(), Progress(0, 0, LossScale(2.0))
     with pytest.raises(TrainingFailed, match=r"Step 2 gave .* gradient norm of None"):
-        train(config, Recorder(*[float("inf")] * 5), feed, evaluation, sinks, sinks, done, Warned())  # type: ignore[arg-type]
+        train(RunParts(config, Recorder(*[float("inf")] * 5), feed, evaluation, sinks, sinks), done, Warned())  # type: ignore[arg-type]
 
 
 def test_the_held_out_loss_weighs_targets_and_not_samples() -> None:
@@ -265,17 +265,17 @@ def test_when_something_is_due() -> None:
 def test_a_warning_ends_the_run_after_the_step_that_is_under_way() -> None:
     config, feed, evaluation = configure("eval.every=0")
     sinks, done = Sinks(), Progress()
-    assert not train(config, Recorder(), feed, evaluation, sinks, sinks, done, Warned(2))  # type: ignore[arg-type]
+    assert not train(RunParts(config, Recorder(), feed, evaluation, sinks, sinks), done, Warned(2))  # type: ignore[arg-type]
     assert done.step == 2 and sinks.told[-2:] == [("save", 2), ("leave", 2)]
     # What it has just come from may lie in memory alone; the saver knows.
     sinks = Sinks()
-    assert not train(config, Recorder(), feed, evaluation, sinks, sinks, done, Warned(0))  # type: ignore[arg-type]
+    assert not train(RunParts(config, Recorder(), feed, evaluation, sinks, sinks), done, Warned(0))  # type: ignore[arg-type]
     assert sinks.told == [("leave", 2)]
     # Nothing has been done at all: there is nothing to save.
     sinks = Sinks()
-    assert not train(config, Recorder(), feed, evaluation, sinks, sinks, Progress(), Warned(0))  # type: ignore[arg-type]
+    assert not train(RunParts(config, Recorder(), feed, evaluation, sinks, sinks), Progress(), Warned(0))  # type: ignore[arg-type]
     assert sinks.told == []
-    assert train(config, Recorder(), feed, evaluation, *[Sinks()] * 2, done, Warned())  # type: ignore[arg-type]
+    assert train(RunParts(config, Recorder(), feed, evaluation, *[Sinks()] * 2), done, Warned())  # type: ignore[arg-type]
 
 
 def test_a_sample_that_several_ranks_compute_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,11 @@ def _check_files(config: HuggingFace) -> None:
         names = {path.name for path in local.iterdir()}
     except OSError as error:
         raise Refused(f"model.path={config.path} cannot be read: {error.strerror}. Make it readable.") from None
+    if odd := sorted(name for name in names if _is_no_file(local / name)):
+        raise Refused(
+            f"model.path={config.path} holds what is neither a file nor a directory, such as a pipe: {first_few(odd)}. "
+            "Take it away, or get the model anew."
+        )
     if pointers := sorted(name for name in names if _is_pointer(local / name)):
         raise Refused(
             f"model.path={config.path} holds pointers of Git LFS in place of files: {first_few(pointers)}. Type "
@@ -95,6 +100,14 @@ def _check_files(config: HuggingFace) -> None:
         )
 
     _check_weights(config.path, local, names)
+
+
+def _is_no_file(path: Path) -> bool:
+    """Whether something lies there, also behind a link, that reading might never come to an end of."""
+    try:
+        return path.exists() and not path.is_file() and not path.is_dir()
+    except OSError:
+        return False  # whoever reads it says why it cannot be
 
 
 def _check_weights(path: str, local: Path, names: set[str]) -> None:

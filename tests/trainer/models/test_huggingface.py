@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,21 @@ def test_code_that_comes_with_a_model_goes_on_with_it(tmp_path: Path) -> None:
 
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_pipe_in_a_models_directory_is_not_waited_for(tmp_path: Path, name: str, linked: bool) -> None:
+    save_tiny_model(tmp_path / "model")
+    path = tmp_path / "model" / name
+    path.unlink(missing_ok=True)
+    pipe = tmp_path / "pipe" if linked else path
+    os.mkfifo(pipe)
+    if linked:
+        path.symlink_to(pipe)
+    for load in (load_tokenizer, lambda c: build_model(c, seq_len=8, seed=0)):
+        with pytest.raises(Refused, match=f"neither a file nor a directory, such as a pipe: {name}"):
+            load(HuggingFace(path=str(tmp_path / "model")))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
