@@ -17,13 +17,13 @@ from trainer.data.order import steps_of
 from trainer.data.sources import Corpus, load_corpus, load_sets
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import Refused
-from trainer.exhausted import remedies
-from trainer.memory import footprint, plan_memory
+from trainer.footprint import footprint, plan_memory
 from trainer.methods import build, build_largest
 from trainer.models import check_packing, load_tokenizer
 from trainer.optimizers import optimizer_of, suits
 from trainer.optimizers.groups import lr_scales
 from trainer.options.config import Config
+from trainer.out_of_memory import remedies
 from trainer.parallel.auto import Cluster, choose, memory_of
 from trainer.parallel.axes import is_possible, refuse_layout
 from trainer.parallel.compiling import check_compiling

@@ -18,7 +18,7 @@ from trainer.elastic.preemption import Preemption
 from trainer.elastic.randomness import derive
 from trainer.errors import TrainingFailed
 from trainer.evaluation import Evaluation
-from trainer.memory import memory_used
+from trainer.footprint import memory_used
 from trainer.options.config import Config
 from trainer.profiling import Window
 from trainer.progress import LossScale, Progress

@@ -26,12 +26,12 @@ from trainer.data.templates import chosen_template
 from trainer.elastic.launcher import watching
 from trainer.elastic.preemption import AGAIN, Preemption, warnings_of
 from trainer.evaluation import Evaluation, TextWriter
-from trainer.exhausted import explained
 from trainer.job import Job, read, say_plan
 from trainer.loop import RunParts, train
 from trainer.models import architecture, leave_description
 from trainer.options.config import Config
 from trainer.options.precision import Compute
+from trainer.out_of_memory import explained
 from trainer.outcome import Outcome, has_failed, leave
 from trainer.parallel.engine import as_launched
 from trainer.parallel.world import World, pick_device, process_group

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from checkpointing.memory.client import Client
-from checkpointing.memory.durables import Durables
 from checkpointing.memory.messages import Message
+from checkpointing.memory.pending_writes import PendingWrites
 from checkpointing.memory.snapshot import Snapshot
 
 
@@ -19,7 +19,7 @@ class Conversation:
 
     def __init__(self, memory: Path, greeting: Message, *, starts: bool, keep_s: float) -> None:
         self.current: Snapshot | None = None
-        self.durables = Durables()
+        self.durables = PendingWrites()
         self.keeper_pid = 0
         self.known_layout = ""  # the digest of the layout that the keeper has been sent
         self._greeting = greeting

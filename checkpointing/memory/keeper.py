@@ -34,8 +34,9 @@ from checkpointing.memory.directory import (
     remove,
     write_keep_s,
 )
-from checkpointing.memory.flushing import Flusher, Task
+from checkpointing.memory.flush_queue import FlushQueue, Task
 from checkpointing.memory.messages import VERSION, Lines, Message, ProtocolError, encode, is_same_user, listen
+from checkpointing.memory.node_memory import NodeMemory
 from checkpointing.memory.protocol import (
     CancelFlush,
     CommitArena,
@@ -48,7 +49,6 @@ from checkpointing.memory.protocol import (
     StartAnew,
     TakeArena,
 )
-from checkpointing.memory.shelf import Shelf
 from checkpointing.stores import load_store, open_storage
 
 logger = logging.getLogger("keeper")
@@ -84,9 +84,9 @@ class Keeper:
         self._last_seen = time.monotonic()
         self._stopped = False
         self._wake = os.pipe()
-        self.flusher = Flusher(self._flushed)
-        self.shelf = Shelf(root, lambda: self.flusher.pinned)
-        self.shelf.adopt()
+        self.flush_queue = FlushQueue(self._flushed)
+        self.node_memory = NodeMemory(root, lambda: self.flush_queue.pinned)
+        self.node_memory.adopt()
 
     # Effects of the protocol.
 
@@ -102,12 +102,12 @@ class Keeper:
                 case StartAnew(session, everywhere):
                     self._start(session, everywhere)
                 case TakeArena(_, _, everywhere, arenas, files):
-                    self._carry_out(self.protocol.taken(effect, self.shelf.take(everywhere, arenas, files)))
+                    self._carry_out(self.protocol.taken(effect, self.node_memory.take(everywhere, arenas, files)))
                 case CommitArena():
                     self._carry_out(self._commit(effect))
                 case Flush(serial, generation, session):
                     assert session.durable is not None
-                    self.flusher.submit(
+                    self.flush_queue.submit(
                         Task(
                             serial,
                             generation,
@@ -119,7 +119,7 @@ class Keeper:
                         )
                     )
                 case CancelFlush(serial):
-                    self.flusher.cancel(serial)
+                    self.flush_queue.cancel(serial)
 
     def _start(self, session: Session, everywhere: int) -> None:
         self.keep_s = session.keep_s
@@ -128,12 +128,12 @@ class Keeper:
         write_keep_s(self.root, session.keep_s)
         (self.root / FINISHED).unlink(missing_ok=True)
         left_over = has_living_starts(self.root, session.name)
-        self.shelf.start(session.run_id, session.arenas, everywhere, anew=left_over)
+        self.node_memory.start(session.run_id, session.arenas, everywhere, anew=left_over)
 
     def _commit(self, commit: CommitArena) -> list[Effect]:
         try:
-            self.shelf.commit(commit.arena, commit.generation, commit.serial, commit.manifest, commit.files)
-            return self.protocol.committed(commit, self.shelf.nbytes, self.flusher.backlog)
+            self.node_memory.commit(commit.arena, commit.generation, commit.serial, commit.manifest, commit.files)
+            return self.protocol.committed(commit, self.node_memory.nbytes, self.flush_queue.backlog)
         except Exception as error:  # whatever it is, the ranks must hear of it
             return self.protocol.not_committed(commit.serial, error)
 
@@ -175,7 +175,7 @@ class Keeper:
                         self._read(selector, key.data)
         for connection in self._connections.values():
             connection.socket.close()
-        self.flusher.stop()
+        self.flush_queue.stop()
         for end in self._wake:
             os.close(end)
         if not self._stopped and self._is_there:
@@ -205,11 +205,11 @@ class Keeper:
         if self._connections:
             self._last_seen = time.monotonic()
             return False
-        if self._has_finished and not self.flusher.backlog:
+        if self._has_finished and not self.flush_queue.backlog:
             return True
-        if time.monotonic() - self._last_seen < (self.keep_s if self.shelf.kept else min(self.keep_s, EMPTY_S)):
+        if time.monotonic() - self._last_seen < (self.keep_s if self.node_memory.kept else min(self.keep_s, EMPTY_S)):
             return False
-        if self.shelf.held or has_living_starts(self.root):  # a trainer that has not said hello yet
+        if self.node_memory.held or has_living_starts(self.root):  # a trainer that has not said hello yet
             self._last_seen = time.monotonic()
             return False
         return True

@@ -26,10 +26,10 @@ from checkpointing.memory.allocation import Arenas, Node
 from checkpointing.memory.conversation import Conversation
 from checkpointing.memory.copying import SETTLE_S, Copier
 from checkpointing.memory.directory import FINISHED, KEEP_S, LOG, join_start, keeper_lock, make_directory, remove
-from checkpointing.memory.durables import Durable
 from checkpointing.memory.image import Image
 from checkpointing.memory.mapped import MappedStorage
 from checkpointing.memory.messages import VERSION
+from checkpointing.memory.pending_writes import Durable
 from checkpointing.memory.snapshot import Snapshot
 from checkpointing.plan import RankPlan
 from checkpointing.saving import agree_to_save, begin_save, check_save, versions

@@ -13,7 +13,7 @@ from tests.harness.runs import rows, train
 from tests.harness.worlds import SharedWorld
 from trainer.compose import compose
 from trainer.data.templates import CHATML
-from trainer.memory import footprint, plan_memory
+from trainer.footprint import footprint, plan_memory
 from trainer.methods import build_largest
 from trainer.options.launch import SlurmLaunch
 from trainer.plan import plan_batch, resolve_topology

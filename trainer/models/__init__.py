@@ -19,7 +19,7 @@ from checkpointing import Team
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import Refused
 from trainer.models import huggingface, tiny_llama
-from trainer.models.lent import read_once
+from trainer.models.shared_weights import read_once
 from trainer.options.model import Attention, HuggingFace, Model, TinyLlama
 
 

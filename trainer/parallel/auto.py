@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from trainer.errors import Refused
-from trainer.memory import Footprint, plan_memory
+from trainer.footprint import Footprint, plan_memory
 from trainer.options.config import Config
 from trainer.plan import Topology, plan_batch
 

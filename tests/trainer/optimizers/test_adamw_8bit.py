@@ -24,9 +24,9 @@ from tests.trainer.parallel.test_torch_engine import dataset
 from tests.trainer.parallel.zoo import save_model
 from trainer.compose import compose
 from trainer.errors import Refused
+from trainer.footprint import footprint, plan_memory
 from trainer.job import read
 from trainer.loop import optimize
-from trainer.memory import footprint, plan_memory
 from trainer.methods import build
 from trainer.methods.method import Method
 from trainer.optimizers.adamw_8bit import EightBitAdamW, check_blocks, cut_within, is_in_blocks

@@ -16,7 +16,7 @@ from tests.harness.runs import SMALL, train
 from tests.harness.worlds import SharedWorld
 from trainer.compose import compose
 from trainer.errors import Refused
-from trainer.memory import Footprint, footprint, plan_memory
+from trainer.footprint import Footprint, footprint, plan_memory
 from trainer.methods import build, method_of
 from trainer.options.config import Config
 from trainer.parallel.auto import USABLE, Cluster, choose, layouts, memory_of

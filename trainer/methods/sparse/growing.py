@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from trainer.methods.entries import index_dtype
-from trainer.methods.sparse.reselect import Candidates
-from trainer.methods.sparse.reselecting import is_due, to_replace
+from trainer.methods.sparse.reselecting_layers import is_due, to_replace
+from trainer.methods.sparse.reselection import Candidates
 from trainer.methods.sparse.trained import Trained
 from trainer.methods.sparse.watching import CandidateWatch, ChoiceWatch
 from trainer.options.config import Config

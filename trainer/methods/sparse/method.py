@@ -27,7 +27,7 @@ from trainer.methods.sparse.entry_optimizers import EntryAdamW, EntrySM3
 from trainer.methods.sparse.expected import expected_sizes, needs_of
 from trainer.methods.sparse.growing import look, watch
 from trainer.methods.sparse.layer import INDICES, ORIGINALS, VALUES, flat_entries
-from trainer.methods.sparse.reselecting import is_due, narrow, reselect, say_near
+from trainer.methods.sparse.reselecting_layers import is_due, narrow, reselect, say_near
 from trainer.methods.sparse.trained import Gathered, Known, State, Trained
 from trainer.methods.sparse.watching import Penalty
 from trainer.options.config import Config

@@ -16,7 +16,7 @@ from trainer.methods.sparse.attach import targets_of
 from trainer.methods.sparse.entry_optimizers import EntryAdamW, accumulators
 from trainer.methods.sparse.layer import VALUES, SparseLayer, sparse_layers
 from trainer.methods.sparse.places import EntryPlace, assemble, by_name, put_back
-from trainer.methods.sparse.reselect import Candidates, Moments
+from trainer.methods.sparse.reselection import Candidates, Moments
 from trainer.options.method import Granularity, Growth, Reselection, Sparse
 
 Gathered = dict[str, tuple[Entries, dict[str, torch.Tensor]]]  # by layer; moments by the optimizer's name for them

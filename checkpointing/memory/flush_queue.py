@@ -36,7 +36,7 @@ class Cancelled(Exception):
     """The generation that is being written is not wanted any more."""
 
 
-class Flusher:
+class FlushQueue:
     """`done` is called in this thread with each task and what came of it."""
 
     def __init__(self, done: Callable[[Task, dict[str, Any]], None]) -> None:

@@ -14,8 +14,8 @@ from tests.harness.peak import Peak
 from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.zoo import save_model
 from trainer.compose import compose
+from trainer.footprint import footprint, plan_memory
 from trainer.loop import optimize
-from trainer.memory import footprint, plan_memory
 from trainer.methods import build, build_largest, method_of
 from trainer.optimizers import make_optimizer
 from trainer.optimizers.groups import lr_scales

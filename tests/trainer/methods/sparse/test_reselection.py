@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.methods.entries import Entries
-from trainer.methods.sparse.reselect import Candidates, number_to_replace, regrow, renew
+from trainer.methods.sparse.reselection import Candidates, number_to_replace, regrow, renew
 
 SIZE = 40
 

@@ -11,7 +11,7 @@ from tests.harness.engines import start
 from tests.trainer.methods.conformance import base_model, overrides
 from trainer.compose import compose
 from trainer.methods.selection.scores import SCORES, Subject
-from trainer.methods.sparse.reselecting import is_due
+from trainer.methods.sparse.reselecting_layers import is_due
 from trainer.options.method import Sparse
 
 

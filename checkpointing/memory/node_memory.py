@@ -29,7 +29,7 @@ class Kept:
     serial: int
 
 
-class Shelf:
+class NodeMemory:
     """`flushed` names generations that are being written to the disk: like those being read they stay as they are."""
 
     def __init__(self, root: Path, flushed: Callable[[], set[str]]) -> None:

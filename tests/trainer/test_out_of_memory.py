@@ -7,7 +7,7 @@ import torch
 
 from trainer.compose import compose
 from trainer.errors import TrainingFailed
-from trainer.exhausted import explained, remedies
+from trainer.out_of_memory import explained, remedies
 
 CPU = torch.device("cpu")
 

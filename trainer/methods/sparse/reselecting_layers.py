@@ -13,7 +13,7 @@ from trainer.methods.selection.scores import Subject, scores_of, selection_key
 from trainer.methods.sparse.entry_optimizers import accumulators
 from trainer.methods.sparse.layer import SparseLayer
 from trainer.methods.sparse.places import EntryPlace, assemble
-from trainer.methods.sparse.reselect import Candidates, Moments, Renewed, number_to_replace, regrow, renew
+from trainer.methods.sparse.reselection import Candidates, Moments, Renewed, number_to_replace, regrow, renew
 from trainer.methods.sparse.trained import Gathered, Trained
 from trainer.options.config import Config
 from trainer.options.method import Growth, Reselection, Sparse

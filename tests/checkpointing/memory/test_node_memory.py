@@ -10,16 +10,16 @@ from checkpointing import DamagedError, save
 from checkpointing.format import ABANDONED, COMMIT, MANIFEST
 from checkpointing.generations import candidates, newest, read_manifest
 from checkpointing.lease import Hold
-from checkpointing.memory import shelf as module
+from checkpointing.memory import node_memory as module
 from checkpointing.memory.mapped import MappedStorage
-from checkpointing.memory.shelf import Shelf
+from checkpointing.memory.node_memory import NodeMemory
 from tests.checkpointing.memory.test_snapshotter import assert_equal, loaded, rows_of
 
 
-def shelf_of(root: Path, flushed: set[str] | None = None) -> Shelf:
-    shelf = Shelf(root, lambda: flushed or set())
-    shelf.adopt()
-    return shelf
+def memory_of(root: Path, flushed: set[str] | None = None) -> NodeMemory:
+    memory = NodeMemory(root, lambda: flushed or set())
+    memory.adopt()
+    return memory
 
 
 def put(root: Path, *steps: int, run_id: str = "r") -> list[str]:
@@ -31,35 +31,35 @@ def test_sound_generations_of_the_run_are_kept_and_the_rest_is_room(tmp_path: Pa
     (tmp_path / names[1] / COMMIT).unlink()
     (tmp_path / names[2] / ABANDONED).touch()
     (tmp_path / names[3] / "shard-00000.safetensors").write_bytes(b"short")
-    shelf = shelf_of(tmp_path)
-    assert [kept.name for kept in shelf.kept] == [names[4], names[0]]
-    assert shelf.free == [0, 1, 2] and not list(tmp_path.glob(f"arena-*/{MANIFEST}"))
-    shelf.start("r", 3, 0, anew=False)
-    assert [kept.name for kept in shelf.kept] == [names[4], names[0]] and len(shelf.free) == 1
-    assert list((tmp_path / f"arena-{shelf.free[0]}").iterdir())  # memory that is there already
-    shelf.start("another", 3, 0, anew=False)
-    assert not shelf.kept and len(shelf.free) == 3
+    memory = memory_of(tmp_path)
+    assert [kept.name for kept in memory.kept] == [names[4], names[0]]
+    assert memory.free == [0, 1, 2] and not list(tmp_path.glob(f"arena-*/{MANIFEST}"))
+    memory.start("r", 3, 0, anew=False)
+    assert [kept.name for kept in memory.kept] == [names[4], names[0]] and len(memory.free) == 1
+    assert list((tmp_path / f"arena-{memory.free[0]}").iterdir())  # memory that is there already
+    memory.start("another", 3, 0, anew=False)
+    assert not memory.kept and len(memory.free) == 3
 
 
 def test_files_that_somebody_may_still_write_into_are_left_to_him(tmp_path: Path) -> None:
     put(tmp_path, 1, 2, 3)
-    shelf = shelf_of(tmp_path)
-    shelf.start("r", 3, 0, anew=True)
-    assert shelf.free == [0] and not list((tmp_path / "arena-0").iterdir())
+    memory = memory_of(tmp_path)
+    memory.start("r", 3, 0, anew=True)
+    assert memory.free == [0] and not list((tmp_path / "arena-0").iterdir())
     assert candidates(MappedStorage(tmp_path))[0].sound
 
 
 def test_what_is_read_or_flushed_stays_as_it_is(tmp_path: Path) -> None:
     names, flushed = put(tmp_path, 1, 2, 3), set[str]()
-    shelf = shelf_of(tmp_path, flushed)
+    memory = memory_of(tmp_path, flushed)
     flushed.add(names[0])
-    shelf = Shelf(tmp_path, lambda: flushed)
-    shelf.adopt()
+    memory = NodeMemory(tmp_path, lambda: flushed)
+    memory.adopt()
     hold = Hold(MappedStorage(tmp_path), names[1], "read")
-    assert shelf.take(3, 3, ()) is None
+    assert memory.take(3, 3, ()) is None
     hold.release()
-    assert shelf.take(3, 3, ()) is not None
-    assert [kept.name for kept in shelf.kept] == [names[2], names[0]]
+    assert memory.take(3, 3, ()) is not None
+    assert [kept.name for kept in memory.kept] == [names[2], names[0]]
 
 
 @pytest.mark.parametrize("looks_again", [True, False], ids=["twice", "control: once"])
@@ -68,7 +68,7 @@ def test_a_reader_that_comes_at_the_worst_moment(
 ) -> None:
     """Its hold is there after the first look, and it has found COMMIT."""
     names = put(tmp_path, 1, 2, 3)
-    shelf = shelf_of(tmp_path)
+    memory = memory_of(tmp_path)
     looks = []
 
     def held(storage: object) -> set[str]:
@@ -76,7 +76,7 @@ def test_a_reader_that_comes_at_the_worst_moment(
         return {names[0]} if len(looks) % 2 == 0 and looks_again else set()
 
     monkeypatch.setattr(module, "held_generations", held)
-    assert shelf.take(3, 3, ()) is not None
+    assert memory.take(3, 3, ()) is not None
     assert ((tmp_path / names[0] / COMMIT).exists(), (tmp_path / names[1]).exists()) == (looks_again, not looks_again)
     if looks_again:
         read_manifest(MappedStorage(tmp_path), names[0])
@@ -85,24 +85,24 @@ def test_a_reader_that_comes_at_the_worst_moment(
 def test_the_last_one_that_all_nodes_have_is_never_written_over(tmp_path: Path) -> None:
     """However many newer ones this node commits and another does not."""
     names = put(tmp_path, 1)
-    shelf = shelf_of(tmp_path)
-    shelf.start("r", 3, 0, anew=False)
+    memory = memory_of(tmp_path)
+    memory.start("r", 3, 0, anew=False)
     for step in range(2, 9):
-        arena = shelf.take(0, 3, ())
+        arena = memory.take(0, 3, ())
         assert arena is not None
-        put_into(shelf, arena, step)
+        put_into(memory, arena, step)
         assert (tmp_path / names[0] / COMMIT).exists()
-        assert len(shelf.kept) <= 3
-    serial = shelf.kept[0].serial
-    arena = shelf.take(serial, 3, ())  # now all have this one
+        assert len(memory.kept) <= 3
+    serial = memory.kept[0].serial
+    arena = memory.take(serial, 3, ())  # now all have this one
     assert arena is not None
-    put_into(shelf, arena, 9)
+    put_into(memory, arena, 9)
     for step in (10, 11, 12):
-        arena = shelf.take(serial, 3, ())
+        arena = memory.take(serial, 3, ())
         assert arena is not None
-        put_into(shelf, arena, step)
+        put_into(memory, arena, step)
     assert not (tmp_path / names[0]).exists()
-    assert serial in [kept.serial for kept in shelf.kept]
+    assert serial in [kept.serial for kept in memory.kept]
 
 
 def test_a_keeper_that_is_started_anew_keeps_what_all_nodes_have(tmp_path: Path) -> None:
@@ -110,42 +110,42 @@ def test_a_keeper_that_is_started_anew_keeps_what_all_nodes_have(tmp_path: Path)
     root = tmp_path / "memory"
     names = put(root, 1, 2)
     serials = [read_manifest(MappedStorage(root), name).serial for name in names]
-    shelf = shelf_of(root)
-    shelf.start("r", 3, serials[0], anew=False)
+    memory = memory_of(root)
+    memory.start("r", 3, serials[0], anew=False)
     for step in (3, 4, 5):
-        arena = shelf.take(serials[0], 3, ())
+        arena = memory.take(serials[0], 3, ())
         assert arena is not None
-        put_into(shelf, arena, step)
+        put_into(memory, arena, step)
         assert (root / names[0] / COMMIT).exists()
 
 
-def put_into(shelf: Shelf, arena: str, step: int) -> None:
+def put_into(memory: NodeMemory, arena: str, step: int) -> None:
     """Commit what a save of that step would be."""
-    elsewhere = shelf.root.parent / "elsewhere"
+    elsewhere = memory.root.parent / "elsewhere"
     (name,) = put(elsewhere, step)
     manifest = read_manifest(MappedStorage(elsewhere), name)
-    for path in (shelf.root / arena).iterdir():
+    for path in (memory.root / arena).iterdir():
         path.unlink()
     for file in manifest.writers[0].files:
-        (shelf.root / arena / file).write_bytes((elsewhere / name / file).read_bytes())
+        (memory.root / arena / file).write_bytes((elsewhere / name / file).read_bytes())
     data = (elsewhere / name / MANIFEST).read_bytes()
-    shelf.commit(arena, name, 100 + step, data, manifest.writers[0].files)
+    memory.commit(arena, name, 100 + step, data, manifest.writers[0].files)
 
 
 def test_a_commit_that_fails_leaves_an_arena(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "memory"
     put(root, 1)
-    shelf = shelf_of(root)
-    arena = shelf.take(0, 3, ())
+    memory = memory_of(root)
+    arena = memory.take(0, 3, ())
     assert arena is not None
     with pytest.raises(FileNotFoundError):
-        shelf.commit(arena, "step-00000002-00000000", 2, b"", {"shard-00000.safetensors": 5})
+        memory.commit(arena, "step-00000002-00000000", 2, b"", {"shard-00000.safetensors": 5})
     (root / arena / "shard-00000.safetensors").write_bytes(b"four")
     with pytest.raises(DamagedError, match="has 4 bytes, and 5 were written"):
-        shelf.commit(arena, "step-00000002-00000000", 2, b"", {"shard-00000.safetensors": 5})
+        memory.commit(arena, "step-00000002-00000000", 2, b"", {"shard-00000.safetensors": 5})
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
         with pytest.raises(OSError, match="full"):
-            shelf.commit(arena, "step-00000002-00000000", 2, b"{}", {"shard-00000.safetensors": 4})
-    assert shelf.free and (found := newest(MappedStorage(root))) is not None and found.step == 1
+            memory.commit(arena, "step-00000002-00000000", 2, b"{}", {"shard-00000.safetensors": 4})
+    assert memory.free and (found := newest(MappedStorage(root))) is not None and found.step == 1
     assert_equal(loaded(root)[0], rows_of(0, 1, 1))

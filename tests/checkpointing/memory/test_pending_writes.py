@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 
-from checkpointing.memory.durables import Durable, Durables
+from checkpointing.memory.pending_writes import Durable, PendingWrites
 
 
 def test_what_became_of_each() -> None:
-    durables = Durables()
+    durables = PendingWrites()
     for serial in (1, 2, 3, 4):
         durables.expect(serial, 10 * serial)
     durables.fail(50, "busy")
@@ -26,7 +26,7 @@ def test_what_became_of_each() -> None:
 
 
 def test_waiting_ends_when_nothing_is_on_its_way() -> None:
-    durables = Durables()
+    durables = PendingWrites()
     assert durables.wait(0)
     durables.expect(1, 1)
     assert not durables.wait(0.01)

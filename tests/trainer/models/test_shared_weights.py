@@ -15,8 +15,8 @@ from checkpointing.collective import Team
 from tests.harness.models import save_tiny_model
 from tests.harness.worlds import SharedWorld
 from tests.trainer.parallel.zoo import MODELS, save_model
-from trainer.models import build_model, lent
-from trainer.models.lent import read_once
+from trainer.models import build_model, shared_weights
+from trainer.models.shared_weights import read_once
 from trainer.options.model import HuggingFace
 
 
@@ -44,18 +44,18 @@ def mapped_bytes(kind: str) -> int:
 
 def read_together(directory: str) -> dict[str, Any]:
     reads = []
-    original = lent.Lent.of
+    original = shared_weights.Lent.of
 
     def counted(model: nn.Module) -> Any:
         reads.append(1)
         return original(model)
 
-    lent.Lent.of = counted  # type: ignore[assignment]
+    shared_weights.Lent.of = counted  # type: ignore[assignment]
     try:
         config, team = HuggingFace(path=directory), Team()
         model = build_model(config, seq_len=8, seed=0, team=team)
     finally:
-        lent.Lent.of = original
+        shared_weights.Lent.of = original
     alone = build_model(config, seq_len=8, seed=0)
     tokens = torch.arange(6)[None]
     with torch.no_grad():
@@ -129,15 +129,15 @@ def odd(how: str) -> dict[str, Any]:
             model[0].tables = {"a": [torch.empty(3, device="meta")]}
         return model
 
-    told, of = lent.Lent.told, lent.Lent.of
+    told, of = shared_weights.Lent.told, shared_weights.Lent.of
     if how == "another process":
-        lent.Lent.told = lambda self: {**told(self), "file": 0}  # type: ignore[method-assign]
+        shared_weights.Lent.told = lambda self: {**told(self), "file": 0}  # type: ignore[method-assign]
     elif how == "no memory":
-        lent.Lent.of = lambda model: os.memfd_creat  # type: ignore[attr-defined,assignment]
+        shared_weights.Lent.of = lambda model: os.memfd_creat  # type: ignore[attr-defined,assignment]
     try:
         model = read_once(read, other, team)
     finally:
-        lent.Lent.told, lent.Lent.of = told, of  # type: ignore[method-assign]
+        shared_weights.Lent.told, shared_weights.Lent.of = told, of  # type: ignore[method-assign]
     return {"reads": len(reads), "same": same(held(model), held(small()))}
 
 
@@ -165,7 +165,7 @@ class Counting(Team):
 
 
 def slow(fails: bool) -> str:
-    team, before = Counting(), lent.TURN_S
+    team, before = Counting(), shared_weights.TURN_S
 
     def read() -> nn.Module:
         assert team.fifth.wait(60)
@@ -173,13 +173,13 @@ def slow(fails: bool) -> str:
             raise ValueError("the files are damaged")
         return small()
 
-    lent.TURN_S = 0.01
+    shared_weights.TURN_S = 0.01
     try:
         return str(same(held(read_once(read, skeleton, team)), held(small())))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        lent.TURN_S = before
+        shared_weights.TURN_S = before
 
 
 def test_a_read_may_take_longer_than_a_collective_and_fails_on_all(world: SharedWorld) -> None:
@@ -192,7 +192,7 @@ def test_a_read_may_take_longer_than_a_collective_and_fails_on_all(world: Shared
 
 def on_two_machines(fails: bool) -> tuple[int, str]:
     """As if ranks 0 and 2 were on one, and 1 and 3 on another."""
-    team, before, reads = Team(), lent.pid_space, []
+    team, before, reads = Team(), shared_weights.pid_space, []
 
     def read() -> nn.Module:
         reads.append(1)
@@ -200,13 +200,13 @@ def on_two_machines(fails: bool) -> tuple[int, str]:
             raise ValueError("the files are damaged")
         return small()
 
-    lent.pid_space = lambda: ("host", str(team.rank % 2), "")
+    shared_weights.pid_space = lambda: ("host", str(team.rank % 2), "")
     try:
         return len(reads), str(same(held(read_once(read, skeleton, team)), held(small())))
     except Exception as error:
         return len(reads), f"{type(error).__name__}: {error}"
     finally:
-        lent.pid_space = before
+        shared_weights.pid_space = before
 
 
 def test_one_process_of_each_machine_reads(world: SharedWorld) -> None:

@@ -19,7 +19,7 @@ class Durable:
     why: str = ""
 
 
-class Durables:
+class PendingWrites:
     """Durable writes that are pending on one rank, as its keeper tells them. Any thread may ask."""
 
     def __init__(self) -> None:
