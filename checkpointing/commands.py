@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ from checkpointing.place import Place
 from checkpointing.printing import unprinted
 from checkpointing.reader import GenerationReader
 from checkpointing.saving import save
-from checkpointing.storage import Storage
+from checkpointing.storage import FileStorage, Storage
 from checkpointing.stores import open_storage
 from checkpointing.tensors import DTYPES, scalar_from_hex
 from checkpointing.tree import human_bytes, render_boxes, render_tree
@@ -177,8 +176,15 @@ def _write_out(reader: GenerationReader, arguments: argparse.Namespace) -> int:
         return export_torch(reader, arguments.out, dtype=dtype)
     if arguments.to == "dcp":
         return export_dcp(reader, arguments.out, dtype=dtype)
-    beside = Path(str(reader.storage)).parent / "hf"  # a run leaves there what model it trains
-    return export_hugging_face(reader, arguments.out, arguments.config or beside, dtype=dtype)
+    description, storage = arguments.config, reader.storage
+    if description is None and isinstance(storage, FileStorage):
+        description = storage.root.parent / "hf"  # a run leaves there what model it trains
+    if description is None:
+        raise NotFoundError(
+            f"{storage} is in a store, and nothing beside it says what model this is. Type --config DIR, such as a "
+            "run's hf."
+        )
+    return export_hugging_face(reader, arguments.out, description, dtype=dtype)
 
 
 def take_in(arguments: argparse.Namespace) -> int:

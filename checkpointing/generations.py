@@ -14,6 +14,11 @@ from checkpointing.storage import FileStorage, Storage
 _NAME = re.compile(r"step-(\d{8,19})-[0-9a-f]{8}")
 
 
+def is_generation(name: str) -> bool:
+    """Whether a name is one that generations have."""
+    return _NAME.fullmatch(name) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
     """One directory of a generation as found: committed or not, sound or with what is wrong, abandoned or not.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpointing.errors import NotFoundError
-from checkpointing.generations import Generation, check_readable, scan
+from checkpointing.generations import Generation, check_readable, is_generation, scan
 from checkpointing.storage import FileStorage, Storage
 from checkpointing.stores import is_path, open_storage
 
@@ -34,15 +34,21 @@ class Place:
         return next((g for g in self.candidates if g.sound), None)
 
 
-def find(path: str | os.PathLike[str]) -> Place:
+def find(path: str | os.PathLike[str] | Storage) -> Place:
     """The generations of a run's directory, of a directory of generations, or of a generation's own; or of a store.
 
     Links are followed, and so `.` has a name. `NotFoundError` where there is no directory, or no generation in it.
     """
-    if not is_path(path):
-        if generations := scan(storage := open_storage(path)):
-            return Place(storage, generations, None)
-        raise NotFoundError(f"{storage} holds no generation")
+    if not isinstance(path, str | os.PathLike):
+        return _in_store(path)
+    text = os.fspath(path)
+    if text.startswith("file://"):
+        path = text.removeprefix("file://")
+    elif not is_path(path):
+        around, _, name = text.rstrip("/").rpartition("/")
+        if is_generation(name) and not is_path(around):
+            return _in_store(open_storage(around), name)
+        return _in_store(open_storage(path))
     given = Path(path).expanduser()  # as of a quoted `~/run`
     if not given.is_dir():
         raise NotFoundError(f"{path} is not a directory; give a run, a checkpoint directory or a generation")
@@ -54,3 +60,10 @@ def find(path: str | os.PathLike[str]) -> Place:
     if generations := [g for g in scan(above) if g.name == directory.name]:
         return Place(above, generations, directory.name)
     raise NotFoundError(f"{directory} holds no generation (directories named step-XXXXXXXX-<save id>)")
+
+
+def _in_store(storage: Storage, name: str | None = None) -> Place:
+    """All generations of a storage, or the one of a name."""
+    if generations := [g for g in scan(storage) if name in (None, g.name)]:
+        return Place(storage, generations, name)
+    raise NotFoundError(f"{storage} holds no generation{f' {name}' if name else ''}")

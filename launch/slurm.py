@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from checkpointing import is_path
 from launch.command import ROOT
 from launch.health import OPTIONS
 from launch.options import Call, bounds, check_sizes
@@ -182,11 +183,10 @@ def _told(call: Call) -> dict[str, Any]:
 
 def _checkpoints(place: str) -> dict[str, str]:
     """Where the run's generations lie, as the job finds them from any directory."""
-    if "://" not in place:
-        return {"checkpoints": str(Path(place).absolute())}
-    from checkpointing import file_of
+    from checkpointing import FileStorage, file_of, open_storage
 
-    file = file_of(place)
+    storage, file = open_storage(place), file_of(place)
+    place = str(storage.root.absolute()) if isinstance(storage, FileStorage) and file is None else place
     return {"checkpoints": place, **({} if file is None else {"store": str(file)})}
 
 
@@ -216,8 +216,8 @@ def hand_in(script: Script) -> str:
     ask("sbatch", "--version")
     home = _home(script.runs) / "launch"
     for call in script.runs:
-        place = call.config.checkpoint.dir
-        refuse_links(Path(call.config.run.dir), Path(call.config.run.dir if "://" in place else place))
+        run, place = call.config.run.dir, call.config.checkpoint.dir
+        refuse_links(Path(run), Path(place if is_path(place) else run))
     for directory in dict.fromkeys([home, *(Path(call.config.run.dir).absolute() / "launch" for call in script.runs)]):
         _refuse_second(directory)
     path = home / "job.sbatch"

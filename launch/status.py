@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from checkpointing import CheckpointError, FileStorage, holder_of, is_path, newest, open_storage
+from checkpointing import CheckpointError, FileStorage, holder_of, is_path, newest
 from checkpointing.small_files import read_json, read_text
 from trainer.errors import Refused
 from trainer.track.files import read_lines
@@ -36,6 +37,7 @@ class Status:
     restarts: int = 0
     job: str = ""
     why: str = ""
+    store: str = ""  # that its checkpoints are in, where that is no directory: as the run's events tell
 
     @staticmethod
     def of(run: Path) -> Status:
@@ -56,10 +58,7 @@ class Status:
         alive = holder_of(FileStorage(run / ".lease")) is not None
         last = ends[-1]["event"] if ends else ""
         words = {"finish": "finished", "preempt": "preempted", "failure": "failed"}
-        place, found = str(_option(run, "checkpoint.dir") or "-"), None
-        with contextlib.suppress(CheckpointError, OSError):
-            here = is_path(place) and not Path(place).is_dir()  # as of a run that was moved
-            found = newest(open_storage(run / "checkpoints" if here else place))
+        durable, store = _durable(run, events)
         evaluated = [loss for one in rows if (loss := _number(one, "eval_loss")) is not None]
         total = _option(run, "train.steps")
         return Status(
@@ -71,10 +70,11 @@ class Status:
             _number(row, "tokens_per_s") or 0.0,
             time.time() - (run / "metrics.jsonl").stat().st_mtime if rows else 0.0,
             snapshots[-1] if snapshots else None,
-            found.step if found is not None else None,
+            durable,
             max(0, sum(e.get("event") in ("start", "resume") for e in events) - 1),
             job,
             str(ends[-1].get("reason") or ends[-1].get("abandoned") or "") if ends else "",
+            store,
         )
 
     def __str__(self) -> str:
@@ -89,7 +89,7 @@ class Status:
             "loss": loss,
             "speed": f"{self.tokens_per_s:,.0f} tokens/s",
             "in memory": step(self.snapshot),
-            "durable": step(self.durable),
+            "durable": step(self.durable) + (f" in {self.store}, by the run's word" if self.store else ""),
             "restarts": str(self.restarts),
         }
         if not self.total:
@@ -179,6 +179,22 @@ class _Plain(yaml.SafeLoader):  # type: ignore[misc]
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("an alias, which no configuration of a run has")
         return super().compose_node(parent, index)
+
+
+def _durable(run: Path, events: Sequence[dict[str, Any]]) -> tuple[int | None, str]:
+    """The newest step that is durable, and the store that it is in.
+
+    A store is not opened on the word of a run, which may be somebody else's.
+    """
+    place = str(_option(run, "checkpoint.dir") or "-")
+    if not is_path(place):
+        steps = [_whole(e, "step") for e in events if e.get("event") == "commit" and e.get("generation")]
+        return max(steps, default=None), place
+    with contextlib.suppress(CheckpointError, OSError):
+        directory = Path(place) if Path(place).is_dir() else run / "checkpoints"  # as of a run that was moved
+        found = newest(FileStorage(directory))
+        return None if found is None else found.step, ""
+    return None, ""
 
 
 def _option(run: Path, key: str) -> Any:

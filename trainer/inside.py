@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from checkpointing.small_files import retried
 from trainer.errors import Refused
 
 DEPTH = 2  # of the directories that a run writes into below its own; generations are not entered
@@ -53,6 +54,4 @@ def _entries(directory: Path) -> list[os.DirEntry[str]]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError:
-        from checkpointing.small_files import retried  # which brings torch, and a launcher has none
-
         return retried(directory, look)

@@ -80,7 +80,9 @@ def _take_in(group: str, name: str, module: Any, path: Path) -> None:
         except LayoutError as error:
             raise Refused(str(error)) from error
     elif group == "parallel":
-        REDUCERS[name] = f"{module.__name__}:{module.REDUCER.__name__}"
+        if not callable(module.REDUCER):
+            raise Refused(f"REDUCER in {path} must be the class of a reducer (docs/adding.md).")
+        REDUCERS[name] = f"{module.__name__}:REDUCER"
     else:
         add(group, name, module.OPTIONS, path)
 

@@ -304,6 +304,10 @@ def _find(path: str) -> Place:
         raise Refused(
             f"resume={path} is not a directory. Give a run, its checkpoints, or one generation; or resume=auto."
         )
+    try:
+        open_storage(path)
+    except CheckpointError as error:
+        raise Refused(f"resume={error} Type --config-dir DIRECTORY with the one that has the store.") from None
     with contextlib.suppress(NotFoundError):
         if (place := find(path)).candidates:
             return place

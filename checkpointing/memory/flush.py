@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -19,21 +19,15 @@ from checkpointing.format import ABANDONED, COMMIT, Manifest, Writer
 from checkpointing.generations import read, read_manifest
 from checkpointing.lease import Hold
 from checkpointing.memory.mapped import MappedStorage
+from checkpointing.memory.messages import ALONE, Nodes
 from checkpointing.small_files import Buffer, make_directories, named, sync_directory
 from checkpointing.storage import FileStorage, Storage
 from checkpointing.stores import is_path, open_storage
 
 STEP_BYTES = 16 * 1024 * 1024  # written at a time: what a flush that is to stop still waits for
 PAGE = 4096
+LOOK_S, LOOK_IN_STORE_S = 0.05, 1.0  # between two looks for the other nodes' parts: a store may ask money for each
 WAIT_S = 600.0  # while nothing is written of the other nodes' parts of a generation
-
-
-@dataclass(frozen=True, slots=True)
-class Nodes:
-    """Which of how many nodes this is: each flushes what its ranks wrote, and the first one commits."""
-
-    number: int = 0
-    count: int = 1
 
 
 class DirectStorage(FileStorage):
@@ -136,7 +130,7 @@ def flush(
     memory: MappedStorage,
     durable: Storage,
     name: str,
-    nodes: Nodes = Nodes(),  # frozen
+    nodes: Nodes = ALONE,
     wait_s: float = WAIT_S,
     check: Callable[[], None] = lambda: None,
 ) -> int:
@@ -233,7 +227,7 @@ def _awaited(
             seen, since = files, now
         elif now - since > wait_s:
             raise CheckpointError(f"{manifest.generation}: {why}")
-        time.sleep(0.05)
+        time.sleep(LOOK_S if isinstance(durable, FileStorage) else LOOK_IN_STORE_S)
     return found
 
 

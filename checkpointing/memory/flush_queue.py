@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpointing.memory.flush import Nodes, flush, open_durable
+from checkpointing.memory.flush import flush, open_durable
 from checkpointing.memory.mapped import MappedStorage
+from checkpointing.memory.messages import Nodes
+from checkpointing.stores import load_store
 
 logger = logging.getLogger("keeper")
 
@@ -26,6 +28,7 @@ class Task:
     generation: str
     memory: Path
     durable: str  # a place, as `open_storage` takes it
+    store: str | None  # the Python file of its store, where that is none of ours
     rate: float
     nodes: Nodes
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -106,6 +109,8 @@ class FlushQueue:
 
         began = time.monotonic()
         try:
+            if task.store is not None:
+                load_store(Path(task.store))  # anew where it has changed: this process outlives the trainer
             check_all()
             memory = MappedStorage(task.memory)  # one of its own: its mappings go with the flush
             durable = open_durable(task.durable, task.rate, check)

@@ -49,7 +49,7 @@ from checkpointing.memory.protocol import (
     StartAnew,
     TakeArena,
 )
-from checkpointing.stores import load_store, open_storage
+from checkpointing.stores import open_storage
 
 logger = logging.getLogger("keeper")
 
@@ -113,6 +113,7 @@ class Keeper:
                             generation,
                             self.root,
                             session.durable,
+                            session.store,
                             session.rate,
                             session.nodes,
                             check=self._check_lease,
@@ -123,8 +124,6 @@ class Keeper:
 
     def _start(self, session: Session, everywhere: int) -> None:
         self.keep_s = session.keep_s
-        if session.store is not None:
-            load_store(Path(session.store))
         write_keep_s(self.root, session.keep_s)
         (self.root / FINISHED).unlink(missing_ok=True)
         left_over = has_living_starts(self.root, session.name)

@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,17 @@ SOCKET = "keeper.sock"
 MOST_BYTES = 256 * 1024 * 1024  # of one message: a manifest may be large
 
 Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """Which of how many nodes this is: each flushes what its ranks wrote, and the first one commits."""
+
+    number: int = 0
+    count: int = 1
+
+
+ALONE = Nodes()
 
 
 class ProtocolError(CheckpointError):

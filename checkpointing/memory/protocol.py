@@ -8,14 +8,13 @@ the messages; `keeper.py` is the process that carries effects out, in their orde
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from checkpointing.codec import join_manifest
 from checkpointing.format import Writer, generation_name, shard_name
-from checkpointing.memory.flush import Nodes
-from checkpointing.memory.messages import VERSION, Message, ProtocolError
+from checkpointing.memory.messages import VERSION, Message, Nodes, ProtocolError
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,12 +217,16 @@ class KeeperProtocol:
         effects = self._drop("not all ranks finished it before the next one")
         if serial <= self._refused:
             why = "another rank of this node was not ready for it"
-        elif away := sorted(set(session.ranks) - set(self._rank_of.values())):
+        elif away := self._away(session):
             why = f"rank {away[0]} has not found the keeper yet"
         else:
             files = frozenset(shard_name(rank) for rank in session.ranks)
             return [*effects, TakeArena(connection, serial, everywhere, session.arenas, files)]
         return [*effects, self._refuse(connection, serial, why)]
+
+    def _away(self, session: Session) -> list[int]:
+        """The ranks of this node that are not connected."""
+        return sorted(set(session.ranks) - {rank for rank in self._rank_of.values() if rank is not None})
 
     def taken(self, asked: TakeArena, arena: str | None) -> list[Effect]:
         """Go on with the arena that was asked for; None where none is free."""
@@ -299,8 +302,3 @@ class KeeperProtocol:
 
     def _tell(self, message: Message) -> list[Effect]:
         return [Reply(connection, message) for connection, rank in self._rank_of.items() if rank is not None]
-
-    @property
-    def connections(self) -> Collection[int]:
-        """Connections that are listened to, by number."""
-        return self._rank_of.keys()

@@ -102,6 +102,7 @@ class Snapshotter:
         team.together(lambda: alive.append(join_start(self.memory, session)))
         self._alive = alive[0]
         self._arenas = Arenas(team, node, self.memory, arenas)
+        told = team.together(lambda: _as_told(lease, self._durable))
         greeting = {
             "kind": "hello",
             "version": VERSION,
@@ -117,7 +118,7 @@ class Snapshotter:
             "store": None if self._durable is None or (file := file_of(self._durable)) is None else str(file),
             "rate": rate,
             "everywhere": 0,
-            "lease": next((one for one in team.together(lambda: _as_told(lease)) if one is not None), None),
+            "lease": next((one for one in told if one is not None), None),
         }
         self._keeper = Conversation(self.memory, greeting, starts=self._first, keep_s=keep_s)
         self._copier = Copier(self.memory, team.rank, self._first, self._arenas.shards, self._keeper)
@@ -361,8 +362,10 @@ class Snapshotter:
         self._image = self._arenas.lay_out(plan, pieces)
 
 
-def _as_told(lease: Lease | None) -> list[Any] | None:
-    """A lease for keepers, which look whether it still holds."""
+def _as_told(lease: Lease | None, durable: str | None) -> list[Any] | None:
+    """A lease for keepers, which look whether it still holds; not of a store whose file they do not load."""
     if lease is None or (place := shared_place(lease.storage)) is None:
+        return None
+    if (file := file_of(place)) is not None and (durable is None or file_of(durable) != file):
         return None
     return [place, lease.number, lease.claim.decode()]

@@ -34,7 +34,7 @@ def test_a_commit_is_the_last_thing_and_may_be_made_again(uncommitted: tuple[Fil
     commit(storage, manifest, guard=lambda: there.extend(path.name for path in directory.iterdir()))
     assert MANIFEST in there and COMMIT not in there
     before = (directory / MANIFEST).stat().st_mtime_ns
-    commit(storage, replace(manifest, step=1), guard=lambda: pytest.fail("it is committed"))
+    commit(storage, replace(manifest, created=0.0), guard=lambda: pytest.fail("it is committed"))
     assert (directory / MANIFEST).stat().st_mtime_ns == before and candidates(storage)[0].sound
 
 
@@ -92,7 +92,8 @@ def test_no_other_module_writes_a_manifest_or_its_commit() -> None:
     for path in sorted((ROOT / "checkpointing").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in writes:
-                names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-                if names & {"COMMIT", "MANIFEST"}:
+                names = {getattr(part, "id", getattr(part, "attr", "")) for part in ast.walk(node)}
+                names |= {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+                if names & {"COMMIT", "MANIFEST", "manifest.json"}:
                     found.add(path.name)
     assert found == {"committing.py"}

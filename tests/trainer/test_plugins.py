@@ -458,6 +458,39 @@ def test_another_reducer_is_another_result(directory: Path) -> None:
         compose([*words(directory), "parallel=zero1", "parallel.reducer=wide"])
 
 
+@pytest.mark.parametrize(
+    ("words_", "why"),
+    [
+        (["checkpoint.dir=s3://bucket/x"], r"no store is called 's3'.*Type --config-dir DIRECTORY"),
+        (["checkpoint.dir=S3://bucket/x"], r"no store is called 'S3'"),
+        (["checkpoint.dir=memory://x"], "would be gone with the process"),
+    ],
+)
+def test_a_store_that_keeps_nothing_is_refused(words_: list[str], why: str) -> None:
+    with pytest.raises(Refused, match=why):
+        compose(words_)
+
+
+def test_a_store_under_the_name_of_another_is_refused(directory: Path) -> None:
+    table = directory / "checkpoint" / "table.py"
+    for name in ("file", "S3"):
+        for ending in (".py", ".yaml"):
+            (table.parent / f"{name}{ending}").write_text(table.with_suffix(ending).read_text())
+        with pytest.raises(Refused, match=rf"{name}\.py: .*Rename the file"):
+            compose(words(directory))
+        for ending in (".py", ".yaml"):
+            (table.parent / f"{name}{ending}").unlink()
+
+
+def test_a_reducer_may_be_made_elsewhere(directory: Path) -> None:
+    file = directory / "parallel" / "wide.py"
+    file.write_text("from trainer.parallel.reducing import PlainReducer as Other\nREDUCER = Other\n")
+    assert start([*words(directory), "parallel=wide"]).train(1, 1) == start([]).train(1, 1)
+    file.write_text("REDUCER = 3\n")
+    with pytest.raises(Refused, match="must be the class of a reducer"):
+        compose(words(directory))
+
+
 def test_a_store_goes_through_the_matrix(directory: Path, tmp_path: Path, world: SharedWorld) -> None:
     layouts = ["single", "ddp", "fsdp on 3", "tp", "pp", "zero 1", "zero 3"]
     expected = start(words(directory)).train(1, 2 * STEPS)
@@ -490,6 +523,12 @@ def test_a_whole_run_keeps_its_checkpoints_in_a_store(every: int, directory: Pat
     generations = json.loads(listed.stdout)["generations"]
     assert [g["step"] for g in generations if g["state"] == "committed"] == [6, 4], listed.stderr
     assert trainer("verify", place, "--store", store, module="checkpointing").returncode == 0
+    counted = trainer("stats", str(run), *words(directory), module="trainer.methods")
+    assert counted.returncode == 0 and "changed" in counted.stdout, counted.stderr
+    status = trainer("status", str(run), module="launch").stdout
+    assert f"step 6 in {place}, by the run's word" in status
+    lost = launch(1, [*(word for word in common if word not in words(directory)), "train.steps=8"])
+    assert lost.returncode == 2 and "checkpoint=table" in lost.stderr, lost.stderr
     unknown = trainer("ls", place, module="checkpointing")
     assert unknown.returncode == 2 and "no store is called 'table'. Known are file, memory" in unknown.stderr
 

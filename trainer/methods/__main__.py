@@ -52,13 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     stats = commands.add_parser("stats")
-    stats.add_argument("a", type=Path, metavar="A")
-    stats.add_argument("b", type=Path, metavar="B", nargs="?")
+    stats.add_argument("a", metavar="A")
+    stats.add_argument("b", metavar="B", nargs="?")
     stats.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     for name, paths in (("delta", ("run", "file")), ("merge", ("run", "dir")), ("adapter", ("run", "dir"))):
         command = commands.add_parser(name)
         for path in paths:
-            command.add_argument(path, type=Path, metavar=path.upper())
+            kind = str if path == "run" else Path  # which may be in a store
+            command.add_argument(path, type=kind, metavar=path.upper())
         _add_base(command)
     _add_base(stats)
     for name in ("apply", "revert"):
@@ -88,7 +89,7 @@ def _add_base(command: argparse.ArgumentParser) -> None:
     command.add_argument("--trust-remote-code", action="store_true", help="code that comes with it may run")
 
 
-def _tuned(run: Path, arguments: argparse.Namespace) -> Tuned:
+def _tuned(run: str, arguments: argparse.Namespace) -> Tuned:
     return Tuned.open(run, arguments.base, trust_code=arguments.trust_remote_code)
 
 
@@ -136,8 +137,9 @@ def _line(row: dict[str, Any]) -> str:
 def _delta(arguments: argparse.Namespace) -> None:
     run = _tuned(arguments.run, arguments)
     delta = run.delta()
+    beside = _beside(run)
     for name in DESCRIBED:
-        if (text := _text(_beside(run) / name)) is not None:
+        if beside is not None and (text := _text(beside / name)) is not None:
             delta.described[name] = text
             model = run.config.model
             here = Path(os.path.expanduser(model.path)) if isinstance(model, HuggingFace) else None
@@ -182,8 +184,8 @@ def _write(model: Any, directory: Path) -> None:
 
 def _describe(run: Tuned, directory: Path) -> None:
     """Have the tokenizer, the template and the tokens that end turns be those that were trained."""
-    if _beside(run).is_dir():
-        copy_description(_beside(run), directory, only=SPOKEN)
+    if (beside := _beside(run)) is not None:
+        copy_description(beside, directory, only=SPOKEN)
 
 
 def _text(path: Path) -> str | None:
@@ -194,9 +196,9 @@ def _text(path: Path) -> str | None:
     return None
 
 
-def _beside(run: Tuned) -> Path:
-    """Where a run leaves what model it trains."""
-    return (run.run or Path(str(run.reader.storage)).parent) / "hf"
+def _beside(run: Tuned) -> Path | None:
+    """Where a run has left what model it trains; None where it has not, or only its generations are known."""
+    return None if run.run is None or not (run.run / "hf").is_dir() else run.run / "hf"
 
 
 def _open(path: Path) -> nn.Module:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import yaml
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
@@ -14,6 +16,7 @@ from checkpointing import (
     CHECKPOINTS,
     DTYPES,
     CheckpointError,
+    FileStorage,
     GenerationReader,
     Manifest,
     NotFoundError,
@@ -21,10 +24,12 @@ from checkpointing import (
     describe,
     external_of,
     find,
+    is_path,
     parameter_names,
     read_index,
     read_manifest,
 )
+from checkpointing.small_files import read_text
 from trainer.errors import Refused
 from trainer.identity import came_from, recorded
 from trainer.methods import build, method_of
@@ -34,11 +39,22 @@ from trainer.options.config import Config
 from trainer.options.model import HuggingFace
 from trainer.options.stored import from_json
 
+RUN_CONFIG = "config.yaml"  # of a run, as resolved
+
 
 def is_at_home(path: Path) -> bool:
     """Whether a run, its checkpoints or one of them are where that run was trained."""
     runs = [path, path.parent, path.parent.parent]
     return any(recorded(run) is not None and not came_from(run) for run in runs)
+
+
+def checkpoints_of(path: Path) -> Path | str:
+    """Where the generations of a path are: of a run that was trained here, where its configuration says."""
+    if (path / RUN_CONFIG).is_file() and not (path / CHECKPOINTS).is_dir() and is_at_home(path):
+        with suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+            place = str(yaml.safe_load(read_text(path / RUN_CONFIG))["checkpoint"]["dir"])
+            return place if not is_path(place) else Path(place)
+    return path
 
 
 @dataclass(frozen=True)
@@ -51,15 +67,18 @@ class Tuned:
     run: Path | None = None  # the run's directory, as far as its place tells
 
     @staticmethod
-    def open(path: Path, base: Path | None = None, *, trust_code: bool = False) -> Tuned:
-        """A run directory or a directory of generations (the newest), or one generation. `Refused` otherwise.
+    def open(given: Path | str, base: Path | None = None, *, trust_code: bool = False) -> Tuned:
+        """A run directory or a directory or store of generations (the newest), or one generation. `Refused` otherwise.
 
         What a checkpoint says is a stranger's word, unless it lies in a run that was trained here: where the `base` is
         must be given then, and whether code beside it may run always (`trust_code`).
         """
-        path = path.resolve()  # a link, or `.`, has its own name only there
+        path = (
+            Path(given).expanduser().resolve() if is_path(given) else None
+        )  # a link, or `.`, has its own name only there
+        shown = given if path is None else path
         try:
-            place = find(path)
+            place = find(given if path is None else checkpoints_of(path))
             generation = place.candidates[0] if place.named and place.candidates else place.newest
             if generation is None:
                 raise NotFoundError("nothing there was committed")
@@ -68,23 +87,28 @@ class Tuned:
             state = read_index(storage, manifest, 0).objects.get("trainer")
         except NotFoundError:
             raise Refused(
-                f"{path} holds no committed generation. `python -m checkpointing ls {path}` shows what is there."
+                f"{shown} holds no committed generation. `python -m checkpointing ls {shown}` shows what is there."
             ) from None
         except CheckpointError as error:
             raise Refused(
-                f"{path} cannot be read: {error}. `python -m checkpointing verify {path}` says more."
+                f"{shown} cannot be read: {error}. `python -m checkpointing verify {shown}` says more."
             ) from None
         if not isinstance(state, dict) or "config" not in state:
-            raise Refused(f"{path} was not written by this trainer. `python -m checkpointing inspect {path}` shows it.")
+            raise Refused(
+                f"{shown} was not written by this trainer. `python -m checkpointing inspect {shown}` shows it."
+            )
         try:
             config = from_json(state["config"])
         except (ValueError, TypeError, KeyError, AttributeError, OmegaConfBaseException) as error:
-            raise Refused(f"The configuration in {path} cannot be read: {error}") from None
-        stranger = isinstance(config.model, HuggingFace) and base is None and not is_at_home(path)
+            raise Refused(f"The configuration in {shown} cannot be read: {error}") from None
+        at_home = path is not None and is_at_home(path)
+        stranger = isinstance(config.model, HuggingFace) and base is None and not at_home
         if isinstance(config.model, HuggingFace):
             where = config.model.path if base is None else str(base)
             config = replace(config, model=replace(config.model, path=where, trust_remote_code=trust_code))
-        run = path if (path / CHECKPOINTS).is_dir() else Path(str(storage)).parent  # checkpoints may be a link
+        run = path
+        if path is None or not (path / RUN_CONFIG).is_file():  # the checkpoints' own directory, or one of them
+            run = storage.root.parent if isinstance(storage, FileStorage) else None
         return Tuned(GenerationReader(storage, manifest), config, stranger, run)
 
     @property

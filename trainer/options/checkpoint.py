@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from trainer.errors import Refused
 from trainer.options.field import option, refuse_unprintable
 
 
@@ -31,5 +32,23 @@ class Checkpoint:
     memory: Memory = field(default_factory=Memory)
 
     def refuse(self) -> None:
-        """Refuse a directory's name that is more than a name."""
+        """Refuse a directory's name that is more than a name, and a store that is unknown or keeps nothing."""
         refuse_unprintable("checkpoint.dir", self.dir)
+        if "://" in self.dir:
+            self._refuse_store()
+
+    def _refuse_store(self) -> None:
+        from checkpointing import CheckpointError, open_storage  # launchers go without numpy where there is no store
+
+        try:
+            open_storage(self.dir)
+        except CheckpointError as error:
+            raise Refused(
+                f"checkpoint.dir={error} Type --config-dir DIRECTORY with the one that has the store's "
+                "checkpoint/NAME.py, or a directory's path."
+            ) from None
+        if self.dir.startswith("memory://"):
+            raise Refused(
+                f"checkpoint.dir={self.dir} would be gone with the process, and other processes do not see it. Type "
+                "the path of a directory, or checkpoint.memory.every=1 for snapshots in memory."
+            )

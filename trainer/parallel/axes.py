@@ -28,7 +28,7 @@ class Axis:
     refuse: Callable[[nn.Module, int, Config], None]  # for a model on meta; not collective
 
 
-AXES = (
+TAKING = (
     Axis("tp", lambda model, degree, config: tensor.check_splittable(model, degree)),
     Axis("pp", lambda model, degree, config: pipeline.check_stages(model, degree, config.parallel.pp_schedule)),
 )
@@ -49,7 +49,7 @@ class TakenApart(Protocol):
 
 def refuse_layout(model: nn.Module, topology: Topology, config: Config) -> None:
     """`Refused` where a model cannot be taken apart by these degrees. Not collective."""
-    for axis in AXES:
+    for axis in TAKING:
         if (degree := getattr(topology, axis.name)) > 1:
             axis.refuse(model, degree, config)
 

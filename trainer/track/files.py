@@ -17,7 +17,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from checkpointing import is_path
+from checkpointing import FileStorage, open_storage
 from checkpointing.small_files import open_file, replace_file, sync_directory
 
 logger = logging.getLogger(__name__)
@@ -209,7 +209,8 @@ MOST_SPARE = 2**28  # bytes of it: lines that a run held in its memory
 
 def spare_file(checkpoints: str) -> Path | None:
     """Where lines go that metrics.jsonl does not take; None where checkpoints lie in a store that is no directory."""
-    return Path(checkpoints) / SPARE if is_path(checkpoints) else None
+    storage = open_storage(checkpoints)
+    return storage.root / SPARE if isinstance(storage, FileStorage) else None
 
 
 def roll_back(run_dir: Path, step: int, spare: Path | None = None) -> tuple[int, int]:

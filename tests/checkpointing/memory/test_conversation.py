@@ -63,7 +63,7 @@ def test_a_cancel_that_found_no_keeper_is_sent_to_the_next_one(conversation: Any
     conversation.cancel(2)
     conversation.client.send = lambda message: sent.append(message) or True
     for _ in range(2):
-        conversation._heard({"kind": "welcome", "version": 2, "pid": 5})
+        conversation._heard({"kind": "welcome", "version": 3, "pid": 5})
     assert sent == [{"kind": "cancel", "serial": 2}] and conversation.keeper_pid == 5
 
 

@@ -16,8 +16,9 @@ from checkpointing import CheckpointError, DamagedError, load, save
 from checkpointing.codec import encode_manifest
 from checkpointing.format import digest
 from checkpointing.generations import candidates, read_manifest
-from checkpointing.memory.flush import STEP_BYTES, DirectStorage, Nodes, flush
+from checkpointing.memory.flush import STEP_BYTES, DirectStorage, flush
 from checkpointing.memory.mapped import MappedStorage
+from checkpointing.memory.messages import Nodes
 from checkpointing.storage import Buffer, FileStorage
 from tests.checkpointing.memory.test_snapshotter import assert_equal, rows_of
 from tests.harness.threads import all_of, on_ranks

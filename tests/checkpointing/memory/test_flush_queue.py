@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from checkpointing.memory import flush_queue
-from checkpointing.memory.flush import Nodes
 from checkpointing.memory.flush_queue import FlushQueue, Task
+from checkpointing.memory.messages import Nodes
 from tests.harness.processes import wait_for
 
 
@@ -30,7 +30,7 @@ class Disk:
 
 
 def task(root: Path, serial: int, name: str) -> Task:
-    return Task(serial, name, root, root, 0, Nodes())
+    return Task(serial, name, root, str(root), None, 0, Nodes())
 
 
 def test_one_after_the_other_and_pinned_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,8 @@ from tests.harness.engines import MODEL
 from trainer.compose import compose
 from trainer.errors import Refused
 from trainer.methods import build
-from trainer.parallel.axes import AXES, is_possible, refuse_layout
-from trainer.plan import AXES as DEGREES
-from trainer.plan import TAKING_APART, Topology
+from trainer.parallel.axes import TAKING, is_possible, refuse_layout
+from trainer.plan import AXES, TAKING_APART, Topology
 
 CONFIG = compose(MODEL)  # of five layers and six heads, three of keys
 
@@ -36,6 +35,6 @@ def test_the_axis_that_does_not_fit_refuses(topology: Topology, why: str) -> Non
 
 
 def test_every_axis_is_a_degree_and_every_degree_has_its_place() -> None:
-    assert {axis.name for axis in AXES} < set(TAKING_APART) < set(DEGREES)
-    assert set(DEGREES) == set(Topology.__dataclass_fields__)
+    assert {axis.name for axis in TAKING} < set(TAKING_APART) < set(AXES)
+    assert set(AXES) == set(Topology.__dataclass_fields__)
     assert Topology(2, 3, 5, 7).size == 2 * 3 * 5 * 7
