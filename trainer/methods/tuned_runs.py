@@ -107,7 +107,8 @@ class Tuned:
             where = config.model.path if base is None else str(base)
             config = replace(config, model=replace(config.model, path=where, trust_remote_code=trust_code))
         run = path
-        if path is None or not (path / RUN_CONFIG).is_file():  # the checkpoints' own directory, or one of them
+        # Checkpoints may be a link, or elsewhere; or what was given is their own directory, or one of them.
+        if path is None or not ((path / CHECKPOINTS).is_dir() or (path / RUN_CONFIG).is_file()):
             run = storage.root.parent if isinstance(storage, FileStorage) else None
         return Tuned(GenerationReader(storage, manifest), config, stranger, run)
 
