@@ -56,7 +56,7 @@ def open_storage(place: str | os.PathLike[str] | Storage) -> Storage:
         made = store(rest)
     except Exception as error:  # whatever somebody's class does
         raise LayoutError(f"{place} cannot be opened: {type(error).__name__}: {error}.") from error
-    return made if isinstance(made, FileStorage | MemoryStorage) else Guarded(made)
+    return made if isinstance(made, FileStorage | MemoryStorage) else ForeignStorage(made)
 
 
 def is_path(place: str | os.PathLike[str]) -> bool:
@@ -64,7 +64,7 @@ def is_path(place: str | os.PathLike[str]) -> bool:
     return _STORE.fullmatch(os.fspath(place)) is None
 
 
-class Guarded:
+class ForeignStorage:
     """Somebody's storage, whose errors are those of the contract: `OSError`, or one of ours.
 
     Another exception of a write means that it failed; of a read, that the storage failed, and nothing of the object.

@@ -17,7 +17,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from checkpointing.printing import quiet_libraries
 from tests.harness.processes import leave
 
 
@@ -26,7 +25,6 @@ def serve(rank: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    quiet_libraries()
     torch.set_num_threads(1)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     while True:

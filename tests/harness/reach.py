@@ -38,6 +38,7 @@ class Graph:
         self.files = sorted({*_git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard"), *gone})
         self._python = {name for name in self.files if name.endswith(".py") and name.split("/")[0] in PACKAGES}
         self._others = [name for name in self.files if name not in self._python]
+        self._lazily: dict[str, dict[str, str]] = {}
 
     @cached_property
     def reaches(self) -> dict[str, set[str]]:
@@ -87,19 +88,33 @@ class Graph:
         tree = ast.parse((self.root / name).read_text(), name)
         texts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings start nothing
         starts = any(isinstance(node, ast.Constant) and node.value == "-m" for node in ast.walk(tree))
-        for node in ast.walk(tree):
+        for node in _that_runs(tree):
             if isinstance(node, ast.Import):
                 for alias in node.names:
                     yield from self.module(alias.name)
+                    for module in self._lazily_of(alias.name).values():
+                        yield from self.module(module)
             elif isinstance(node, ast.ImportFrom):
                 package = path.parent.parts[: len(path.parent.parts) - node.level + 1] if node.level else ()
                 base = ".".join([*package, *([node.module] if node.module else [])])
                 yield from self.module(base)
+                lazily = self._lazily_of(base)
                 for alias in node.names:
-                    yield from self.module(f"{base}.{alias.name}")
+                    yield from self.module(lazily.get(alias.name, f"{base}.{alias.name}"))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 only_said = name in NAMES_ONLY or id(node) in texts or (node.value in PACKAGES and not starts)
                 yield from () if only_said else self._named(node.value)
+
+    def _lazily_of(self, package: str) -> dict[str, str]:
+        """The module of each name that a package imports when it is asked for, by its `_NAMES`."""
+        path = self.root / package.replace(".", "/") / "__init__.py"
+        if package not in self._lazily:
+            self._lazily[package] = {}
+            for node in ast.parse(path.read_text()).body if path.is_file() else ():
+                if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_NAMES":
+                    for module, names in ast.literal_eval(node.value).items():
+                        self._lazily[package] |= dict.fromkeys(names.split(), f"{package}.{module}")
+        return self._lazily[package]
 
     def _named(self, text: str) -> Iterator[str]:
         text = SAID.sub("", text)
@@ -120,6 +135,18 @@ class Graph:
                 yield from (name for name in self._others if name.startswith("conf/"))
             elif text:
                 yield from {name for name in (f".ci/{text}",) if name in self._others}
+
+
+def _that_runs(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a module without imports that are there for a type checker alone."""
+    todo = [tree]
+    while todo:
+        node = todo.pop()
+        yield node
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            todo += node.orelse
+        else:
+            todo += ast.iter_child_nodes(node)
 
 
 def changed_since(revision: str, root: Path = ROOT) -> list[str]:

@@ -100,6 +100,24 @@ def test_the_graph_of_this_checkout_tells_tests_apart() -> None:
 
 @pytest.mark.smoke
 @pytest.mark.usefixtures("processes")
+def test_a_name_of_a_lazy_package_reaches_its_own_module_alone(checkout: Path) -> None:
+    (checkout / "checkpointing").mkdir(exist_ok=True)
+    (checkout / "checkpointing" / "__init__.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from checkpointing.b import B\n"
+        '_NAMES = {"a": "A other", "b": "B"}\n'
+    )
+    for name in ("a", "b"):
+        (checkout / "checkpointing" / f"{name}.py").write_text("")
+    for name, text in (("one", "from checkpointing import A"), ("all", "import checkpointing")):
+        (checkout / "tests" / f"test_{name}.py").write_text(text)
+    graph = Graph(checkout)
+    assert {"checkpointing/a.py", "checkpointing/__init__.py"} <= graph.closure("tests/test_one.py")
+    assert "checkpointing/b.py" not in graph.closure("tests/test_one.py")
+    assert {"checkpointing/a.py", "checkpointing/b.py"} <= graph.closure("tests/test_all.py")
+
+
+@pytest.mark.smoke
+@pytest.mark.usefixtures("processes")
 def test_what_has_changed_is_in_commits_and_in_the_working_tree(checkout: Path) -> None:
     first, place = git(checkout, "rev-parse", "HEAD"), place_in_history(checkout)
     (checkout / "docs/page.md").write_text("changed")
