@@ -30,6 +30,8 @@ def begun(run_dir: Path, held: ExitStack, *overrides: str) -> Started:
     return start_together(job, plan, held)
 
 
+@pytest.mark.smoke
+@pytest.mark.usefixtures("long")
 def test_it_starts_where_the_newest_generation_ends_and_holds_the_directory(tmp_path: Path) -> None:
     go(tmp_path, "train.steps=4")
     with ExitStack() as held:
