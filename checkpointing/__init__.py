@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from checkpointing.export import copy_description, leads_out
     from checkpointing.foreign import IMPORTED
+    from checkpointing.foreign.recognise import who_wrote
     from checkpointing.format import Manifest
     from checkpointing.generations import Generation, abandon, candidates, newest, read_index, read_manifest, scan
     from checkpointing.geometry import Box, External, Interval, Piece, Slice
@@ -148,6 +149,7 @@ __all__ = [
     "same_place",
     "save",
     "scan",
+    "who_wrote",
     "why_not_private",
 ]
 
@@ -160,6 +162,7 @@ _NAMES = {
     ),
     "export": "copy_description leads_out",
     "foreign": "IMPORTED",
+    "foreign.recognise": "who_wrote",
     "format": "Manifest",
     "generations": "Generation abandon candidates newest read_index read_manifest scan",
     "geometry": "Box External Interval Piece Slice",

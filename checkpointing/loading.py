@@ -20,10 +20,11 @@ from checkpointing.generations import candidates, check_readable, read_manifest,
 from checkpointing.geometry import External, Piece, parts_of
 from checkpointing.lease import hold
 from checkpointing.memory.mapped import MappedStorage
+from checkpointing.place import CHECKPOINTS, Place
 from checkpointing.plan import Row, layout_rows, split
 from checkpointing.planner import agree_on_completeness
 from checkpointing.reader import GenerationReader
-from checkpointing.storage import Storage
+from checkpointing.storage import FileStorage, Storage
 from checkpointing.stores import open_storage
 from checkpointing.tensors import tensor_bytes
 from checkpointing.writer import DEFAULT_BUDGET, LEAST_BUDGET
@@ -32,7 +33,7 @@ logger = logging.getLogger("checkpointing")
 _UNUSABLE = "The tensors passed to load must not be used."
 
 
-Directory = str | os.PathLike[str] | Storage
+Directory = str | os.PathLike[str] | Storage | Place
 
 
 def load(
@@ -57,13 +58,16 @@ def load(
     every value; `cast` rounds. Tensors that the generation calls external must be declared with the same content.
     `VersionError` if a newer release wrote what would be chosen. After an error the pieces' tensors must not be used.
     `memory_budget` bounds the bytes on their way from storage. What is being loaded is held: retention leaves it.
-    Of several directories, such as memory and a disk, the newest over all of them is taken, and the first of those that
+    A `Place`, as `find` gives it, is taken for its storage, and for the generation that it names. Of several
+    directories, such as memory and a disk, the newest over all of them is taken, and the first of those that
     hold it. `chosen` is called with the storage and the name of what was loaded. Where the shapes of pieces follow from
     what is loaded, `pieces` is a function of its manifest, which may use the group; it is called for each one tried.
     """
     team = as_team(group)
     given: Sequence[Any] = directory if isinstance(directory, list | tuple) else [directory]
-    storages = [open_storage(one) for one in given]
+    storages = [one.storage if isinstance(one, Place) else open_storage(one) for one in given]
+    if generation is None and step is None:
+        generation = next((one.named for one in given if isinstance(one, Place)), None)
     asked = (step, generation, only, cast, memory_budget)
     wanted = _agree(team, () if callable(pieces) else pieces, *asked)
     tried: dict[tuple[int, str], str] = {}  # in vain, and why; by the number of the storage
@@ -157,7 +161,7 @@ def _choose(
         return _choose_named(storages, step, generation, tried, where)
     found = [(number, g) for number, storage in enumerate(storages) for g in candidates(storage)]
     if not found:
-        raise NotFoundError(f"there is no committed generation in {where}")
+        raise NotFoundError(f"there is no committed generation in {where}{_of_a_run(storages)}")
     check_readable(generation for _, generation in found)
     for number, other in found:
         if isinstance(other.damage, VersionError):
@@ -170,6 +174,13 @@ def _choose(
         raise DamagedError(f"every generation in {where} is damaged ({why}). {_UNUSABLE}")
     number, best = max(sound, key=lambda one: (one[1].order, one[1].name, -one[0]))
     return number, best.name
+
+
+def _of_a_run(storages: Sequence[Storage]) -> str:
+    """Where the generations of a run's directory are, of which `load` is given the one above."""
+    below = [one.root / CHECKPOINTS for one in storages if isinstance(one, FileStorage)]
+    found = next((directory for directory in below if directory.is_dir()), None)
+    return "" if found is None else f": that is a run, whose generations are in {found}, as find() tells"
 
 
 def _choose_named(

@@ -14,13 +14,16 @@ from checkpointing.stores import is_path, open_storage
 CHECKPOINTS = "checkpoints"  # of a run, where it is not told otherwise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Place:
     """Generations, and where they lie."""
 
     storage: Storage
     generations: list[Generation]  # newest first, whatever their state; where one was named that one alone
     named: str | None  # the name of the one generation that the path is
+
+    def __repr__(self) -> str:
+        return f"<{len(self.generations)} generations in {self.storage}>"
 
     @property
     def candidates(self) -> list[Generation]:
@@ -59,7 +62,9 @@ def find(path: str | os.PathLike[str] | Storage) -> Place:
     above = FileStorage(directory.parent)
     if generations := [g for g in scan(above) if g.name == directory.name]:
         return Place(above, generations, directory.name)
-    raise NotFoundError(f"{directory} holds no generation (directories named step-XXXXXXXX-<save id>)")
+    is_run = (given / "config.yaml").is_file()
+    elsewhere = "; if it is a run, its config.yaml says where its checkpoints are" if is_run else ""
+    raise NotFoundError(f"{directory} holds no generation (directories named step-XXXXXXXX-<save id>){elsewhere}")
 
 
 def _in_store(storage: Storage, name: str | None = None) -> Place:

@@ -44,6 +44,17 @@ def check(call: Call) -> None:
     assert isinstance(options, SlurmLaunch)
     least, most = bounds(options.nodes, "launch.nodes")
     check_sizes(call.config, [nodes * options.nproc for nodes in range(least, most + 1)])
+    if options.gpus and options.nproc > options.gpus:
+        raise Refused(
+            f"--nproc {options.nproc} and --gpus {options.gpus}: a machine has fewer GPUs than processes. Type --nproc "
+            f"{options.gpus}, or --gpus {options.nproc}."
+        )
+    if options.gpus > options.nproc:
+        print(
+            f"launch: --gpus {options.gpus} and --nproc {options.nproc}: {options.gpus - options.nproc} GPUs of each "
+            f"machine stay idle. --nproc {options.gpus} uses all.",
+            file=sys.stderr,
+        )
     if _warning(call) == "TERM":
         raise Refused(
             "elastic.signal=TERM cannot warn a job of SLURM, which ends jobs by it. Type elastic.signal=USR1 or USR2."

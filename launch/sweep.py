@@ -20,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from checkpointing.errors import reason_of
+from checkpointing.small_files import read_json
 from launch.command import Command, python
 from launch.options import Call, composable, is_override, quote
 from launch.status import POINTS, summary
@@ -41,6 +42,7 @@ def run_points(call: Call) -> int:
     if call.dry_run:
         print("\n".join(map(str, commands)))
         return 0
+    _refuse_other_points(home, calls)
     _write_down(home, calls)
     status = 0
     for one, command in zip(calls, commands, strict=True):
@@ -101,6 +103,23 @@ def _command(call: Call) -> Command:
     return Command(python("-m", "launch", call.target, *call.flags, "--", *call.overrides))
 
 
+def _refuse_other_points(home: Path, calls: Sequence[Call]) -> None:
+    """`Refused` where a point of the sweep that is there would be another one: its numbers would stand for both."""
+    try:
+        there = {str(one["dir"]): list(one["overrides"]) for one in read_json(home / POINTS)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # none, or none of ours
+    for call in calls:
+        name, now = Path(call.config.run.dir).name, _own(call)
+        was = there.get(name, now)
+        if was != now and (home / name / "metrics.jsonl").exists():
+            changed = [f"{a} is {b}" for a, b in zip(was, now, strict=False) if a != b] or ["other overrides"]
+            raise Refused(
+                f"{home} holds a sweep over other points: of point {name}, {', '.join(changed)} now. Choose another "
+                "run.name."
+            )
+
+
 def _write_down(home: Path, calls: Sequence[Call]) -> None:
     told = [{"dir": Path(call.config.run.dir).name, "overrides": _own(call)} for call in calls]
     home.mkdir(parents=True, exist_ok=True)
@@ -116,6 +135,7 @@ def _as_jobs(calls: Sequence[Call], call: Call) -> int:
         print(made)
         return 0
     home = Path(call.config.run.dir).absolute()
+    _refuse_other_points(home, calls)
     job = hand_in(made)
     _write_down(home, calls)
     print(f"submitted job {job}, {len(calls)} points")

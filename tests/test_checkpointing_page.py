@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("processes")
 
 def test_the_code_on_the_page_runs(in_tmp: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "checkpointing.md").read_text(), re.DOTALL)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     memory = in_tmp / "memory"
     scope: dict[str, object] = {"memory": memory}
     for block in blocks:

@@ -38,6 +38,7 @@ from checkpointing import (
     read_index,
     same_place,
     scan,
+    who_wrote,
     why_not_private,
 )
 from checkpointing.errors import first_few
@@ -102,7 +103,7 @@ def decide(config: Config, fingerprint: str, model: nn.Module) -> Start:
     is_own = any(same_place(storage, tier) for tier in tiers)
     lines = [
         f"{storage}/{generation.name}: step {generation.step} of {config.train.steps} is done, "
-        f"saved by {manifest.world_size} processes"
+        f"saved by {manifest.world_size} process{'' if manifest.world_size == 1 else 'es'}"
     ]
     if IMPORTED in state:
         lines = [lines[0].partition(", saved by")[0] + f", imported from {state[IMPORTED]['kind']}"]
@@ -311,6 +312,11 @@ def _find(path: str) -> Place:
     with contextlib.suppress(NotFoundError):
         if (place := find(path)).candidates:
             return place
+    if is_path(path) and (who := who_wrote(Path(path))) is not None:
+        raise Refused(
+            f"resume={path} is a checkpoint of {who}. If you know where it comes from, type `python -m checkpointing "
+            f"import {path} DIR --trust-pickle`, and then resume=DIR."
+        )
     raise Refused(
         f"resume={path} holds no committed generation. `python -m checkpointing ls {path}` shows what is there."
     )

@@ -30,6 +30,15 @@ def describe_foreign(directory: Path, *, trust_pickle: bool = False, ignored: Se
         ) from error
 
 
+def who_wrote(directory: Path) -> str | None:
+    """The library that wrote the checkpoints of a directory, by its files' names; None for none that is known here."""
+    if newest_tag(directory) is not None:
+        return "DeepSpeed"
+    if (directory / METADATA).is_file() or any(directory.glob(f"*_[0-9]/{METADATA}")):
+        return "torch.distributed.checkpoint"
+    return None
+
+
 def _described(directory: Path, trust_pickle: bool, ignored: Sequence[str]) -> Foreign:
     if not directory.is_dir():
         raise NotFoundError(f"{directory} is not a directory")

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpointing import NotFoundError, Piece, find, save
+from checkpointing import NotFoundError, Piece, find, load, save
 from checkpointing.generations import abandon, scan
 from checkpointing.storage import FileStorage
+from tests.checkpointing.memory.test_snapshotter import rows_of
 
 
 @pytest.fixture
@@ -64,3 +65,17 @@ def test_where_there_is_nothing(run: Path, tmp_path: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(NotFoundError, match="holds no generation"):
         find(run)
+
+
+def test_what_find_gives_is_loaded(tmp_path: Path) -> None:
+    names = [save(tmp_path / "run" / "checkpoints", step, rows_of(0, 1, step), {"at": step}) for step in (1, 2)]
+    (tmp_path / "run" / "config.yaml").touch()
+    place = find(tmp_path / "run")
+    assert load(place, rows_of(0, 1, 0)) == {"at": 2} and repr(place).startswith("<2 generations in ")
+    assert load(find(tmp_path / "run" / "checkpoints" / names[0]), rows_of(0, 1, 0)) == {"at": 1}
+    with pytest.raises(NotFoundError, match=r"is a run, whose generations are in .*checkpoints, as find\(\) tells"):
+        load(tmp_path / "run", rows_of(0, 1, 0))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").touch()
+    with pytest.raises(NotFoundError, match=r"if it is a run, its config\.yaml says where"):
+        find(tmp_path / "other")

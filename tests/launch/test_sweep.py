@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from launch.__main__ import main
-from launch.options import quote
-from launch.sweep import points
+from launch.options import Call, quote
+from launch.status import POINTS
+from launch.sweep import _refuse_other_points, _write_down, points
 from tests.harness.processes import wait_for
 from tests.harness.runs import SMALL, launched, rows
 from tests.launch.test_options import called
@@ -78,3 +79,24 @@ def test_an_array_of_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     said = capsys.readouterr().out
     assert "#SBATCH --array=0-2%2" in said and f"#SBATCH --output={tmp_path}/launch/job-%A_%a.log" in said
     assert f"  2) run={tmp_path}/2; overrides=(launch=slurm optimizer.lr=3 " in said
+
+
+def test_other_points_under_the_same_name_are_refused(tmp_path: Path) -> None:
+    """Their table would give one point the other's result."""
+
+    def calls(*rates: str) -> list[Call]:
+        return points(called("local", "--multirun", "--", f"run.dir={tmp_path}", f"optimizer.lr={','.join(rates)}"))
+
+    first = calls("1e-3", "1e-4")
+    _refuse_other_points(tmp_path, first)  # nothing is there
+    _write_down(tmp_path, first)
+    _refuse_other_points(tmp_path, calls("1e-3", "1e-5"))  # and point 1 has not begun
+    for number in "01":
+        (tmp_path / number).mkdir()
+        (tmp_path / number / "metrics.jsonl").touch()
+    _refuse_other_points(tmp_path, calls("1e-3", "1e-4"))
+    _refuse_other_points(tmp_path, calls("1e-3", "1e-4", "1e-5"))  # one more
+    with pytest.raises(Refused, match=r"of point 1, optimizer\.lr=0\.0001 is optimizer\.lr=1e-05 now\. Choose"):
+        _refuse_other_points(tmp_path, calls("1e-3", "1e-5"))
+    (tmp_path / POINTS).write_text("[[")
+    _refuse_other_points(tmp_path, calls("1e-3", "1e-5"))

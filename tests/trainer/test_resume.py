@@ -188,6 +188,17 @@ def test_paths_that_hold_nothing_are_refused(saved: Path, fingerprint: str, tmp_
 
 
 @pytest.mark.usefixtures("long")
+@pytest.mark.parametrize(("file", "who"), [("latest", "DeepSpeed"), (".metadata", "torch.distributed.checkpoint")])
+def test_another_librarys_checkpoint_is_named(
+    saved: Path, fingerprint: str, tmp_path: Path, file: str, who: str
+) -> None:
+    other = tmp_path / "other"
+    (other / "global_step1").mkdir(parents=True)
+    (other / file).write_text("global_step1")
+    with pytest.raises(Refused, match=rf"is a checkpoint of {who}\..*checkpointing import .* --trust-pickle"):
+        decision(saved, fingerprint, f"resume={other}")
+
+
 def test_a_directory_where_everything_is_damaged_is_refused(tmp_path: Path, fingerprint: str) -> None:
     overrides = [*BASE, f"run.dir={tmp_path}"]
     assert run(compose(overrides)) == 0

@@ -202,7 +202,7 @@ def test_a_dry_run_of_a_resume_says_where_and_what_changed(trained: Path, capsys
     before = sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*"))
     assert run(compose([*BASE, f"run.dir={trained}", "dry_run=true", "eval.samples=3"])) == 0
     output = capsys.readouterr().out
-    assert "step 12 of 12 is done, saved by 1 processes" in output
+    assert "step 12 of 12 is done, saved by 1 process" in output
     assert "changed since: eval.samples was 4, is 3" in output
     assert sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*")) == before
 

@@ -85,7 +85,12 @@ class Tuned:
             storage = place.storage
             manifest = read_manifest(storage, generation.name)
             state = read_index(storage, manifest, 0).objects.get("trainer")
-        except NotFoundError:
+        except NotFoundError as error:
+            if path is not None and not isinstance(checkpoints := checkpoints_of(path), Path):
+                raise Refused(
+                    f"The checkpoints of {path} are at {checkpoints}: {error} Type --config-dir DIRECTORY with the one "
+                    "that has the store."
+                ) from None
             raise Refused(
                 f"{shown} holds no committed generation. `python -m checkpointing ls {shown}` shows what is there."
             ) from None

@@ -38,11 +38,13 @@ class Checkpoint:
             self._refuse_store()
 
     def _refuse_store(self) -> None:
-        from checkpointing import CheckpointError, open_storage  # launchers go without numpy where there is no store
+        from checkpointing import LayoutError, NotFoundError, open_storage  # no numpy where there is no store
 
         try:
             open_storage(self.dir)
-        except CheckpointError as error:
+        except LayoutError as error:
+            raise Refused(f"checkpoint.dir={error} Mend that, or type the path of a directory.") from None
+        except NotFoundError as error:
             raise Refused(
                 f"checkpoint.dir={error} Type --config-dir DIRECTORY with the one that has the store's "
                 "checkpoint/NAME.py, or a directory's path."
