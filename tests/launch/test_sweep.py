@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch.__main__ import main
-from launch.options import Call, quote
+from launch.options import quote
 from launch.status import POINTS
 from launch.sweep import _refuse_other_points, _write_down, points
 from tests.harness.processes import wait_for
@@ -83,20 +84,18 @@ def test_an_array_of_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_other_points_under_the_same_name_are_refused(tmp_path: Path) -> None:
     """Their table would give one point the other's result."""
-
-    def calls(*rates: str) -> list[Call]:
-        return points(called("local", "--multirun", "--", f"run.dir={tmp_path}", f"optimizer.lr={','.join(rates)}"))
-
-    first = calls("1e-3", "1e-4")
-    _refuse_other_points(tmp_path, first)  # nothing is there
-    _write_down(tmp_path, first)
-    _refuse_other_points(tmp_path, calls("1e-3", "1e-5"))  # and point 1 has not begun
+    rates = "optimizer.lr=1e-3,1e-4,1e-5"
+    first, second, third = points(called("local", "--multirun", "--", f"run.dir={tmp_path}", rates))
+    other = replace(third, config=second.config)  # in the place of the second
+    _refuse_other_points(tmp_path, [first, second])  # nothing is there
+    _write_down(tmp_path, [first, second])
+    _refuse_other_points(tmp_path, [first, other])  # and point 1 has not begun
     for number in "01":
         (tmp_path / number).mkdir()
         (tmp_path / number / "metrics.jsonl").touch()
-    _refuse_other_points(tmp_path, calls("1e-3", "1e-4"))
-    _refuse_other_points(tmp_path, calls("1e-3", "1e-4", "1e-5"))  # one more
+    _refuse_other_points(tmp_path, [first, second])
+    _refuse_other_points(tmp_path, [first, second, third])  # one more
     with pytest.raises(Refused, match=r"of point 1, optimizer\.lr=0\.0001 is optimizer\.lr=1e-05 now\. Choose"):
-        _refuse_other_points(tmp_path, calls("1e-3", "1e-5"))
+        _refuse_other_points(tmp_path, [first, other])
     (tmp_path / POINTS).write_text("[[")
-    _refuse_other_points(tmp_path, calls("1e-3", "1e-5"))
+    _refuse_other_points(tmp_path, [first, other])
