@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from checkpointing.codec import encode_layout, head_of
 from checkpointing.errors import CheckpointError
 from checkpointing.format import Manifest, digest, index_name
+from checkpointing.manifest_parts import encode_layout, head_of
 from checkpointing.memory.arena import Shards
 from checkpointing.memory.conversation import Conversation
 from checkpointing.memory.image import ImagePart, copy_part

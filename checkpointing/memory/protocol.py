@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from checkpointing.codec import join_manifest
 from checkpointing.format import Writer, generation_name, shard_name
+from checkpointing.manifest_parts import join_manifest
 from checkpointing.memory.messages import VERSION, Message, Nodes, ProtocolError
 
 

@@ -143,7 +143,7 @@ def test_a_snapshot_is_committed_when_every_rank_has_finished_it() -> None:
 
 
 def test_the_manifest_is_the_one_that_would_have_been_encoded_whole() -> None:
-    from checkpointing.codec import encode_layout, head_of
+    from checkpointing.manifest_parts import encode_layout, head_of
 
     writer = Writer(0, 4096, 10, "a" * 32, "b" * 32, ((0, 65536),))
     manifest = Manifest(3, "c" * 32, "", "r", 1, 2, 1.5, 1, {"torch": "2"}, {"loss": 1.0}, [writer], {})
