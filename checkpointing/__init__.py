@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         restore_param_groups,
     )
     from checkpointing.layouts.zero import held_in_partition
-    from checkpointing.lease import Holder, Lease, clear_released, holder_of, pid_space
+    from checkpointing.lease import Holder, Lease, holder_of, pid_space
     from checkpointing.lease_protocol import EXPIRY_S
     from checkpointing.loading import load
     from checkpointing.memory import Durable, SnapshotOutcome, Snapshotter
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from checkpointing.patience import PATIENCE
     from checkpointing.place import CHECKPOINTS, Place, find
     from checkpointing.reader import GenerationReader
-    from checkpointing.retention import Keep, clear_leftovers, prune
+    from checkpointing.retention import Keep, clear_leftovers, clear_released, prune
     from checkpointing.saving import save
     from checkpointing.storage import FileStorage, Storage
     from checkpointing.stores import (
@@ -171,7 +171,7 @@ _NAMES = {
         "restore_param_groups"
     ),
     "layouts.zero": "held_in_partition",
-    "lease": "Holder Lease clear_released holder_of pid_space",
+    "lease": "Holder Lease holder_of pid_space",
     "lease_protocol": "EXPIRY_S",
     "loading": "load",
     "memory": "Durable SnapshotOutcome Snapshotter",
@@ -181,7 +181,7 @@ _NAMES = {
     "patience": "PATIENCE",
     "place": "CHECKPOINTS Place find",
     "reader": "GenerationReader",
-    "retention": "Keep clear_leftovers prune",
+    "retention": "Keep clear_leftovers clear_released prune",
     "saving": "save",
     "storage": "FileStorage Storage",
     "stores": "MemoryStorage add_store file_of is_path load_store module_of open_storage same_place",

@@ -38,7 +38,7 @@ from checkpointing.lease_protocol import (
     Verdict,
     WaitFor,
 )
-from checkpointing.small_files import SMALL_FILE_BYTES, read_small, retried
+from checkpointing.small_files import SMALL_FILE_BYTES, retried
 from checkpointing.storage import FileStorage, Storage
 
 logger = logging.getLogger("checkpointing")
@@ -186,13 +186,6 @@ def still_holds(storage: Storage, number: int, claim: bytes) -> bool:
     """Whether no other process has claimed the directory since. For one that works for the holder, and only looks."""
     later = [_read(storage, protocol.claim_name(n)) for n in _numbers(storage) if n > number]
     return _read(storage, protocol.claim_name(number)) in (claim, None) and all(c == protocol.RELEASED for c in later)
-
-
-def clear_released(directory: Path) -> None:
-    """Delete claims that were given back; one that is held stays. `directory` is that of the lease."""
-    for claim in directory.glob("lease-*.json"):
-        if read_small(claim) == protocol.RELEASED:
-            claim.unlink(missing_ok=True)
 
 
 def holder_of(storage: Storage) -> Holder | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from checkpointing.format import COMMIT, Manifest
 from checkpointing.generations import Generation, look, scan
 from checkpointing.lease import held_generations
+from checkpointing.lease_protocol import RELEASED
+from checkpointing.small_files import read_small
 from checkpointing.storage import Storage
 from checkpointing.stores import open_storage
 
@@ -59,6 +62,13 @@ def prune(directory: str | os.PathLike[str] | Storage, keep: Keep) -> list[str]:
     doomed = [g for g in current if g.name not in kept]
     doomed += [g for g in sound if g.abandoned] if len(current) >= keep.last else []
     return _delete(storage, doomed)
+
+
+def clear_released(directory: Path) -> None:
+    """Delete claims that were given back; one that is held stays. `directory` is that of the lease."""
+    for claim in directory.glob("lease-*.json"):
+        if read_small(claim) == RELEASED:
+            claim.unlink(missing_ok=True)
 
 
 def clear_leftovers(storage: Storage) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from checkpointing import is_path
+from checkpointing import FileStorage, file_of, is_path, open_storage
 from launch.command import ROOT
 from launch.health import OPTIONS
 from launch.options import Call, bounds, check_sizes
@@ -49,12 +49,6 @@ def check(call: Call) -> None:
             f"--nproc {options.nproc} and --gpus {options.gpus}: a machine has fewer GPUs than processes. Type --nproc "
             f"{options.gpus}, or --gpus {options.nproc}."
         )
-    if options.gpus > options.nproc:
-        print(
-            f"launch: --gpus {options.gpus} and --nproc {options.nproc}: {options.gpus - options.nproc} GPUs of each "
-            f"machine stay idle. --nproc {options.gpus} uses all.",
-            file=sys.stderr,
-        )
     if _warning(call) == "TERM":
         raise Refused(
             "elastic.signal=TERM cannot warn a job of SLURM, which ends jobs by it. Type elastic.signal=USR1 or USR2."
@@ -73,6 +67,12 @@ def script(calls: Sequence[Call], name: str) -> Script:
     """The job script of one run, or of several as an array."""
     options, memory = calls[0].config.launch, calls[0].config.checkpoint.memory
     assert isinstance(options, SlurmLaunch)
+    if options.gpus > options.nproc:
+        print(
+            f"launch: --gpus {options.gpus} and --nproc {options.nproc}: {options.gpus - options.nproc} GPUs of each "
+            f"machine stay idle. --nproc {options.gpus} uses all.",
+            file=sys.stderr,
+        )
     runs = [patient(call) for call in calls]
     keeper = '"${each[@]}" "$python" -m launch.keeper "${overrides[@]}" &' if memory.every else ""
     values = {
@@ -194,8 +194,6 @@ def _told(call: Call) -> dict[str, Any]:
 
 def _checkpoints(place: str) -> dict[str, str]:
     """Where the run's generations lie, as the job finds them from any directory."""
-    from checkpointing import FileStorage, file_of, open_storage
-
     storage, file = open_storage(place), file_of(place)
     place = str(storage.root.absolute()) if isinstance(storage, FileStorage) and file is None else place
     return {"checkpoints": place, **({} if file is None else {"store": str(file)})}

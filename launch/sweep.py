@@ -12,7 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,20 +104,37 @@ def _command(call: Call) -> Command:
 
 
 def _refuse_other_points(home: Path, calls: Sequence[Call]) -> None:
-    """`Refused` where a point of the sweep that is there would be another one: its numbers would stand for both."""
+    """`Refused` where a point of the sweep that is there would be another one: its numbers would stand for both.
+
+    A point is the values that a sweep spans; whether other options may change is for each run to say.
+    """
     try:
-        there = {str(one["dir"]): list(one["overrides"]) for one in read_json(home / POINTS)}
+        there = {str(one["dir"]): [str(word) for word in one["overrides"]] for one in read_json(home / POINTS)}
     except (OSError, ValueError, KeyError, TypeError):
         return  # none, or none of ours
-    for call in calls:
-        name, now = Path(call.config.run.dir).name, _own(call)
-        was = there.get(name, now)
-        if was != now and (home / name / "metrics.jsonl").exists():
-            changed = [f"{a} is {b}" for a, b in zip(was, now, strict=False) if a != b] or ["other overrides"]
+    now = {Path(call.config.run.dir).name: _own(call) for call in calls}
+    spanned = _spanned(there.values()) | _spanned(now.values())
+    for name in there.keys() & now.keys():
+        was, is_ = (_values(words, spanned) for words in (there[name], now[name]))
+        if was != is_ and (home / name / "metrics.jsonl").exists():
             raise Refused(
-                f"{home} holds a sweep over other points: of point {name}, {', '.join(changed)} now. Choose another "
-                "run.name."
+                f"{home} holds a sweep over other points: point {name} was {' '.join(was)}, and is {' '.join(is_)} "
+                "now. Choose another run.name."
             )
+
+
+def _spanned(points: Iterable[Sequence[str]]) -> set[str]:
+    """The keys that have several values among points."""
+    values: dict[str, set[str]] = {}
+    for words in points:
+        for word in words:
+            key, _, value = word.partition("=")
+            values.setdefault(key, set()).add(value)
+    return {key for key, several in values.items() if len(several) > 1}
+
+
+def _values(words: Sequence[str], keys: Collection[str]) -> list[str]:
+    return sorted(word for word in words if word.partition("=")[0] in keys)
 
 
 def _write_down(home: Path, calls: Sequence[Call]) -> None:

@@ -23,6 +23,7 @@ from checkpointing import (
     open_storage,
     why_not_private,
 )
+from trainer.allowed_changes import check_state
 from trainer.errors import AlsoRefused, Refused
 from trainer.job import Job, Lines, say_plan
 from trainer.methods import build
@@ -31,7 +32,6 @@ from trainer.parallel.world import World
 from trainer.resume import (
     Start,
     cannot_read,
-    check_state,
     decide,
     make_memory_directory,
     memory_directory,

@@ -95,7 +95,9 @@ def test_other_points_under_the_same_name_are_refused(tmp_path: Path) -> None:
         (tmp_path / number / "metrics.jsonl").touch()
     _refuse_other_points(tmp_path, [first, second])
     _refuse_other_points(tmp_path, [first, second, third])  # one more
-    with pytest.raises(Refused, match=r"of point 1, optimizer\.lr=0\.0001 is optimizer\.lr=1e-05 now\. Choose"):
+    longer = [replace(one, overrides=[*one.overrides, "train.steps=9"]) for one in (first, second)]
+    _refuse_other_points(tmp_path, longer)  # the same points, for longer
+    with pytest.raises(Refused, match=r"point 1 was optimizer\.lr=0\.0001, and is optimizer\.lr=1e-05 now"):
         _refuse_other_points(tmp_path, [first, other])
     (tmp_path / POINTS).write_text("[[")
     _refuse_other_points(tmp_path, [first, other])

@@ -16,6 +16,7 @@ from checkpointing.format import digest
 from checkpointing.memory.directory import make_directory
 from tests.harness.models import save_tiny_model
 from tests.harness.runs import SMALL
+from trainer.allowed_changes import check_state
 from trainer.compose import compose
 from trainer.errors import Refused
 from trainer.identity import NAME
@@ -25,7 +26,6 @@ from trainer.options.stored import as_json
 from trainer.resume import (
     Start,
     become_itself,
-    check_state,
     decide,
     make_memory_directory,
     memory_directory,
@@ -123,29 +123,6 @@ def test_what_is_to_be_typed_works(saved: Path, fingerprint: str) -> None:
         decision(saved, fingerprint, *changes)
     typed = str(refused.value).split("type ")[1].split(" ")[0]
     assert decision(saved, fingerprint, *changes, typed).step == 4
-
-
-@pytest.mark.parametrize(
-    ("words", "allowed"),
-    [
-        (["data=stdlib"], True),
-        (["data=text", "data.path=x"], True),
-        (["data=stdlib", "data.pack=true"], False),
-        (["data=jsonl", "data.path=x"], False),
-        (["data=chat", "data.path=x"], False),
-        (["data=hf", "data.path=x"], False),
-        (["data=mix"], False),
-    ],
-)
-def test_another_pipeline_draws_other_dropout_where_rows_differ_in_width(words: list[str], allowed: bool) -> None:
-    was, now = (compose([*words, "model.dropout=0.1", f"parallel.pp={pp}"]) for pp in (2, 1))
-    model = build(now, "meta")
-    state = {"config": as_json(was), "fingerprint": "f", "architecture": architecture(model)}
-    if allowed:
-        assert set(check_state(now, state, "f", model)) == {"parallel.pp"}
-    else:
-        with pytest.raises(Refused, match=r"parallel\.pp \(dropout is drawn for the width"):
-            check_state(now, state, "f", model)
 
 
 def test_other_data_is_refused_by_content(saved: Path, fingerprint: str) -> None:

@@ -73,12 +73,12 @@ class Tuned:
         What a checkpoint says is a stranger's word, unless it lies in a run that was trained here: where the `base` is
         must be given then, and whether code beside it may run always (`trust_code`).
         """
-        path = (
-            Path(given).expanduser().resolve() if is_path(given) else None
-        )  # a link, or `.`, has its own name only there
+        # A link, or `.`, has its own name only where it leads to.
+        path = Path(given).expanduser().resolve() if is_path(given) else None
         shown = given if path is None else path
+        checkpoints = given if path is None else checkpoints_of(path)
         try:
-            place = find(given if path is None else checkpoints_of(path))
+            place = find(checkpoints)
             generation = place.candidates[0] if place.named and place.candidates else place.newest
             if generation is None:
                 raise NotFoundError("nothing there was committed")
@@ -86,7 +86,7 @@ class Tuned:
             manifest = read_manifest(storage, generation.name)
             state = read_index(storage, manifest, 0).objects.get("trainer")
         except NotFoundError as error:
-            if path is not None and not isinstance(checkpoints := checkpoints_of(path), Path):
+            if path is not None and not is_path(checkpoints):
                 raise Refused(
                     f"The checkpoints of {path} are at {checkpoints}: {error} Type --config-dir DIRECTORY with the one "
                     "that has the store."
